@@ -1,0 +1,61 @@
+"""Reading and editing full parameters outside of forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from zeroshard.core.collectives import broadcast_
+from zeroshard.core.unit import Unit, slot_of
+
+__all__ = ["gathered"]
+
+
+def _units(params: nn.Module | Tensor | Iterable[Tensor]) -> list[Unit]:
+    """The units of the given parameters, in the order of their first parameter's name."""
+    if isinstance(params, nn.Module):
+        params = params.parameters()
+    elif isinstance(params, Tensor):
+        params = [params]
+    units: dict[int, Unit] = {}
+    for param in params:
+        slot = slot_of(param)
+        if slot is not None:
+            units[id(slot.unit)] = slot.unit
+    return sorted(units.values(), key=lambda unit: unit.members[0].name)
+
+
+@contextmanager
+def gathered(
+    params: nn.Module | Tensor | Iterable[Tensor], modifier_rank: int | None = None
+) -> Iterator[None]:
+    """Parameters are full inside; a collective that every rank enters.
+
+    Whole units are gathered, so the neighbours of a parameter become readable with it. Parameters
+    that no engine manages are left alone.
+
+    Args:
+        params: a module, a parameter, or several parameters.
+        modifier_rank: the rank whose edits are kept, in the weights that gathers read and in the
+            master weights. Without it edits are lost where parameters are freed, and must not be
+            made where they stay.
+    """
+    units = _units(params)
+    were_full = [unit.is_full for unit in units]
+    for unit in units:
+        if not unit.is_full:
+            unit.gather()
+        unit.wait()
+    try:
+        yield
+    finally:
+        for unit, was_full in zip(units, were_full, strict=True):
+            if modifier_rank is not None:
+                with torch.no_grad():
+                    unit.adopt(partial(broadcast_, mesh=unit.mesh, src=modifier_rank))
+            if not was_full:
+                unit.free()

@@ -1,0 +1,120 @@
+"""The only file that calls torch.distributed collectives.
+
+[Note: streams]
+A buffer is allocated and freed on the compute stream only. A collective is started from the compute
+stream: it runs on its process group's own stream, after everything the compute stream was given so
+far, and the compute stream goes on at once. Waiting on the returned ticket makes the compute stream
+(for gloo: the host) wait for the collective. So every use of a buffer by another stream lies between
+two events on the compute stream; no ``record_stream`` is needed and no block of memory can be handed
+out while a collective still touches it. Gathers and reductions have process groups, and therefore
+streams, of their own and overlap each other and the computation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zeroshard.core.mesh import Axis, Mesh
+
+__all__ = [
+    "DONE",
+    "Ticket",
+    "all_gather",
+    "all_reduce_",
+    "broadcast_",
+    "exchange",
+    "reduce_mean",
+]
+
+# torch 2.13 renamed the two and warns about the old names; older versions know only those.
+_gather_op: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_op: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Ticket(Protocol):
+    """Something under way on another stream. See [Note: streams]."""
+
+    def wait(self) -> object:
+        """Make the compute stream wait for it; for gloo, make the host wait."""
+        ...
+
+
+class _Done:
+    def wait(self) -> None:
+        return
+
+
+class _Both:
+    """A reduction over the shard axis that an all-reduce over the replicate axis must follow."""
+
+    def __init__(self, first: Ticket, out: Tensor, axis: Axis) -> None:
+        self._first, self._out, self._axis = first, out, axis
+
+    def wait(self) -> None:
+        self._first.wait()
+        _mean_over(self._out, self._axis).wait()
+
+
+DONE: Ticket = _Done()
+
+
+def all_gather(full: Tensor, shard: Tensor, axis: Axis) -> Ticket:
+    """Start filling ``full`` with the shards of all ranks; ``shard`` may be this rank's part of it."""
+    if axis.gather is None:
+        if shard.data_ptr() != full.data_ptr():
+            full.copy_(shard)
+        return DONE
+    return _gather_op(full, shard, group=axis.gather, async_op=True)
+
+
+def _mean_over(tensor: Tensor, axis: Axis) -> Ticket:
+    if axis.reduce is None:
+        return DONE
+    work = dist.all_reduce(tensor, op=dist.ReduceOp.AVG, group=axis.reduce, async_op=True)
+    assert work is not None, "an asynchronous all-reduce returns its work"
+    return work
+
+
+def reduce_mean(out: Tensor, full: Tensor, mesh: Mesh) -> Ticket:
+    """Start averaging ``full`` over all ranks, keeping this rank's shard of the result in ``out``.
+
+    ``out`` may be this rank's part of ``full``. The content of ``full`` is undefined afterwards.
+    """
+    if mesh.shard.reduce is None:
+        if out.data_ptr() != full.data_ptr():
+            out.copy_(full)
+        return _mean_over(out, mesh.replicate)
+    op = dist.ReduceOp.AVG
+    work: Ticket = _scatter_op(out, full, op=op, group=mesh.shard.reduce, async_op=True)
+    return work if mesh.replicate.reduce is None else _Both(work, out, mesh.replicate)
+
+
+def all_reduce_(tensor: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce ``tensor`` in place over an axis, in order with the computation."""
+    if axis.reduce is not None:
+        dist.all_reduce(tensor, op=op, group=axis.reduce)
+    return tensor
+
+
+def broadcast_(tensor: Tensor, mesh: Mesh, src: int = 0) -> Tensor:
+    """Overwrite ``tensor`` with the one of rank ``src``, on all ranks."""
+    row, column = divmod(src, mesh.shard.size)
+    if mesh.shard.gather is not None:
+        dist.broadcast(tensor, group_src=column, group=mesh.shard.gather)
+    if mesh.replicate.gather is not None:
+        dist.broadcast(tensor, group_src=row, group=mesh.replicate.gather)
+    return tensor
+
+
+def exchange(numbers: list[int], mesh: Mesh) -> list[list[int]]:
+    """Show a list of integers of a length common to all ranks to every rank; on the host."""
+    mine = torch.tensor(numbers, dtype=torch.int64)
+    if mesh.world == 1:
+        return [numbers]
+    everyone = torch.empty(mesh.world * len(numbers), dtype=torch.int64)
+    _gather_op(everyone, mine, group=mesh.control)
+    return everyone.view(mesh.world, -1).tolist()

@@ -1,0 +1,305 @@
+"""When units are gathered, freed and reduced: hooks on modules and tensors, and nothing else.
+
+[Note: brackets]
+A *site* is a module that uses units. Each call of it in forward opens a bracket that closes after
+forward; each such use has a bracket in backward too:
+
+* it opens when the gradient of one of the call's outputs arrives (a hook on the output tensors);
+* it closes when the gradient of one of its inputs is complete (a hook on aliases of the input
+  tensors). Autograd runs ready nodes in the reverse order of their creation, and every node of the
+  call was created after the aliases, so by then all nodes of the call have run.
+
+While a bracket is open its units are full. A call whose inputs take no gradient closes at the end of
+backward. A unit's gradient is complete when the last of its uses has closed; what arrives later (a
+module used in two graphs, say) is reduced at the end of backward, so completeness is only a matter
+of memory and overlap, never of right numbers.
+
+Checkpointing runs forward again inside backward. Non-reentrant: the original call's hooks are still
+there, the recomputation only needs the units full. Reentrant: the original call ran without
+gradients and left no hooks, so the recomputation opens the bracket itself.
+
+Hooks are invisible to torch.compile, which compiles what lies between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
+
+from zeroshard.core import tree
+from zeroshard.core.schedule import Schedule
+from zeroshard.core.unit import Unit
+
+__all__ = ["Runtime", "Site"]
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]
+
+
+def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a hook out of compiled regions."""
+    return torch._dynamo.disable(hook)  # pyright: ignore[reportPrivateUsage]
+
+
+class Site:
+    """A module at whose boundary units are gathered and freed."""
+
+    def __init__(self, name: str, module: nn.Module, units: Sequence[Unit]) -> None:
+        self.name, self.module, self.units = name, module, tuple(units)
+        self.calls: list[_Use] = []  # calls in forward now, innermost last
+        self.unhooked = 0  # calls of this pass that ran without gradients: reentrant checkpointing
+
+
+class _Use:
+    """One call of a site, from its forward to the end of its backward. See [Note: brackets]."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.opened = self.closed = False
+        self.aliases: list[Tensor] = []
+
+
+class _Counts:
+    """How often a unit is in use now, and how many uses of this pass have not ended in backward."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        self.uses = 0
+
+
+class Runtime:
+    """Drives the units of one model; owns no tensor.
+
+    ``boundary`` says whether the next backward ends an accumulation. ``loss_scale``, a tensor or None,
+    multiplies every gradient that enters the model through the outputs of ``root``.
+    """
+
+    def __init__(
+        self, root: nn.Module, sites: Sequence[Site], units: Sequence[Unit], schedule: Schedule
+    ) -> None:
+        self.root, self.sites, self.units, self.schedule = root, sites, tuple(units), schedule
+        self.trained = tuple(unit for unit in units if unit.is_trained)
+        self.boundary = True
+        self.loss_scale: Tensor | None = None
+        self.num_backwards = 0
+        self.gradient_bytes = 0  # held on this rank at the end of the last backward
+        self.scaled = False
+        self._unreduced = False
+        self._stray = [
+            member.param
+            for unit in units
+            if not unit.is_trained
+            for member in unit.members
+            if member.param.requires_grad
+        ]
+        self._counts = {unit: _Counts() for unit in units}
+        self._depth = 0
+        self._training = False
+        self._finish_queued = False
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Register the hooks."""
+        for site in self.sites:
+            self._attach_site(site)
+
+    def _attach_site(self, site: Site) -> None:
+        @_eager
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._before_forward(site, args, kwargs)
+
+        @_eager
+        def after(_: nn.Module, args: Any, output: Any) -> Any:
+            return self._after_forward(site, output)
+
+        module = site.module
+        self._handles += [
+            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(after),
+        ]
+
+    def detach(self) -> None:
+        """Remove the hooks; the model keeps whatever parameters are full now."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # Forward
+
+    def _before_forward(
+        self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if _in_backward():
+            use = self._before_recomputation(site)
+        else:
+            if site.module is self.root and self._depth:
+                self._forget_calls()  # an earlier forward was left by an exception
+            if self._depth == 0:
+                # Reentrant checkpointing turns gradients off inside; the outermost module knows.
+                self._training = torch.is_grad_enabled()
+                self.schedule.begin(self._kind())
+            self._depth += 1
+            use = _Use(site)
+            site.calls.append(use)
+            for unit in site.units:
+                self._counts[unit].open += 1
+                self._counts[unit].uses += self._training
+        for unit in site.units:
+            self.schedule.need(unit)
+        if use is None or not torch.is_grad_enabled():
+            return args, kwargs
+        return tree.replace((args, kwargs), lambda tensor: self._alias(use, tensor))
+
+    def _kind(self) -> str:
+        if not self._training:
+            return "forward"
+        return "boundary" if self.boundary else "accumulation"
+
+    def _before_recomputation(self, site: Site) -> _Use | None:
+        if not site.unhooked:
+            return None
+        site.unhooked -= 1
+        use = _Use(site)
+        self._open(use)
+        return use
+
+    def _alias(self, use: _Use, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad or tensor.layout != torch.strided:
+            return tensor
+        alias = tensor.view_as(tensor)
+        alias.register_hook(_eager(lambda grad: self._close(use)))
+        use.aliases.append(alias)
+        return alias
+
+    def _after_forward(self, site: Site, output: Any) -> Any:
+        if _in_backward() or not site.calls:
+            return output
+        use = site.calls.pop()
+        self._depth -= 1
+        outermost = self._depth == 0
+        keep = False
+        if self._training and not torch.is_grad_enabled():
+            site.unhooked += 1
+        elif self._training:
+            found = tree.find(output)
+            keep = found.opaque
+            for tensor in found.tensors:
+                if tensor.requires_grad and not any(tensor is alias for alias in use.aliases):
+                    tensor.register_hook(_eager(lambda grad: self._open(use)))
+                    # The outermost module is the first that backward needs.
+                    keep = keep or outermost
+        use.aliases.clear()
+        for unit in site.units:
+            self._counts[unit].open -= 1
+            if not (keep or self._counts[unit].open):
+                unit.free()
+        if outermost and not self._training:
+            self.schedule.end_forward(self._kind())
+        if site.module is self.root and self.loss_scale is not None and torch.is_grad_enabled():
+            return tree.replace(output, self._scale)
+        return output
+
+    def _scale(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        # Outside the model's graph, so an output computed from another one is not scaled twice.
+        return _ScaleGradient.apply(tensor, self)
+
+    # Backward
+
+    def _queue_finish(self) -> None:
+        if not self._finish_queued:
+            self._finish_queued = True
+            Variable._execution_engine.queue_callback(self._finish)
+
+    def _open(self, use: _Use) -> None:
+        self._queue_finish()
+        if use.opened:
+            return
+        use.opened = True
+        for unit in use.site.units:
+            self._counts[unit].open += 1
+            self.schedule.need(unit)
+
+    def _close(self, use: _Use) -> None:
+        if use.closed or not use.opened:
+            return
+        use.closed = True
+        for unit in use.site.units:
+            counts = self._counts[unit]
+            counts.open -= 1
+            counts.uses -= 1
+            if counts.open <= 0:
+                unit.free()
+            if counts.uses <= 0 and unit.is_trained and unit.collect() and self._reduces(unit):
+                self.schedule.ready(unit)
+
+    def _reduces(self, unit: Unit) -> bool:
+        return self.boundary or not unit.lifetime.grads_stay
+
+    def _finish(self) -> None:
+        """End of backward: nothing is open, every gradient is collected and, if due, reduced."""
+        for unit in self.units:
+            if unit.is_trained:
+                unit.collect()
+            unit.free()
+        for param in self._stray:
+            param.grad = None
+        self._forget_calls()
+        self._finish_queued = False
+        reducible = [unit for unit in self.trained if self._reduces(unit)]
+        self._unreduced = len(reducible) < len(self.trained)
+        if reducible or any(not unit.lifetime.params_stay for unit in self.units):
+            self.schedule.finish(reducible)
+        self.gradient_bytes = sum(unit.gradient_bytes for unit in self.trained)
+        self.num_backwards += 1
+
+    def flush(self) -> None:
+        """Reduce what backwards outside a boundary left; a collective, for all ranks or none."""
+        if self._unreduced:
+            self._unreduced = False
+            self.schedule.finish(self.trained)
+
+    def _forget_calls(self) -> None:
+        for counts in self._counts.values():
+            counts.open = counts.uses = 0
+        for site in self.sites:
+            site.calls.clear()
+            site.unhooked = 0
+        self._depth = 0
+
+    def reset(self) -> None:
+        """Return to the state between two passes after an exception in forward or backward."""
+        self._forget_calls()
+        self._finish_queued = False
+        self.schedule.reset()
+        for unit in self.units:
+            unit.free()
+            for member in unit.members:
+                member.param.grad = None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by the runtime's loss scale.
+
+    An output that is edited in place afterwards would lose the scaling silently; autograd refuses
+    that for outputs of a custom function. A scalar is copied instead, so ``loss += ...`` works.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, runtime: Runtime) -> Tensor:
+        ctx.runtime = runtime
+        return tensor.clone() if tensor.numel() == 1 else tensor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        runtime: Runtime = ctx.runtime
+        runtime.scaled = True
+        assert runtime.loss_scale is not None, "a scaled output outlived its loss scaler"
+        return grads[0] * runtime.loss_scale.to(grads[0].dtype), None

@@ -1,0 +1,91 @@
+"""Replicate axis x shard axis: which ranks hold different shards and which hold copies.
+
+Rank ``r`` sits at row ``r // shard`` and column ``r % shard``. Gathers and reductions of a row have
+process groups of their own, because two collectives of one group run in order: with a single group
+a gather could never overlap a reduction, and a collective of the user's on the default group could
+slip between two of ours in another order on another rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from zeroshard.errors import UsageError
+
+__all__ = ["Axis", "Mesh", "build_mesh"]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One direction of the mesh as this rank sees it; groups are None where the axis has size 1."""
+
+    size: int
+    rank: int
+    gather: dist.ProcessGroup | None = None
+    reduce: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The ranks that share one model."""
+
+    shard: Axis
+    replicate: Axis
+    control: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.shard.size * self.replicate.size
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among them."""
+        return self.replicate.rank * self.shard.size + self.shard.rank
+
+    def destroy(self) -> None:
+        """Give the process groups back; a collective, and nothing may use the mesh afterwards."""
+        axes = (self.shard, self.replicate)
+        for group in (self.control, *(g for axis in axes for g in (axis.gather, axis.reduce))):
+            if group is not None:
+                dist.destroy_process_group(group)
+
+
+def _axis(grid: list[list[int]], rank: int) -> Axis:
+    """Make the groups of every row of ``grid``; all ranks call this with the same grid."""
+    mine = next(row for row in grid if rank in row)
+    if len(mine) == 1:
+        return Axis(size=1, rank=0)
+    groups: dict[str, dist.ProcessGroup] = {}
+    for kind in ("gather", "reduce"):
+        for row in grid:
+            group = dist.new_group(row)
+            if rank in row:
+                groups[kind] = group
+    return Axis(len(mine), mine.index(rank), groups["gather"], groups["reduce"])
+
+
+def build_mesh(shard_size: int, device: torch.device, timeout: timedelta | None = None) -> Mesh:
+    """Arrange all ranks of the default process group with ``shard_size`` ranks to a shard axis.
+
+    Raises:
+        UsageError: torch.distributed is not initialised, or the sizes do not divide.
+    """
+    if not dist.is_initialized():
+        raise UsageError("torch.distributed is not initialised; call zeroshard.init_distributed().")
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if shard_size < 1 or world % shard_size:
+        raise UsageError(f"a shard axis of {shard_size} ranks does not divide {world} ranks.")
+    rows = [list(range(start, start + shard_size)) for start in range(0, world, shard_size)]
+    columns = [list(range(column, world, shard_size)) for column in range(shard_size)]
+    return Mesh(
+        shard=_axis(rows, rank),
+        replicate=_axis(columns, rank),
+        control=dist.new_group(list(range(world)), backend="gloo", timeout=timeout),
+        device=device,
+    )

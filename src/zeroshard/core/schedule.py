@@ -1,0 +1,322 @@
+"""In which order the ranks gather and reduce, and how they agree on it.
+
+[Note: agreed windows]
+Collectives of one group must be issued in the same order by all ranks, but ranks may run different
+modules: experts, a vision tower, another order of blocks. So no collective of a step is issued
+because one rank's module asked for it. The ranks agree on a *window*, a short list of operations,
+and each issues exactly these. A rank that turns out not to need one of them issues it all the same
+and drops the result; a rank that needs something else first issues the rest of the window, then asks
+for a new one. Any rank can complete a window alone, without running a module, so
+
+* no rank ever waits for a module that another one does not run, and
+* whatever one rank waits for, every other rank issues before it waits for anything itself.
+
+A window comes from what ranks expect to need, which is what they needed in the last pass of the same
+kind. Each shows its expectation to the others (a few integers over the host group) and the window is
+their longest common prefix. Ranks that agree all the time, the normal case, exchange some integers
+every 64 operations, ahead of the device. Where already the first operations differ, the window holds
+the first wish of every rank. A reduction that a window holds but a rank cannot yet serve contributes
+zeros there, and what arrives later is reduced again at the end of backward: sums lose nothing.
+
+Expectations are only hints. An order that changes costs at most a window of unused prefetches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from zeroshard.core.collectives import exchange
+from zeroshard.core.mesh import Mesh
+from zeroshard.core.unit import Unit
+from zeroshard.errors import DistributedError, compose
+
+__all__ = ["END", "Op", "Schedule", "common_window", "look_ahead"]
+
+_WINDOW = 64
+_LONGEST_RECORD = 100_000
+
+
+class Op(NamedTuple):
+    """A collective on a unit, or the wish for no more of them."""
+
+    kind: Literal["gather", "reduce", "end"]
+    unit: int
+
+
+END = Op("end", -1)
+
+
+def common_window(wishes: Sequence[Sequence[Op]]) -> list[Op]:
+    """The operations that all ranks issue next, from what each would like to issue.
+
+    The longest common prefix if there is one; else the first wish of every rank, gathers before
+    reductions because a rank that wants a gather cannot go on without it.
+    """
+    prefix: list[Op] = []
+    for ops in zip(*wishes, strict=False):
+        if any(op != ops[0] for op in ops):
+            break
+        prefix.append(ops[0])
+    if prefix:
+        return prefix
+    heads = {wish[0] for wish in wishes if wish} - {END}
+    gathers = sorted(op for op in heads if op.kind == "gather")
+    return gathers or sorted((op for op in heads if op.kind == "reduce"), reverse=True)
+
+
+def look_ahead(
+    events: Iterable[Op], sizes: Mapping[int, int], ahead: Sequence[int], budget: int | None
+) -> Iterator[Op]:
+    """Pull gathers forward so that each starts before the unit is needed.
+
+    Args:
+        events: gathers and reductions in the order in which they fall due.
+        sizes: bytes of each full unit.
+        ahead: units already gathered before their time.
+        budget: bytes that may be gathered before their time; None allows one unit of any size.
+    """
+    due = deque(events)
+    early = list(ahead)
+    while due:
+        op = due.popleft()
+        if op.kind == "reduce":
+            yield op
+        elif op.unit in early:
+            early.remove(op.unit)
+        else:
+            yield op
+        # The gathers that may start while the computation that follows `op` runs.
+        taken: list[int] = []
+        for coming in due:
+            if coming.kind != "gather" or coming.unit in early:
+                continue
+            if coming.unit == op.unit:  # in use until then, and freed before it is needed again
+                break
+            total = sum(sizes[unit] for unit in early) + sizes[coming.unit]
+            if early if budget is None else total > budget:
+                break
+            early.append(coming.unit)
+            taken.append(coming.unit)
+        yield from (Op("gather", unit) for unit in taken)
+
+
+class Schedule:
+    """Issues the collectives of forward and backward passes in agreed windows.
+
+    See [Note: agreed windows]. ``budget`` is the number of bytes that may be gathered before they
+    are needed; None allows one unit of any size.
+    """
+
+    def __init__(self, units: Sequence[Unit], mesh: Mesh, budget: int | None = None) -> None:
+        self._units, self._mesh, self._budget = units, mesh, budget
+        self._index = {unit: index for index, unit in enumerate(units)}
+        self._sizes = {index: unit.nbytes_full for index, unit in enumerate(units)}
+        self._window: deque[Op] = deque()
+        self._ahead: list[int] = []  # gathered, not needed yet, oldest first
+        self._ready: list[int] = []  # gradients complete, reduction not issued
+        self._reducing: Unit | None = None
+        self._issued: set[int] = set()  # reduced since the last end of backward
+        self._history: dict[str, list[Op]] = {}
+        self._record: list[Op] = []
+        self._kind = ""
+        self._cursor: int | None = None
+
+    # What happened before, and what to expect from it
+
+    def begin(self, kind: str) -> None:
+        """A pass of this kind starts, unless one is still open."""
+        if not self._record:
+            self._kind, self._cursor = kind, 0
+
+    def _close_record(self) -> None:
+        self._history[self._kind] = self._record
+        self._record, self._cursor = [], None
+
+    def _note(self, op: Op) -> None:
+        if len(self._record) < _LONGEST_RECORD:
+            self._record.append(op)
+        past = self._history.get(self._kind, ())
+        if self._cursor is None:
+            return
+        if self._cursor < len(past) and past[self._cursor] == op:
+            self._cursor += 1
+            return
+        # Something was skipped, or is new: go on after the next place where this happened before.
+        later = (i + 1 for i in range(self._cursor, len(past)) if past[i] == op)
+        self._cursor = next(later, self._cursor)
+
+    def _expected(self) -> Iterator[Op]:
+        past = self._history.get(self._kind, [])
+        if self._cursor is None:
+            return iter(())
+        return (past[i] for i in range(self._cursor, len(past)))
+
+    # Agreement
+
+    def _agree(self, now: Sequence[Op]) -> None:
+        """Replace the empty window by the next one all ranks issue; ``now`` is wanted for sure."""
+        assert not self._window, "a window is completed before the next is agreed on"
+        reductions = [Op("reduce", unit) for unit in self._ready]
+        due = [*now, *(op for op in self._expected() if op not in reductions)]
+        wish = [*reductions, *look_ahead(due, self._sizes, self._ahead, self._budget)]
+        self._window.extend(self._exchange(wish[:_WINDOW]))
+
+    def _exchange(self, wish: Sequence[Op]) -> list[Op]:
+        count = len(self._units)
+        numbers = [op.unit + (count if op.kind == "reduce" else 0) for op in wish]
+        padded = [len(numbers), *numbers, *([-1] * (_WINDOW - len(numbers)))]
+        try:
+            answers = exchange(padded, self._mesh)
+        except RuntimeError as error:
+            wanted = self._describe(wish[0]) if wish else "the end of the pass"
+            raise DistributedError(
+                compose(
+                    f"rank {self._mesh.rank} wants {wanted}, and other ranks did not answer: {error}",
+                    hint="look at the first error of the other ranks; a rank that left its training "
+                    "loop, or waits in a collective of its own, answers no more.",
+                )
+            ) from error
+        ops = (
+            [
+                END if n < 0 else Op("reduce", n - count) if n >= count else Op("gather", n)
+                for n in answer[1 : 1 + answer[0]]
+            ]
+            for answer in answers
+        )
+        return common_window(list(ops))
+
+    def _describe(self, op: Op) -> str:
+        return "the end of backward" if op == END else f"to {op.kind} {self._units[op.unit].name}"
+
+    # Issuing
+
+    def _issue(self, op: Op) -> None:
+        unit = self._units[op.unit]
+        if op.kind == "gather":
+            # Where the unit is in use already, the gather only serves other ranks.
+            if not unit.is_full:
+                self._ahead.append(op.unit)
+            unit.gather()
+            return
+        if op.unit in self._ready:
+            self._ready.remove(op.unit)
+        # One reduction under way at a time bounds the memory of full gradients.
+        self._settle()
+        unit.reduce()
+        self._reducing = unit
+        self._issued.add(op.unit)
+
+    def _settle(self) -> None:
+        if self._reducing is not None:
+            self._reducing.settle()
+            self._reducing = None
+
+    def _complete_window(self) -> None:
+        """Issue what is left of the window, wanted or not."""
+        while self._window:
+            op = self._window.popleft()
+            if op.kind == "gather":
+                self._trim(op.unit)
+            self._issue(op)
+
+    def _trim(self, coming: int) -> None:
+        """Make room in the budget by dropping what was gathered in vain, oldest first."""
+        while self._ahead and not self._fits(coming):
+            self._units[self._ahead.pop(0)].free()
+
+    def _fits(self, coming: int) -> bool:
+        if self._budget is None:
+            return not self._ahead
+        return sum(self._sizes[unit] for unit in (*self._ahead, coming)) <= self._budget
+
+    def _run_ahead(self) -> None:
+        """Issue what the window allows now: gathers within the budget, reductions that are ready."""
+        while self._window:
+            op = self._window[0]
+            if not (self._fits(op.unit) if op.kind == "gather" else op.unit in self._ready):
+                return
+            self._issue(self._window.popleft())
+
+    # What hooks call
+
+    def need(self, unit: Unit) -> None:
+        """Make a unit's parameters readable now."""
+        index = self._index[unit]
+        if unit.is_full and index not in self._ahead:
+            unit.wait()
+            return
+        op = Op("gather", index)
+        self._note(op)
+        if index in self._ahead:
+            self._ahead.remove(index)
+        else:
+            self._fetch(op)
+        unit.wait()
+        self._run_ahead()
+
+    def _fetch(self, op: Op) -> None:
+        """Issue operations up to this gather, agreeing on a new window if it is not in this one."""
+        while True:
+            while self._window:
+                head = self._window.popleft()
+                if head.kind == "gather" and head != op:
+                    self._trim(head.unit)
+                self._issue(head)
+                if head == op:
+                    self._ahead.remove(op.unit)
+                    return
+            self._agree([op])
+
+    def ready(self, unit: Unit) -> None:
+        """A unit's gradient is complete: reduce it in its turn."""
+        index = self._index[unit]
+        self._note(Op("reduce", index))
+        self._ready.append(index)
+        if not self._window:
+            self._agree([])
+        self._run_ahead()
+
+    def finish(self, reducible: Iterable[Unit]) -> None:
+        """End of backward: every rank has reduced every one of these units, used or not."""
+        for unit in reducible:
+            index = self._index[unit]
+            if index not in self._ready and (unit.has_gradient or index not in self._issued):
+                self._ready.append(index)
+        self._complete_window()
+        self._ready = [
+            index
+            for index in sorted(set(self._ready), reverse=True)
+            if self._units[index].has_gradient or index not in self._issued
+        ]
+        window: list[Op] = []
+        while END not in window:
+            wish = [*(Op("reduce", index) for index in self._ready), END][:_WINDOW]
+            window = self._exchange(wish)
+            self._window.extend(op for op in window if op != END)
+            self._complete_window()
+        self._settle()
+        self._issued.clear()
+        self._drop_ahead()
+        self._close_record()
+
+    def end_forward(self, kind: str) -> None:
+        """End of a pass without backward: leave nothing half done."""
+        if self._kind == kind:
+            self._complete_window()
+            self._drop_ahead()
+            self._close_record()
+
+    def reset(self) -> None:
+        """Give up the pass under way, in a way the other ranks can bear."""
+        self._complete_window()
+        self._drop_ahead()
+        self._settle()
+        self._ready.clear()
+        self._issued.clear()
+        self._record, self._cursor = [], None
+
+    def _drop_ahead(self) -> None:
+        while self._ahead:
+            self._units[self._ahead.pop()].free()

@@ -1,0 +1,87 @@
+"""Tensors inside the containers that modules take and return.
+
+Lists, tuples, named tuples, mappings and dataclasses are looked into. Anything else that is not a
+plain value is reported as opaque: a tensor may hide in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Found", "find", "replace"]
+
+_PLAIN = (int, float, str, bytes, bool, complex, type(None), torch.dtype, torch.device, torch.Size)
+
+
+@dataclasses.dataclass(slots=True)
+class Found:
+    """The tensors of a structure, and whether something in it could not be looked into."""
+
+    tensors: list[Tensor]
+    opaque: bool = False
+
+
+def find(tree: Any) -> Found:
+    """Collect the tensors of ``tree`` in order."""
+    found = Found([])
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: Found) -> None:
+    if isinstance(tree, Tensor):
+        found.tensors.append(tree)
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            _collect(value, found)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            _collect(value, found)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for field in dataclasses.fields(tree):
+            _collect(getattr(tree, field.name), found)
+    elif not isinstance(tree, _PLAIN):
+        found.opaque = True
+
+
+def replace(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with ``function`` applied to its tensors.
+
+    A container none of whose tensors change is returned as it is, so that a module which edits a
+    list it is given still edits the caller's.
+    """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return _rebuild(tree, tree, lambda new, key, value: new.__setitem__(key, value), function)
+    if isinstance(tree, (list, tuple)):
+        values = [replace(value, function) for value in tree]
+        if all(new is old for new, old in zip(values, tree, strict=True)):
+            return tree
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+        return _rebuild(tree, fields, object.__setattr__, function)
+    return tree
+
+
+def _rebuild(
+    tree: Any,
+    items: Mapping[Any, Any],
+    assign: Callable[[Any, Any, Any], None],
+    function: Callable[[Tensor], Tensor],
+) -> Any:
+    """A copy of a mapping or dataclass with changed values, made without calling its constructor."""
+    changed = {key: new for key, old in items.items() if (new := replace(old, function)) is not old}
+    if not changed:
+        return tree
+    new_tree = copy.copy(tree)
+    for key, value in changed.items():
+        assign(new_tree, key, value)
+    return new_tree

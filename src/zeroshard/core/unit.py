@@ -1,0 +1,413 @@
+"""A unit: parameters that are gathered, reduced and freed together, in one flat buffer.
+
+[Note: flat units]
+Five tensors, and no others, hold a unit on a rank:
+
+    full          the whole flat buffer in the compute dtype; the parameters are views into it
+    shard         this rank's range of it, kept by the store; a part of ``full`` where parameters stay
+    master        this rank's range in the master dtype; what the optimizer steps. The same memory as
+                  ``shard`` where the two dtypes are equal
+    full gradient a flat buffer like ``full``; exists only while gradients are full
+    grad shard    the average over ranks of this rank's range, summed over micro-steps
+
+``full`` and the full gradient own one storage for ever and give its memory back by resizing it to
+zero. Views of it, those that autograd saved included, become valid again when the storage is
+refilled: that is why backward needs no replacement parameters and no copy out of the collective.
+A freed storage must never be reachable from outside (an operation on it reads unmapped memory), so
+a freed parameter points at an empty placeholder instead; its ``nn.Parameter`` object stays the same.
+
+The optimizer sees one slice of ``master`` per parameter, never the flat tensor: hyper-parameters and
+state stay per parameter, and a frozen parameter cannot decay. For the same reason a unit is uniform
+in dtype and in whether it is trained.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+from torch.utils.weak import WeakIdKeyDictionary
+
+from zeroshard.core.collectives import DONE, Ticket, all_gather, broadcast_, reduce_mean
+from zeroshard.core.layout import Layout
+from zeroshard.core.lifetime import Lifetime
+from zeroshard.core.mesh import Mesh
+from zeroshard.core.store import DeviceStore, Store
+from zeroshard.errors import UsageError, compose
+
+__all__ = ["FlatBuffer", "Member", "Precision", "Slot", "Unit", "build_unit", "slot_of"]
+
+_ALIGN_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Dtypes of training; None keeps each parameter's own dtype."""
+
+    compute: torch.dtype | None = None
+    master: torch.dtype = torch.float32
+    reduce: torch.dtype = torch.float32
+    accumulate: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A parameter with its full name in the model."""
+
+    name: str
+    param: nn.Parameter
+
+
+class FlatBuffer:
+    """A flat tensor with one view per parameter, whose memory comes and goes under the same views."""
+
+    def __init__(self, tensor: Tensor, layout: Layout, shapes: Sequence[torch.Size]) -> None:
+        self.tensor = tensor
+        self.views = [
+            tensor[layout.full(index).slice()].view(shape) for index, shape in enumerate(shapes)
+        ]
+        self.gaps = [tensor[gap.slice()] for gap in layout.gaps()]
+        self.nbytes_full = tensor.nbytes
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether there is memory behind the views."""
+        return self.tensor.untyped_storage().nbytes() > 0
+
+    def allocate(self) -> None:
+        """Back the views with memory of undefined content."""
+        if not self.is_allocated:
+            self.tensor.untyped_storage().resize_(self.nbytes_full)
+
+    def release(self) -> None:
+        """Give the memory back; the views must not be read until the next allocation."""
+        self.tensor.untyped_storage().resize_(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reduction:
+    """An averaging under way; keeps its two ends alive."""
+
+    ticket: Ticket
+    out: Tensor
+    wire: Tensor
+
+
+class Unit:
+    """Parameters that are gathered, reduced and freed together. See [Note: flat units].
+
+    All verbs but ``gather`` and ``reduce`` are local. Those two are collectives: every rank of the
+    mesh issues them in the same order, which is the schedule's business.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        layout: Layout,
+        lifetime: Lifetime,
+        mesh: Mesh,
+        *,
+        full: FlatBuffer,
+        store: Store,
+        master: Tensor | None,
+        gradient: FlatBuffer | None,
+        precision: Precision,
+    ) -> None:
+        self.members = tuple(members)
+        self.layout, self.lifetime, self.mesh = layout, lifetime, mesh
+        self.master, self.precision = master, precision
+        self._full, self._store, self._gradient = full, store, gradient
+        self._placeholder = full.tensor.new_empty(0)
+        self._gathering: Ticket = DONE
+        self._is_readable = False
+        self._reducing: _Reduction | None = None
+        self.has_gradient = False
+        self.grad_shard: Tensor | None = None
+        self.slices = () if master is None else self._make_slices(master)
+
+    def _make_slices(self, master: Tensor) -> tuple[nn.Parameter, ...]:
+        rank, whole = self.mesh.shard.rank, self.mesh.shard.size == 1
+        slices: list[nn.Parameter] = []
+        for index, member in enumerate(self.members):
+            part = master[self.layout.slice_of(index, rank).slice()]
+            # Whole parameters keep their shape, so optimizers that need matrices work unsharded.
+            slices.append(nn.Parameter(part.view(member.param.shape) if whole else part))
+        return tuple(slices)
+
+    def __repr__(self) -> str:
+        kind = "trained" if self.is_trained else "frozen"
+        return f"Unit({self.name}: {len(self.members)} parameters, {self.nbytes_full} bytes, {kind})"
+
+    @property
+    def name(self) -> str:
+        """Name of the first parameter, with how many others there are."""
+        more = len(self.members) - 1
+        return self.members[0].name + (f" (+{more})" if more else "")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether an optimizer steps this unit."""
+        return self.master is not None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether memory for full parameters is allocated; they can be read after ``wait``."""
+        return self._full.is_allocated
+
+    @property
+    def nbytes_full(self) -> int:
+        """Bytes of the full parameters."""
+        return self._full.nbytes_full
+
+    # Parameters
+
+    def gather(self) -> None:
+        """Start making the parameters full. A collective over the shard axis."""
+        self._gathering.wait()
+        with record_function(f"zeroshard::gather ({self.name})"):
+            self._full.allocate()
+            mine = self._full.tensor[self.layout.shard(self.mesh.shard.rank).slice()]
+            shard = self._store.read(mine)
+            self._gathering = all_gather(self._full.tensor, shard, self.mesh.shard)
+
+    def wait(self) -> None:
+        """Make the parameters readable; the unit must be full or on the way."""
+        self._gathering.wait()
+        self._gathering = DONE
+        if not self._is_readable:
+            for member, view in zip(self.members, self._full.views, strict=True):
+                member.param.data = view
+            self._is_readable = True
+
+    def free(self) -> None:
+        """Give the memory of full parameters back, where the lifetime says so."""
+        if self.lifetime.params_stay or not self.is_full:
+            return
+        self._gathering.wait()
+        self._gathering = DONE
+        for member in self.members:
+            member.param.data = self._placeholder
+        self._is_readable = False
+        self._full.release()
+
+    def publish(self) -> None:
+        """Put the stepped master weights where the next gather reads them; start it if params stay."""
+        assert self.master is not None, f"{self.name} is frozen and has no master weights"
+        self._store.write(self.master)
+        if self.lifetime.params_stay:
+            self.gather()
+        else:
+            self.free()
+
+    def adopt(self, edit: Callable[[Tensor], object]) -> None:
+        """Edit the full parameters in place and keep the result in shard and master weights."""
+        assert self.is_full, f"{self.name} is edited while freed"
+        edit(self._full.tensor)
+        mine = self._full.tensor[self.layout.shard(self.mesh.shard.rank).slice()]
+        self._store.write(mine)
+        if self.master is not None and self.master.data_ptr() != mine.data_ptr():
+            # What was not edited keeps the digits that the compute dtype cannot hold.
+            same = self.master.to(mine.dtype) == mine
+            self.master.copy_(torch.where(same, self.master, mine.to(self.master.dtype)))
+
+    # Gradients
+
+    def collect(self) -> bool:
+        """Add the gradients that arrived to the full gradient; say whether there were any."""
+        arrived = [i for i, member in enumerate(self.members) if member.param.grad is not None]
+        if not arrived:
+            return False
+        grads = [self._take_grad(i) for i in arrived]
+        if self.has_gradient:
+            torch._foreach_add_([self._buffer.views[i] for i in arrived], grads)
+            return True
+        buffer = self._fresh_gradient()
+        missing = sorted(set(range(len(self.members))).difference(arrived))
+        zeroed = [*buffer.gaps, *(buffer.views[i] for i in missing)]
+        if zeroed:
+            torch._foreach_zero_(zeroed)
+        torch._foreach_copy_([buffer.views[i] for i in arrived], grads)
+        self.has_gradient = True
+        return True
+
+    @property
+    def _buffer(self) -> FlatBuffer:
+        assert self._gradient is not None, f"{self.name} is frozen and takes no gradients"
+        return self._gradient
+
+    def _fresh_gradient(self) -> FlatBuffer:
+        """The full gradient's memory with undefined content, once nothing else uses it."""
+        self.settle()
+        if self.grad_shard is not None and self.lifetime.grads_stay:
+            # The last reduction of this step left its result in the buffer.
+            self.grad_shard = self.grad_shard.clone()
+        self._buffer.allocate()
+        return self._buffer
+
+    def _take_grad(self, index: int) -> Tensor:
+        member = self.members[index]
+        grad = member.param.grad
+        assert grad is not None, f"{member.name} has no gradient to take"
+        member.param.grad = None
+        if grad.layout != torch.strided:
+            grad = grad.to_dense()
+        if grad.shape != self._full.views[index].shape:
+            raise UsageError(
+                compose(
+                    f"{member.name} was read while its unit was freed: its gradient has shape "
+                    f"{tuple(grad.shape)}, the parameter {tuple(self._full.views[index].shape)}.",
+                    hint="wrap the read in zeroshard.gathered(...), or let the module that reads it "
+                    'be a unit: "zeroshard": {"units": [...]}.',
+                )
+            )
+        return grad
+
+    def reduce(self) -> None:
+        """Start averaging the full gradient over all ranks, zeros where there is none. A collective."""
+        with record_function(f"zeroshard::reduce ({self.name})"):
+            if not self.has_gradient:
+                self._fresh_gradient().tensor.zero_()
+            self.settle()
+            full = self._buffer.tensor
+            wire = full.to(self._wide(self.precision.reduce))
+            mine = wire[self.layout.shard(self.mesh.shard.rank).slice()]
+            # A gradient that stays is reduced in place; one that goes leaves its shard behind.
+            in_place = wire is full and self.lifetime.grads_stay
+            out = mine if in_place else torch.empty_like(mine)
+            self._reducing = _Reduction(reduce_mean(out, wire, self.mesh), out, wire)
+        self.has_gradient = False
+
+    def _wide(self, dtype: torch.dtype) -> torch.dtype:
+        """``dtype``, or float64 for parameters that are float64 themselves."""
+        return torch.float64 if self._full.tensor.dtype == torch.float64 else dtype
+
+    def settle(self) -> None:
+        """Wait for the reduction under way and add its result to the grad shard."""
+        if self._reducing is None:
+            return
+        reduction, self._reducing = self._reducing, None
+        reduction.ticket.wait()
+        out = reduction.out.to(self._wide(self.precision.accumulate))
+        self.grad_shard = out if self.grad_shard is None else self.grad_shard.add_(out)
+        if not self.lifetime.grads_stay:
+            self._buffer.release()
+
+    def clear_gradients(self) -> None:
+        """Forget everything accumulated since the last optimizer step."""
+        self.settle()
+        self.grad_shard = None
+        self.has_gradient = False
+        for piece in self.slices:
+            piece.grad = None
+        for member in self.members:
+            member.param.grad = None
+        if self._gradient is not None:
+            self._gradient.release()
+
+    def expose_gradients(self) -> None:
+        """Show the optimizer each slice's part of the grad shard."""
+        assert self.grad_shard is not None and self.master is not None, f"{self.name}: no gradient"
+        grad = self.grad_shard = self.grad_shard.to(self.master.dtype)
+        rank = self.mesh.shard.rank
+        for index, piece in enumerate(self.slices):
+            piece.grad = grad[self.layout.slice_of(index, rank).slice()].view(piece.shape)
+
+    # Accounting
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of parameters on this rank now."""
+        full = self.nbytes_full if self.is_full else 0
+        return full if self.lifetime.params_stay else full + self._store.nbytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of full gradients and gradient shards on this rank now."""
+        full = self._gradient is not None and self._gradient.is_allocated
+        total = self._gradient.nbytes_full if full and self._gradient is not None else 0
+        if self.grad_shard is not None and not (full and self.lifetime.grads_stay):
+            total += self.grad_shard.nbytes
+        return total
+
+    @property
+    def master_bytes(self) -> int:
+        """Bytes of master weights kept beside the parameters."""
+        if self.master is None or self.master.dtype == self._full.tensor.dtype:
+            return 0
+        return self.master.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a parameter lives: its unit and its place there."""
+
+    unit: Unit
+    index: int
+
+
+# The one registry: from a parameter, whoever holds it, to its place. It owns neither of the two.
+_SLOTS: MutableMapping[Tensor, tuple[weakref.ref[Unit], int]] = WeakIdKeyDictionary()
+
+
+def slot_of(param: Tensor) -> Slot | None:
+    """The parameter's place, or None if no engine manages it."""
+    entry = _SLOTS.get(param)
+    unit = entry[0]() if entry else None
+    return None if entry is None or unit is None else Slot(unit, entry[1])
+
+
+def build_unit(
+    members: Sequence[Member], *, trained: bool, lifetime: Lifetime, mesh: Mesh, precision: Precision
+) -> Unit:
+    """Move parameters into a new unit, with the values of rank 0. A collective.
+
+    Master weights are taken before the cast to the compute dtype, so nothing is rounded away.
+    """
+    params = [member.param for member in members]
+    own_dtype = params[0].dtype
+    compute = precision.compute if own_dtype.is_floating_point and precision.compute else own_dtype
+    layout = Layout(
+        numels=tuple(param.numel() for param in params),
+        world=mesh.shard.size,
+        align=max(1, _ALIGN_BYTES // compute.itemsize),
+    )
+    shapes = [param.shape for param in params]
+    with torch.no_grad():
+        source = torch.zeros(layout.full_numel, dtype=own_dtype, device=mesh.device)
+        for index, param in enumerate(params):
+            source[layout.full(index).slice()].copy_(param.detach().reshape(-1))
+        broadcast_(source, mesh)
+        mine = layout.shard(mesh.shard.rank).slice()
+        full = source.to(compute)
+        shard = full[mine] if lifetime.params_stay else full[mine].clone()
+        wide = torch.float64 if own_dtype == torch.float64 else precision.master
+        same = compute == wide
+        master = (shard if same else source[mine].to(wide, copy=True)) if trained else None
+        gradient = None
+        if trained:
+            kept = precision.accumulate if lifetime.grads_stay else precision.reduce
+            buffer_dtype = torch.float64 if own_dtype == torch.float64 else kept
+            flat = torch.empty(layout.full_numel, dtype=buffer_dtype, device=mesh.device)
+            gradient = FlatBuffer(flat, layout, shapes)
+            gradient.release()
+    unit = Unit(
+        members,
+        layout,
+        lifetime,
+        mesh,
+        full=FlatBuffer(full, layout, shapes),
+        store=DeviceStore(shard),
+        master=master,
+        gradient=gradient,
+        precision=precision,
+    )
+    for index, param in enumerate(params):
+        param.grad = None
+        _SLOTS[param] = (weakref.ref(unit), index)
+    unit.wait()
+    unit.free()
+    return unit

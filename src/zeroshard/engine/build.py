@@ -1,0 +1,297 @@
+"""initialize(): from a model and a configuration to an engine. Reads top to bottom.
+
+The only place that turns configuration into core objects.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from zeroshard import config as configuration
+from zeroshard.core import world
+from zeroshard.core.collectives import broadcast_
+from zeroshard.core.hooks import Runtime, Site
+from zeroshard.core.lifetime import STAGES
+from zeroshard.core.mesh import Mesh, build_mesh
+from zeroshard.core.schedule import Schedule
+from zeroshard.core.unit import Precision, Unit, build_unit, slot_of
+from zeroshard.core.wrap import Group, choose_groups
+from zeroshard.engine.data import ShardedLoader, make_loader
+from zeroshard.engine.engine import Engine, Settings
+from zeroshard.errors import ConfigError, UsageError, compose
+from zeroshard.optim.factory import make_optimizer
+from zeroshard.optim.scaler import LossScaler, ScalePolicy
+from zeroshard.optim.sharded import ShardedOptimizer, StepPolicy, optimizer_parameters
+
+__all__ = ["initialize"]
+
+_log = logging.getLogger(__name__)
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+ConfigSource = str | Path | Mapping[str, object]
+
+
+def initialize(  # noqa: PLR0913 - the signature is DeepSpeed's
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: object = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: object = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: ConfigSource | None = None,
+    mesh_param: object = None,
+    config_params: ConfigSource | None = None,
+) -> tuple[Engine, torch.optim.Optimizer | None, ShardedLoader | None, Any]:
+    """Shard a model over all ranks and return the engine that trains it. A collective.
+
+    Args:
+        args: parsed arguments that may hold ``deepspeed_config``, a path.
+        model: the model, on any device; it becomes ``engine.module`` with the weights of rank 0.
+        optimizer: an optimizer over the model's parameters, or a class or callable that makes one;
+            without it the configuration's ``optimizer`` block is used.
+        model_parameters: parameters or param groups to train; default all that require gradients.
+        training_data: a torch dataset to make the returned loader from.
+        lr_scheduler: a scheduler over ``optimizer``, or a callable that makes one from it.
+        distributed_port: port for the first contact where the environment names none.
+        mpu: not supported; must be None.
+        dist_init_required: accepted; a process group is made when there is none.
+        collate_fn: for the returned loader.
+        config: a dict, a path, or base64 of JSON.
+        mesh_param: not supported; must be None.
+        config_params: older name of ``config``.
+
+    Returns:
+        The engine, the optimizer, the loader (or None) and the scheduler (or None).
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+        UsageError: the arguments do not fit together.
+    """
+    if model is None:
+        raise UsageError("initialize() needs a model.")
+    if mpu is not None or mesh_param is not None:
+        raise UsageError("initialize(): mpu and mesh_param are not supported; leave them out.")
+    settings = configuration.load(_config_source(args, config, config_params))
+    world.init_distributed(distributed_port=distributed_port)
+    device = world.device()
+    batch = settings.batch(dist.get_world_size())
+    lifetime = STAGES[settings.zero_optimization.stage]
+
+    inner = _resolve_optimizer(optimizer, model, model_parameters, settings)
+    trained = set(optimizer_parameters(inner)) if inner is not None else set[nn.Parameter]()
+    _check_model(model, trained if inner is not None else None)
+
+    mesh = build_mesh(dist.get_world_size() if lifetime.sharded else 1, device)
+    _place_buffers(model, mesh)
+    groups = choose_groups(
+        model, units=settings.zeroshard.units, is_trained=lambda p: p.requires_grad and p in trained
+    )
+    precision = _precision(settings)
+    units = [
+        build_unit(
+            group.members,
+            trained=group.trained,
+            lifetime=lifetime,
+            mesh=mesh,
+            precision=precision,
+        )
+        for group in groups
+    ]
+    schedule = Schedule(units, mesh, settings.zeroshard.lookahead_bytes)
+    runtime = Runtime(model, _make_sites(model, groups, units), units, schedule)
+    runtime.attach()
+
+    sharded = None
+    if inner is not None:
+        sharded = ShardedOptimizer(
+            inner,
+            units,
+            mesh,
+            policy=StepPolicy(
+                clip=settings.gradient_clipping,
+                skip_on_overflow=settings.fp16.enabled
+                or (settings.bf16.enabled and settings.bf16.check_grad_overflow),
+                allow_untested=settings.zero_allow_untested_optimizer,
+            ),
+            scaler=_make_scaler(settings),
+        )
+    scheduler = _resolve_scheduler(lr_scheduler, inner, settings)
+    loader = None
+    if training_data is not None:
+        loader = make_loader(
+            training_data,
+            batch_size=batch.micro,
+            rank=mesh.rank,
+            world=mesh.world,
+            collate_fn=collate_fn,
+            drop_last=settings.dataloader_drop_last,
+            pin_memory=device.type == "cuda",
+        )
+    engine = Engine(
+        model,
+        runtime,
+        mesh,
+        Settings(
+            batch=batch,
+            steps_per_print=settings.steps_per_print,
+            cast_inputs_to=torch.float16 if settings.fp16.enabled and settings.fp16.auto_cast else None,
+        ),
+        sharded=sharded,
+        lr_scheduler=scheduler,
+        training_dataloader=loader,
+        local_rank=world.local_rank(),
+    )
+    return engine, inner, loader, scheduler
+
+
+def _config_source(
+    args: Any, config: ConfigSource | None, config_params: ConfigSource | None
+) -> ConfigSource:
+    from_args = getattr(args, "deepspeed_config", None)
+    given = [source for source in (from_args, config, config_params) if source is not None]
+    if len(given) > 1:
+        raise ConfigError(
+            compose(
+                "initialize() was given more than one configuration, through args.deepspeed_config, "
+                "config or config_params.",
+                hint="pass exactly one.",
+            )
+        )
+    if not given:
+        raise ConfigError(
+            compose(
+                "initialize() was given no configuration.",
+                hint="pass config=... (a dict or a path), or --deepspeed_config PATH in args.",
+            )
+        )
+    return given[0]
+
+
+def _resolve_optimizer(
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None,
+    model: nn.Module,
+    model_parameters: Iterable[Any] | None,
+    settings: configuration.Config,
+) -> torch.optim.Optimizer | None:
+    """An optimizer over the model's own parameters, whichever way it was asked for."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    params = list(model_parameters) if model_parameters is not None else list(model.parameters())
+    params = [p for p in params if not isinstance(p, torch.Tensor) or p.requires_grad]
+    if optimizer is not None:
+        return optimizer(params)
+    if settings.optimizer is None:
+        return None
+    return make_optimizer(settings.optimizer.type, params, settings.optimizer.params)
+
+
+def _resolve_scheduler(
+    scheduler: Any, optimizer: torch.optim.Optimizer | None, settings: configuration.Config
+) -> Any:
+    if scheduler is None:
+        if settings.scheduler is None:
+            return None
+        maker = getattr(torch.optim.lr_scheduler, settings.scheduler.type, None)
+        if maker is None:
+            raise ConfigError(
+                compose(
+                    f'scheduler.type "{settings.scheduler.type}" is not built yet.',
+                    hint="use a class of torch.optim.lr_scheduler, or pass lr_scheduler=... to "
+                    "initialize().",
+                )
+            )
+        scheduler = partial(maker, **settings.scheduler.params)
+    if optimizer is None:
+        raise UsageError("initialize() was given a learning rate schedule but no optimizer.")
+    if not hasattr(scheduler, "step"):
+        scheduler = scheduler(optimizer)
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise UsageError("the learning rate schedule belongs to another optimizer.")
+    return scheduler
+
+
+def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
+    ignored: list[str] = []
+    for name, param in model.named_parameters():
+        if slot_of(param) is not None:
+            raise UsageError(
+                compose(
+                    f"{name} belongs to another engine already.",
+                    hint="give each engine a model of its own.",
+                )
+            )
+        if param.is_meta:
+            raise UsageError(
+                compose(
+                    f"{name} is on the meta device and has no values.",
+                    hint="materialise the model before initialize(), for example with "
+                    "model.to_empty() and its initialisation.",
+                )
+            )
+        if trained is not None and param.requires_grad and param not in trained:
+            ignored.append(name)
+    if ignored:
+        _log.warning(
+            "%d parameters require gradients but no optimizer steps them; their gradients are "
+            "dropped: %s",
+            len(ignored),
+            ", ".join(ignored[:5]),
+        )
+
+
+def _place_buffers(model: nn.Module, mesh: Mesh) -> None:
+    """Move buffers to the device, with the values of rank 0 everywhere."""
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(mesh.device)
+        broadcast_(buffer.data, mesh)
+
+
+def _precision(settings: configuration.Config) -> Precision:
+    compute = None
+    if settings.fp16.enabled:
+        compute = torch.float16
+    elif settings.bf16.enabled:
+        compute = torch.bfloat16
+    return Precision(
+        compute=compute,
+        reduce=_DTYPES[settings.communication_data_type or "fp32"],
+        accumulate=_DTYPES[settings.data_types.grad_accum_dtype or "fp32"],
+    )
+
+
+def _make_scaler(settings: configuration.Config) -> LossScaler | None:
+    fp16 = settings.fp16
+    if not fp16.enabled:
+        return None
+    return LossScaler(
+        ScalePolicy(
+            initial=fp16.loss_scale or 2.0**fp16.initial_scale_power,
+            dynamic=fp16.loss_scale == 0,
+            window=fp16.loss_scale_window,
+            hysteresis=fp16.hysteresis,
+            consecutive_hysteresis=fp16.consecutive_hysteresis,
+            minimum=fp16.min_loss_scale,
+        )
+    )
+
+
+def _make_sites(model: nn.Module, groups: list[Group], units: list[Unit]) -> list[Site]:
+    """One site for each module that uses units, outermost first; the model itself always is one."""
+    users: dict[nn.Module, list[Unit]] = {model: []}
+    for group, unit in zip(groups, units, strict=True):
+        for module in group.sites:
+            users.setdefault(module, []).append(unit)
+    names = {module: name for name, module in model.named_modules()}
+    return [Site(names[module], module, used) for module, used in users.items()]

@@ -1,0 +1,86 @@
+"""The loader that ``initialize(training_data=...)`` returns: each rank sees its own samples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from zeroshard.errors import UsageError
+
+__all__ = ["ShardedLoader", "make_loader"]
+
+_log = logging.getLogger(__name__)
+
+
+class _EveryNth(IterableDataset[Any]):
+    """Every ``world``-th sample of a stream, beginning with the ``rank``-th."""
+
+    def __init__(self, stream: IterableDataset[Any], rank: int, world: int) -> None:
+        self.stream, self.rank, self.world = stream, rank, world
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.stream), self.rank, None, self.world)
+
+
+class ShardedLoader:
+    """Micro-batches of this rank's samples; every pass over it is an epoch in a new order."""
+
+    def __init__(self, loader: DataLoader[Any], sampler: DistributedSampler[Any] | None) -> None:
+        self.loader, self.sampler, self.epoch = loader, sampler, 0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.sampler is not None:
+            self.sampler.set_epoch(self.epoch)
+        self.epoch += 1
+        return iter(self.loader)
+
+
+def make_loader(
+    data: object,
+    *,
+    batch_size: int,
+    rank: int,
+    world: int,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    drop_last: bool = False,
+    pin_memory: bool = False,
+) -> ShardedLoader:
+    """Distribute a dataset over the ranks.
+
+    A map-style dataset is shuffled anew each epoch and divided evenly. Of a stream each rank takes
+    every ``world``-th sample, which reads the whole stream on every rank.
+
+    Raises:
+        UsageError: ``data`` is not a torch dataset.
+    """
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "collate_fn": collate_fn,
+        "drop_last": drop_last,
+        "pin_memory": pin_memory,
+    }
+    if isinstance(data, IterableDataset):
+        if world > 1:
+            _log.warning(
+                "training_data is a stream: each of the %d ranks keeps every %d-th sample of it. "
+                "Pass your own loader if the stream is divided already.",
+                world,
+                world,
+            )
+        stream: IterableDataset[Any] = _EveryNth(data, rank, world)
+        return ShardedLoader(DataLoader(stream, **options), None)
+    if not (isinstance(data, Dataset) or hasattr(data, "__getitem__")):
+        raise UsageError(f"training_data must be a torch dataset, not {type(data).__name__}.")
+    dataset: Any = data
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        dataset, num_replicas=world, rank=rank, shuffle=True, drop_last=drop_last
+    )
+    return ShardedLoader(DataLoader(dataset, sampler=sampler, **options), sampler)

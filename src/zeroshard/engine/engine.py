@@ -1,0 +1,342 @@
+"""The engine: what a training loop calls. It knows steps and batches, nothing about sharding."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeroshard.config import Batch
+from zeroshard.core import tree
+from zeroshard.core.hooks import Runtime
+from zeroshard.core.mesh import Mesh
+from zeroshard.engine.data import ShardedLoader
+from zeroshard.engine.diagnose import explain_freed_read
+from zeroshard.errors import UsageError, compose
+from zeroshard.optim.sharded import ShardedOptimizer
+
+__all__ = ["Engine", "MemoryReport", "Settings"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the engine itself needs of the configuration."""
+
+    batch: Batch
+    steps_per_print: int | None = None
+    cast_inputs_to: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Bytes of model state on this rank.
+
+    Parameters and optimizer state as they are now; gradients as they were at the end of the last
+    backward, since the step frees them.
+    """
+
+    parameters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the three."""
+        return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
+
+
+class Engine(nn.Module):
+    """A model, its optimizer and its accumulation, driven by ``engine(...)``, ``backward``, ``step``.
+
+    Made by :func:`zeroshard.initialize`. Attributes that the engine does not have are looked up in
+    the model.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        runtime: Runtime,
+        mesh: Mesh,
+        settings: Settings,
+        *,
+        sharded: ShardedOptimizer | None,
+        lr_scheduler: Any = None,
+        training_dataloader: ShardedLoader | None = None,
+        local_rank: int = 0,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.runtime, self.mesh, self.settings = runtime, mesh, settings
+        self.lr_scheduler, self.training_dataloader = lr_scheduler, training_dataloader
+        self.local_rank, self.global_rank, self.world_size = local_rank, mesh.rank, mesh.world
+        self.device = mesh.device
+        self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
+        self._sharded = sharded
+        self._boundary_override: bool | None = None
+        self._is_in_no_sync = False
+        self._num_backwards_seen = 0
+        self._was_step_applied = False
+        self._refresh()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+    # Forward and backward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        if (dtype := self.settings.cast_inputs_to) is not None:
+            args, kwargs = tree.replace((args, kwargs), lambda t: _cast(t, dtype))
+        try:
+            return self.module(*args, **kwargs)
+        except Exception as error:
+            explanation = explain_freed_read(self.module, error)
+            self._recover()
+            if explanation is not None:
+                raise UsageError(explanation) from error
+            raise
+
+    def backward(
+        self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> Tensor:
+        """Accumulate the gradients of ``loss``; ``loss.backward()`` does the same.
+
+        The loss is a mean over the micro-batch. Gradients are averaged over ranks and over the
+        micro-steps of an accumulation when the optimizer steps.
+
+        Args:
+            loss: a scalar that depends on the engine's output.
+            retain_graph: keep the graph for another backward.
+            scale_wrt_gas: false to add up micro-steps instead of averaging them.
+
+        Returns:
+            The loss divided by the number of micro-steps, without graph.
+
+        Raises:
+            UsageError: the loss is no scalar with a graph, or its graph is used up.
+        """
+        if self._sharded is None:
+            raise UsageError(
+                compose(
+                    "engine.backward() needs an optimizer, and initialize() was given none.",
+                    hint='pass optimizer=..., or add an "optimizer" block to the configuration.',
+                )
+            )
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise UsageError(
+                compose(
+                    f"engine.backward() takes a scalar loss, not {shape}.",
+                    hint="reduce it first, for example with .mean().",
+                )
+            )
+        if not loss.requires_grad:
+            raise UsageError(
+                compose(
+                    "engine.backward() got a loss without a graph: no gradient can flow from it.",
+                    hint="compute it from engine(...) outside of torch.no_grad(), with the model in "
+                    "train mode and some parameter trainable.",
+                )
+            )
+        steps = self.gradient_accumulation_steps()
+        weight = torch.full_like(loss, 1.0 if scale_wrt_gas else float(steps))
+        try:
+            loss.backward(weight, retain_graph=retain_graph)
+        except Exception as error:
+            self.reset()
+            if "backward through the graph a second time" in str(error):
+                raise UsageError(
+                    compose(
+                        "engine.backward() was called on a graph that an earlier backward used up.",
+                        hint="call engine(...) again for a new graph, or keep the old one with "
+                        "backward(loss, retain_graph=True).",
+                    )
+                ) from error
+            raise
+        return loss.detach() / (steps if scale_wrt_gas else 1)
+
+    def step(self) -> None:
+        """End a micro-step; at an accumulation boundary, step the optimizer and the schedule.
+
+        Raises:
+            UsageError: no backward came before it, or it is inside ``no_sync``.
+        """
+        if self._sharded is None:
+            raise UsageError("engine.step() needs an optimizer, and initialize() was given none.")
+        if self._is_in_no_sync:
+            raise UsageError(
+                compose(
+                    "engine.step() was called inside no_sync(), where gradients are not reduced.",
+                    hint="leave the no_sync() block before the last backward and step after it.",
+                )
+            )
+        if self.runtime.num_backwards == self._num_backwards_seen:
+            raise UsageError(
+                compose(
+                    f"engine.step() number {self.micro_steps + 1} came without a backward: there "
+                    "is no gradient to step with.",
+                    hint="call engine.backward(loss) (or loss.backward()) before every step().",
+                )
+            )
+        self._check_scaled()
+        self._num_backwards_seen = self.runtime.num_backwards
+        self._was_step_applied = False
+        if self.is_gradient_accumulation_boundary():
+            self._take_step(self._sharded)
+        self.micro_steps += 1
+        self._refresh()
+
+    def _take_step(self, sharded: ShardedOptimizer) -> None:
+        self.runtime.flush()
+        self._was_step_applied = sharded.step(divide_by=self.gradient_accumulation_steps())
+        if not self._was_step_applied:
+            self.skipped_steps += 1
+        elif self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+        every = self.settings.steps_per_print
+        if every and self.global_steps % every == 0 and self.global_rank == 0:
+            _log.info(
+                "step=%d, skipped=%d, lr=%s, loss_scale=%g",
+                self.global_steps,
+                self.skipped_steps,
+                self.get_lr(),
+                self.loss_scale,
+            )
+
+    def _check_scaled(self) -> None:
+        if self.runtime.loss_scale is not None and not self.runtime.scaled:
+            self.reset()
+            raise UsageError(
+                compose(
+                    "fp16 gradients were computed without loss scaling: the loss did not pass "
+                    "through the outputs of the engine, so small gradients were lost.",
+                    hint="compute the loss from the result of engine(...), not of a submodule.",
+                )
+            )
+
+    def _refresh(self) -> None:
+        """Tell the runtime what the next backward is."""
+        self.runtime.boundary = self.is_gradient_accumulation_boundary()
+        if self._sharded is not None and (scaler := self._sharded.scaler) is not None:
+            self.runtime.loss_scale = torch.tensor(scaler.scale, device=self.device)
+            self.runtime.scaled = False
+
+    def _recover(self) -> None:
+        try:
+            self.runtime.reset()
+        except Exception:
+            _log.exception("recovery failed; the ranks are out of step and the job should end")
+
+    def reset(self) -> None:
+        """Give up the optimizer step under way: drop its gradients and start its accumulation anew.
+
+        For use after an exception in forward or backward that the training loop wants to survive.
+        """
+        self._recover()
+        self.zero_grad()
+        steps = self.gradient_accumulation_steps()
+        self.micro_steps -= self.micro_steps % steps
+        self._num_backwards_seen = self.runtime.num_backwards
+        self._refresh()
+
+    # Accumulation
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro-step under way is the last of its accumulation."""
+        if self._is_in_no_sync:
+            return False
+        if self._boundary_override is not None:
+            return self._boundary_override
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Decide by hand whether micro-steps are boundaries; None returns to counting them."""
+        self._boundary_override = is_boundary
+        self._refresh()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Only accumulate inside: where full gradients stay, nothing is reduced."""
+        if self._is_in_no_sync:
+            raise UsageError("no_sync() is already active; it cannot be nested.")
+        self._is_in_no_sync = True
+        self._refresh()
+        try:
+            yield
+        finally:
+            self._is_in_no_sync = False
+            self._refresh()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients accumulated since the last optimizer step."""
+        if self._sharded is not None:
+            self._sharded.clear_gradients()
+
+    def was_step_applied(self) -> bool:
+        """Whether the last call of ``step`` changed the weights."""
+        return self._was_step_applied
+
+    # What a training loop asks
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer given to ``initialize`` or built there; it steps slices of the parameters."""
+        return self._sharded.inner if self._sharded else None
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss; 1 unless training in fp16."""
+        return self._sharded.scaler.scale if self._sharded and self._sharded.scaler else 1.0
+
+    def get_global_grad_norm(self) -> Tensor | None:
+        """L2 norm of the last step's averaged gradients before clipping; None before the first."""
+        return self._sharded.norm if self._sharded else None
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of every param group."""
+        return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+
+    def train_batch_size(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self.settings.batch.train
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per micro-step on one rank."""
+        return self.settings.batch.micro
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-steps per optimizer step."""
+        return self.settings.batch.accumulation
+
+    def memory(self) -> MemoryReport:
+        """Bytes of model state on this rank."""
+        units = self.runtime.units
+        return MemoryReport(
+            parameters_bytes=sum(unit.parameter_bytes for unit in units),
+            gradients_bytes=self.runtime.gradient_bytes,
+            optimizer_bytes=self._sharded.state_bytes() if self._sharded else 0,
+        )
+
+    def destroy(self) -> None:
+        """Remove the hooks and give gradients and process groups back; the engine is of no more use."""
+        self.zero_grad()
+        self.runtime.detach()
+        self.mesh.destroy()
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

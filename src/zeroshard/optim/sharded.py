@@ -1,0 +1,195 @@
+"""Any torch optimizer over this rank's slices of the parameters.
+
+The user's optimizer object is kept, with its classes, groups, hyper-parameters and schedulers; only
+the tensors it steps are exchanged: each parameter for the slice of its fp32 master weights that this
+rank owns. One step is
+
+    norm of the averaged gradients -> skip on overflow -> unscale and clip in one pass -> step ->
+    publish
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeroshard.core.collectives import all_reduce_
+from zeroshard.core.mesh import Mesh
+from zeroshard.core.unit import Unit, slot_of
+from zeroshard.errors import UsageError, compose
+from zeroshard.optim.factory import ELEMENTWISE
+from zeroshard.optim.scaler import LossScaler
+
+__all__ = ["ShardedOptimizer", "StepPolicy", "optimizer_parameters"]
+
+_log = logging.getLogger(__name__)
+
+
+def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
+    """All parameters an optimizer steps."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPolicy:
+    """What happens between backward and the optimizer: ``clip`` 0 does not clip."""
+
+    clip: float = 0.0
+    skip_on_overflow: bool = False
+    allow_untested: bool = False
+
+
+class ShardedOptimizer:
+    """Steps the slices of all trained units with a torch optimizer.
+
+    ``inner`` is the user's optimizer; calling its ``step`` directly is refused, because the gradients
+    it needs exist only here.
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        units: Sequence[Unit],
+        mesh: Mesh,
+        *,
+        policy: StepPolicy,
+        scaler: LossScaler | None = None,
+    ) -> None:
+        self.inner, self.mesh, self.policy, self.scaler = inner, mesh, policy, scaler
+        self.units = tuple(unit for unit in units if unit.is_trained)
+        self.norm: Tensor | None = None
+        self._stepping = False
+        self._check_kind()
+        self._adopt()
+        inner.register_step_pre_hook(self._refuse_direct_step)
+
+    def _check_kind(self) -> None:
+        kind = type(self.inner)
+        if kind in ELEMENTWISE or self.mesh.shard.size == 1 or self.policy.allow_untested:
+            return
+        raise UsageError(
+            compose(
+                f"{kind.__name__} is not known to update each element on its own, and every rank "
+                f"here steps 1/{self.mesh.shard.size} of each parameter: its numbers could be wrong.",
+                hint='use "stage": 0, or set "zero_allow_untested_optimizer": true if the '
+                "update of an element depends on that element alone.",
+            )
+        )
+
+    def _adopt(self) -> None:
+        """Exchange parameters for slices in every group, and slice the state they already have."""
+        old_state = dict(self.inner.state)
+        self.inner.state.clear()
+        for number, group in enumerate(self.inner.param_groups):
+            slices: list[nn.Parameter] = []
+            for param in group["params"]:
+                slot = slot_of(param)
+                if slot is None or slot.unit not in self.units:
+                    raise UsageError(
+                        f"param group {number} of the optimizer holds a parameter of shape "
+                        f"{tuple(param.shape)} that is not a trainable parameter of the model."
+                    )
+                piece = slot.unit.slices[slot.index]
+                if piece.numel():
+                    slices.append(piece)
+                    if param in old_state:
+                        self.inner.state[piece] = self._slice_state(old_state[param], slot.unit, slot.index)
+            group["params"] = slices
+
+    def _slice_state(self, state: Mapping[str, Any], unit: Unit, index: int) -> dict[str, Any]:
+        owned = unit.layout.owned(index, self.mesh.shard.rank)
+        numel, piece = unit.layout.numels[index], unit.slices[index]
+        sliced: dict[str, Any] = {}
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() and value.numel() == numel:
+                value = value.reshape(-1)[owned.slice()].to(piece.device).view(piece.shape).clone()
+            sliced[key] = value
+        return sliced
+
+    def _refuse_direct_step(self, *_: object) -> None:
+        if not self._stepping:
+            raise UsageError(
+                compose(
+                    "the optimizer was stepped directly, but its gradients are sharded and not yet "
+                    "unscaled or clipped.",
+                    hint="call engine.step() instead of optimizer.step().",
+                )
+            )
+
+    def step(self, divide_by: float) -> bool:
+        """Make one step with the accumulated gradients divided by ``divide_by``; a collective.
+
+        Returns:
+            False if the gradients overflowed and the step was skipped.
+        """
+        for unit in self.units:
+            unit.settle()
+        divisor = divide_by * (self.scaler.scale if self.scaler else 1.0)
+        norm = self._global_norm() / divisor
+        self.norm = norm
+        # Reading the norm makes the host wait for backward: only where a step may be skipped.
+        overflow = self.policy.skip_on_overflow and not bool(torch.isfinite(norm))
+        if overflow:
+            self.clear_gradients()
+        else:
+            self._apply(norm, divisor)
+        if self.scaler is not None:
+            self.scaler.update(overflow)
+        return not overflow
+
+    def _apply(self, norm: Tensor, divisor: float) -> None:
+        shards: list[Tensor] = []
+        for unit in self.units:
+            unit.expose_gradients()
+            assert unit.grad_shard is not None, f"{unit.name} has no gradient after backward"
+            shards.append(unit.grad_shard)
+        if self.policy.clip > 0:
+            # torch.nn.utils.clip_grad_norm_ has the same epsilon.
+            factor = (self.policy.clip / (norm + 1e-6)).clamp(max=1.0) / divisor
+            for shard in shards:
+                shard.mul_(factor)
+        elif divisor != 1.0:
+            torch._foreach_mul_(shards, 1.0 / divisor)
+        self._stepping = True
+        try:
+            self.inner.step()
+        finally:
+            self._stepping = False
+        self.clear_gradients()
+        with torch.no_grad():
+            for unit in self.units:
+                unit.publish()
+            for unit in self.units:
+                if unit.is_full:
+                    unit.wait()
+
+    def _global_norm(self) -> Tensor:
+        """L2 norm over all gradients of all ranks, before unscaling and clipping."""
+        norms = [
+            torch.linalg.vector_norm(unit.grad_shard).float()
+            for unit in self.units
+            if unit.grad_shard is not None
+        ]
+        square = torch.stack(norms).double().square().sum() if norms else torch.zeros(())
+        return all_reduce_(square.to(self.mesh.device), self.mesh.shard).sqrt().float()
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients accumulated since the last step."""
+        for unit in self.units:
+            unit.clear_gradients()
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this rank: moments, and master weights kept beside parameters."""
+        moments = sum(
+            value.nbytes
+            for state in self.inner.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor) and value.dim()
+        )
+        return moments + sum(unit.master_bytes for unit in self.units)
