@@ -8,11 +8,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from zeroshard.core.collectives import broadcast_
 from zeroshard.core.unit import Unit, slot_of
+from zeroshard.errors import UsageError, compose
 
-__all__ = ["gathered"]
+__all__ = ["gathered", "guard_state_dict"]
 
 
 def _units(params: nn.Module | Tensor | Iterable[Tensor]) -> list[Unit]:
@@ -59,3 +61,42 @@ def gathered(
                     unit.adopt(partial(broadcast_, mesh=unit.mesh, src=modifier_rank))
             if not was_full:
                 unit.free()
+
+
+def guard_state_dict(model: nn.Module) -> list[RemovableHandle]:
+    """Refuse to save or load a state dict of freed parameters, which would be empty tensors.
+
+    Weights loaded into full parameters are kept, also as master weights.
+    """
+
+    def before_save(module: nn.Module, *_: object) -> None:
+        _refuse_freed(module, "state_dict()", "with zeroshard.gathered(model):")
+
+    def before_load(module: nn.Module, *_: object) -> None:
+        _refuse_freed(
+            module, "load_state_dict()", "with zeroshard.gathered(model, modifier_rank=0):"
+        )
+
+    def after_load(module: nn.Module, _: object) -> None:
+        with torch.no_grad():
+            for unit in _units(module):
+                unit.adopt(lambda full: full)
+
+    handles: list[RemovableHandle] = []
+    for module in model.modules():
+        handles.append(module.register_state_dict_pre_hook(before_save))
+        handles.append(module.register_load_state_dict_pre_hook(before_load))
+    return [*handles, model.register_load_state_dict_post_hook(after_load)]
+
+
+def _refuse_freed(module: nn.Module, call: str, hint: str) -> None:
+    for name, param in module.named_parameters(recurse=False):
+        slot = slot_of(param)
+        if slot is not None and not slot.unit.is_full:
+            raise UsageError(
+                compose(
+                    f"{call} of {type(module).__name__} needs full parameters, but the unit of its "
+                    f"{name} is freed: its data lives in {slot.unit.mesh.shard.size} shards.",
+                    hint=f"every rank enters `{hint}` and calls it inside.",
+                )
+            )

@@ -1,13 +1,12 @@
 """The only file that calls torch.distributed collectives.
 
-[Note: streams]
-A buffer is allocated and freed on the compute stream only. A collective is started from the compute
-stream: it runs on its process group's own stream, after everything the compute stream was given so
-far, and the compute stream goes on at once. Waiting on the returned ticket makes the compute stream
-(for gloo: the host) wait for the collective. So every use of a buffer by another stream lies between
-two events on the compute stream; no ``record_stream`` is needed and no block of memory can be handed
-out while a collective still touches it. Gathers and reductions have process groups, and therefore
-streams, of their own and overlap each other and the computation.
+[Note: streams] A buffer is allocated and freed on the compute stream only. A collective is started
+from the compute stream: it runs on its process group's own stream, after everything the compute
+stream was given so far, and the compute stream goes on at once. Waiting on the returned ticket
+makes the compute stream (for gloo: the host) wait for the collective. So every use of a buffer by
+another stream lies between two events on the compute stream; no ``record_stream`` is needed and no
+block of memory can be handed out while a collective still touches it. Gathers and reductions have
+process groups, and therefore streams, of their own and overlap each other and the computation.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ DONE: Ticket = _Done()
 
 
 def all_gather(full: Tensor, shard: Tensor, axis: Axis) -> Ticket:
-    """Start filling ``full`` with the shards of all ranks; ``shard`` may be this rank's part of it."""
+    """Start filling ``full`` with all ranks' shards; ``shard`` may be this rank's part of it."""
     if axis.gather is None:
         if shard.data_ptr() != full.data_ptr():
             full.copy_(shard)

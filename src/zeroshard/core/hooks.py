@@ -9,10 +9,10 @@ forward; each such use has a bracket in backward too:
   tensors). Autograd runs ready nodes in the reverse order of their creation, and every node of the
   call was created after the aliases, so by then all nodes of the call have run.
 
-While a bracket is open its units are full. A call whose inputs take no gradient closes at the end of
-backward. A unit's gradient is complete when the last of its uses has closed; what arrives later (a
-module used in two graphs, say) is reduced at the end of backward, so completeness is only a matter
-of memory and overlap, never of right numbers.
+While a bracket is open its units are full. A call whose inputs take no gradient closes at the end
+of backward. A unit's gradient is complete when the last of its uses has closed; what arrives later
+(a module used in two graphs, say) is reduced at the end of backward, so completeness is only a
+matter of memory and overlap, never of right numbers.
 
 Checkpointing runs forward again inside backward. Non-reentrant: the original call's hooks are still
 there, the recomputation only needs the units full. Reentrant: the original call ran without
@@ -21,9 +21,13 @@ gradients and left no hooks, so the recomputation opens the bracket itself.
 Hooks are invisible to torch.compile, which compiles what lies between them.
 """
 
+# Autograd's callback and graph task have no public name.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,19 +36,21 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from zeroshard.core import tree
+from zeroshard.core.access import guard_state_dict
+from zeroshard.core.external import unwatch, watch
 from zeroshard.core.schedule import Schedule
-from zeroshard.core.unit import Unit
+from zeroshard.core.unit import Unit, slot_of
 
 __all__ = ["Runtime", "Site"]
 
 
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]
+    return torch._C._current_graph_task_id() != -1
 
 
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Keep a hook out of compiled regions."""
-    return torch._dynamo.disable(hook)  # pyright: ignore[reportPrivateUsage]
+    return torch._dynamo.disable(hook)
 
 
 class Site:
@@ -76,14 +82,19 @@ class _Counts:
 class Runtime:
     """Drives the units of one model; owns no tensor.
 
-    ``boundary`` says whether the next backward ends an accumulation. ``loss_scale``, a tensor or None,
-    multiplies every gradient that enters the model through the outputs of ``root``.
+    ``boundary`` says whether the next backward ends an accumulation. ``loss_scale``, a tensor or
+    None, multiplies every gradient that enters the model through the outputs of ``root``.
     """
 
     def __init__(
         self, root: nn.Module, sites: Sequence[Site], units: Sequence[Unit], schedule: Schedule
     ) -> None:
-        self.root, self.sites, self.units, self.schedule = root, sites, tuple(units), schedule
+        self.root, self.sites, self.units, self.schedule = (
+            root,
+            tuple(sites),
+            tuple(units),
+            schedule,
+        )
         self.trained = tuple(unit for unit in units if unit.is_trained)
         self.boundary = True
         self.loss_scale: Tensor | None = None
@@ -99,15 +110,27 @@ class Runtime:
             if member.param.requires_grad
         ]
         self._counts = {unit: _Counts() for unit in units}
-        self._depth = 0
         self._training = False
         self._finish_queued = False
+        self._active: list[Site] = []  # sites whose forward is running, innermost last
         self._handles: list[RemovableHandle] = []
+        # Layers that are units of their own; a block's parameters are the block's own business.
+        self._watched = [
+            site.module
+            for site in sites
+            if site.module is not root
+            and not any(True for _ in site.module.children())
+            and not all(unit.lifetime.params_stay for unit in site.units)
+        ]
 
     def attach(self) -> None:
         """Register the hooks."""
         for site in self.sites:
             self._attach_site(site)
+        watch(self._watched, self._on_read)
+        self._handles += guard_state_dict(self.root)
+        for unit in self.units:
+            unit.add_use = partial(self.add_use, unit=unit)
 
     def _attach_site(self, site: Site) -> None:
         @_eager
@@ -129,6 +152,32 @@ class Runtime:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        unwatch(self._watched)
+
+    def add_use(self, module: nn.Module, unit: Unit) -> Site:
+        """Gather a unit whenever ``module`` runs, too."""
+        for site in self.sites:
+            if site.module is module:
+                if unit not in site.units:
+                    site.units = (*site.units, unit)
+                return site
+        site = Site(type(module).__name__, module, [unit])
+        self.sites = (*self.sites, site)
+        self._attach_site(site)
+        return site
+
+    def _on_read(self, param: nn.Parameter) -> None:
+        """A parameter was looked up; if it is freed, the module that runs uses it from now on."""
+        if not self._active or _in_backward():
+            return
+        slot = slot_of(param)
+        site = self._active[-1]
+        if slot is None or slot.unit.is_full or slot.unit in site.units:
+            return
+        self.add_use(site.module, slot.unit)
+        self._counts[slot.unit].open += 1
+        self._counts[slot.unit].uses += self._training
+        self.schedule.need(slot.unit)
 
     # Forward
 
@@ -138,15 +187,15 @@ class Runtime:
         if _in_backward():
             use = self._before_recomputation(site)
         else:
-            if site.module is self.root and self._depth:
+            if site.module is self.root and self._active:
                 self._forget_calls()  # an earlier forward was left by an exception
-            if self._depth == 0:
+            if not self._active:
                 # Reentrant checkpointing turns gradients off inside; the outermost module knows.
                 self._training = torch.is_grad_enabled()
                 self.schedule.begin(self._kind())
-            self._depth += 1
             use = _Use(site)
             site.calls.append(use)
+            self._active.append(site)
             for unit in site.units:
                 self._counts[unit].open += 1
                 self._counts[unit].uses += self._training
@@ -181,8 +230,8 @@ class Runtime:
         if _in_backward() or not site.calls:
             return output
         use = site.calls.pop()
-        self._depth -= 1
-        outermost = self._depth == 0
+        self._active.pop()
+        outermost = not self._active
         keep = False
         if self._training and not torch.is_grad_enabled():
             site.unhooked += 1
@@ -272,7 +321,7 @@ class Runtime:
         for site in self.sites:
             site.calls.clear()
             site.unhooked = 0
-        self._depth = 0
+        self._active.clear()
 
     def reset(self) -> None:
         """Return to the state between two passes after an exception in forward or backward."""

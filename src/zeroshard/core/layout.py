@@ -93,6 +93,24 @@ class Layout:
         start = min(max(start, 0), self.shard_numel)
         return Range(start, start + owned.numel)
 
+    def cuts(self, rank: int) -> tuple[list[int], list[int]]:
+        """How to split a rank's shard in one go: sizes that cover it, and which belongs to whom.
+
+        Returns:
+            The sizes, padding included, and for each parameter the position of its slice in them.
+        """
+        sizes: list[int] = []
+        at: list[int] = []
+        end = 0
+        for index in range(len(self.numels)):
+            start, stop = self.slice_of(index, rank)
+            if start > end:
+                sizes.append(start - end)
+            at.append(len(sizes))
+            sizes.append(stop - start)
+            end = max(end, stop)
+        return [*sizes, self.shard_numel - end], at
+
     def gaps(self) -> Sequence[Range]:
         """The ranges of the flat buffer that belong to no parameter."""
         ranges: list[Range] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,18 +57,20 @@ class Mesh:
                 dist.destroy_process_group(group)
 
 
+def _new_group(ranks: list[int], **options: Any) -> dist.ProcessGroup | None:
+    """A group of its own for these ranks; None on the others. All ranks call it."""
+    group = dist.new_group(ranks, **options)
+    return group if isinstance(group, dist.ProcessGroup) else None
+
+
 def _axis(grid: list[list[int]], rank: int) -> Axis:
     """Make the groups of every row of ``grid``; all ranks call this with the same grid."""
     mine = next(row for row in grid if rank in row)
     if len(mine) == 1:
         return Axis(size=1, rank=0)
-    groups: dict[str, dist.ProcessGroup] = {}
-    for kind in ("gather", "reduce"):
-        for row in grid:
-            group = dist.new_group(row)
-            if rank in row:
-                groups[kind] = group
-    return Axis(len(mine), mine.index(rank), groups["gather"], groups["reduce"])
+    groups = [[_new_group(row) for row in grid] for _ in ("gather", "reduce")]
+    gather, reduce = (next(group for group in row if group is not None) for row in groups)
+    return Axis(len(mine), mine.index(rank), gather, reduce)
 
 
 def build_mesh(shard_size: int, device: torch.device, timeout: timedelta | None = None) -> Mesh:
@@ -83,9 +86,11 @@ def build_mesh(shard_size: int, device: torch.device, timeout: timedelta | None 
         raise UsageError(f"a shard axis of {shard_size} ranks does not divide {world} ranks.")
     rows = [list(range(start, start + shard_size)) for start in range(0, world, shard_size)]
     columns = [list(range(column, world, shard_size)) for column in range(shard_size)]
+    control = _new_group(list(range(world)), backend="gloo", timeout=timeout)
+    assert control is not None, "every rank is in the control group"
     return Mesh(
         shard=_axis(rows, rank),
         replicate=_axis(columns, rank),
-        control=dist.new_group(list(range(world)), backend="gloo", timeout=timeout),
+        control=control,
         device=device,
     )

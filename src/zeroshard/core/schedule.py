@@ -1,22 +1,23 @@
 """In which order the ranks gather and reduce, and how they agree on it.
 
-[Note: agreed windows]
-Collectives of one group must be issued in the same order by all ranks, but ranks may run different
-modules: experts, a vision tower, another order of blocks. So no collective of a step is issued
-because one rank's module asked for it. The ranks agree on a *window*, a short list of operations,
-and each issues exactly these. A rank that turns out not to need one of them issues it all the same
-and drops the result; a rank that needs something else first issues the rest of the window, then asks
-for a new one. Any rank can complete a window alone, without running a module, so
+[Note: agreed windows] Collectives of one group must be issued in the same order by all ranks, but
+ranks may run different modules: experts, a vision tower, another order of blocks. So no collective
+of a step is issued because one rank's module asked for it. The ranks agree on a *window*, a short
+list of operations, and each issues exactly these. A rank that turns out not to need one of them
+issues it all the same and drops the result; a rank that needs something else first issues the rest
+of the window, then asks for a new one. Any rank can complete a window alone, without running a
+module, so
 
 * no rank ever waits for a module that another one does not run, and
 * whatever one rank waits for, every other rank issues before it waits for anything itself.
 
-A window comes from what ranks expect to need, which is what they needed in the last pass of the same
-kind. Each shows its expectation to the others (a few integers over the host group) and the window is
-their longest common prefix. Ranks that agree all the time, the normal case, exchange some integers
-every 64 operations, ahead of the device. Where already the first operations differ, the window holds
-the first wish of every rank. A reduction that a window holds but a rank cannot yet serve contributes
-zeros there, and what arrives later is reduced again at the end of backward: sums lose nothing.
+A window comes from what ranks expect to need, which is what they needed in the last pass of the
+same kind. Each shows its expectation to the others (a few integers over the host group) and the
+window is their longest common prefix. Ranks that agree all the time, the normal case, exchange some
+integers every 64 operations, ahead of the device. Where already the first operations differ, the
+window holds the first wish of every rank. A reduction that a window holds but a rank cannot yet
+serve contributes zeros there, and what arrives later is reduced again at the end of backward: sums
+lose nothing.
 
 Expectations are only hints. An order that changes costs at most a window of unused prefetches.
 """
@@ -24,7 +25,7 @@ Expectations are only hints. An order that changes costs at most a window of unu
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from zeroshard.core.collectives import exchange
@@ -173,9 +174,9 @@ class Schedule:
             wanted = self._describe(wish[0]) if wish else "the end of the pass"
             raise DistributedError(
                 compose(
-                    f"rank {self._mesh.rank} wants {wanted}, and other ranks did not answer: {error}",
-                    hint="look at the first error of the other ranks; a rank that left its training "
-                    "loop, or waits in a collective of its own, answers no more.",
+                    f"rank {self._mesh.rank} wants {wanted}, and others did not answer: {error}",
+                    hint="look at the first error of the other ranks; a rank that left its "
+                    "training loop, or waits in a collective of its own, answers no more.",
                 )
             ) from error
         ops = (
@@ -232,7 +233,7 @@ class Schedule:
         return sum(self._sizes[unit] for unit in (*self._ahead, coming)) <= self._budget
 
     def _run_ahead(self) -> None:
-        """Issue what the window allows now: gathers within the budget, reductions that are ready."""
+        """Issue what may start now: gathers within the budget, reductions that are ready."""
         while self._window:
             op = self._window[0]
             if not (self._fits(op.unit) if op.kind == "gather" else op.unit in self._ready):

@@ -23,7 +23,7 @@ class Store(Protocol):
         ...
 
     def read(self, into: Tensor) -> Tensor:
-        """The shard as a device tensor: ``into`` filled with it, or a tensor that already holds it."""
+        """The shard as a device tensor: ``into`` filled with it, or one that holds it already."""
         ...
 
     def write(self, shard: Tensor) -> None:

@@ -77,7 +77,7 @@ def _rebuild(
     assign: Callable[[Any, Any, Any], None],
     function: Callable[[Tensor], Tensor],
 ) -> Any:
-    """A copy of a mapping or dataclass with changed values, made without calling its constructor."""
+    """A mapping or dataclass with changed values, copied without calling its constructor."""
     changed = {key: new for key, old in items.items() if (new := replace(old, function)) is not old}
     if not changed:
         return tree

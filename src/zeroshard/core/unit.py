@@ -3,23 +3,26 @@
 [Note: flat units]
 Five tensors, and no others, hold a unit on a rank:
 
-    full          the whole flat buffer in the compute dtype; the parameters are views into it
-    shard         this rank's range of it, kept by the store; a part of ``full`` where parameters stay
-    master        this rank's range in the master dtype; what the optimizer steps. The same memory as
+    full          the whole flat buffer in the compute dtype; the parameters are views into it shard
+    this rank's range of it, kept by the store; a part of ``full`` where parameters stay master
+    this rank's range in the master dtype; what the optimizer steps. The same memory as
                   ``shard`` where the two dtypes are equal
     full gradient a flat buffer like ``full``; exists only while gradients are full
     grad shard    the average over ranks of this rank's range, summed over micro-steps
 
 ``full`` and the full gradient own one storage for ever and give its memory back by resizing it to
 zero. Views of it, those that autograd saved included, become valid again when the storage is
-refilled: that is why backward needs no replacement parameters and no copy out of the collective.
-A freed storage must never be reachable from outside (an operation on it reads unmapped memory), so
-a freed parameter points at an empty placeholder instead; its ``nn.Parameter`` object stays the same.
+refilled: that is why backward needs no replacement parameters and no copy out of the collective. A
+freed storage must never be reachable from outside (an operation on it reads unmapped memory), so a
+freed parameter points at an empty placeholder instead; its ``nn.Parameter`` object stays the same.
 
-The optimizer sees one slice of ``master`` per parameter, never the flat tensor: hyper-parameters and
-state stay per parameter, and a frozen parameter cannot decay. For the same reason a unit is uniform
-in dtype and in whether it is trained.
+The optimizer sees one slice of ``master`` per parameter, never the flat tensor: hyper-parameters
+and state stay per parameter, and a frozen parameter cannot decay. For the same reason a unit is
+uniform in dtype and in whether it is trained.
 """
+
+# Torch's list operations have no public name.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ class Member:
 
 
 class FlatBuffer:
-    """A flat tensor with one view per parameter, whose memory comes and goes under the same views."""
+    """A flat tensor with one view per parameter; its memory comes and goes under the views."""
 
     def __init__(self, tensor: Tensor, layout: Layout, shapes: Sequence[torch.Size]) -> None:
         self.tensor = tensor
@@ -121,26 +124,34 @@ class Unit:
         self.layout, self.lifetime, self.mesh = layout, lifetime, mesh
         self.master, self.precision = master, precision
         self._full, self._store, self._gradient = full, store, gradient
+        self._params = [member.param for member in members]
+        self._shapes = [view.shape for view in full.views]
+        self._cut_sizes, self._cut_at = layout.cuts(mesh.shard.rank)
         self._placeholder = full.tensor.new_empty(0)
         self._gathering: Ticket = DONE
         self._is_readable = False
         self._reducing: _Reduction | None = None
         self.has_gradient = False
         self.grad_shard: Tensor | None = None
+        self.add_use: Callable[[nn.Module], object] | None = None  # set by the runtime
         self.slices = () if master is None else self._make_slices(master)
 
     def _make_slices(self, master: Tensor) -> tuple[nn.Parameter, ...]:
-        rank, whole = self.mesh.shard.rank, self.mesh.shard.size == 1
-        slices: list[nn.Parameter] = []
-        for index, member in enumerate(self.members):
-            part = master[self.layout.slice_of(index, rank).slice()]
-            # Whole parameters keep their shape, so optimizers that need matrices work unsharded.
-            slices.append(nn.Parameter(part.view(member.param.shape) if whole else part))
-        return tuple(slices)
+        return tuple(nn.Parameter(part) for part in self._cut(master))
+
+    def _cut(self, shard: Tensor) -> list[Tensor]:
+        """Views of a shard, one for each parameter's slice."""
+        parts = shard.split_with_sizes(self._cut_sizes)
+        if self.mesh.shard.size > 1:
+            return [parts[at] for at in self._cut_at]
+        # Whole parameters keep their shape, so optimizers that need matrices work unsharded.
+        return [parts[at].view(shape) for at, shape in zip(self._cut_at, self._shapes, strict=True)]
 
     def __repr__(self) -> str:
         kind = "trained" if self.is_trained else "frozen"
-        return f"Unit({self.name}: {len(self.members)} parameters, {self.nbytes_full} bytes, {kind})"
+        return (
+            f"Unit({self.name}: {len(self.members)} parameters, {self.nbytes_full} bytes, {kind})"
+        )
 
     @property
     def name(self) -> str:
@@ -179,8 +190,8 @@ class Unit:
         self._gathering.wait()
         self._gathering = DONE
         if not self._is_readable:
-            for member, view in zip(self.members, self._full.views, strict=True):
-                member.param.data = view
+            for param, view in zip(self._params, self._full.views, strict=True):
+                param.data = view
             self._is_readable = True
 
     def free(self) -> None:
@@ -189,13 +200,14 @@ class Unit:
             return
         self._gathering.wait()
         self._gathering = DONE
-        for member in self.members:
-            member.param.data = self._placeholder
+        placeholder = self._placeholder
+        for param in self._params:
+            param.data = placeholder
         self._is_readable = False
         self._full.release()
 
     def publish(self) -> None:
-        """Put the stepped master weights where the next gather reads them; start it if params stay."""
+        """Put the stepped master weights where gathers read; start one where parameters stay."""
         assert self.master is not None, f"{self.name} is frozen and has no master weights"
         self._store.write(self.master)
         if self.lifetime.params_stay:
@@ -218,21 +230,41 @@ class Unit:
 
     def collect(self) -> bool:
         """Add the gradients that arrived to the full gradient; say whether there were any."""
-        arrived = [i for i, member in enumerate(self.members) if member.param.grad is not None]
+        grads = [param.grad for param in self._params]
+        arrived = [index for index, grad in enumerate(grads) if grad is not None]
         if not arrived:
             return False
-        grads = [self._take_grad(i) for i in arrived]
+        given = [self._checked(index, grad) for index, grad in enumerate(grads) if grad is not None]
+        for index in arrived:
+            self._params[index].grad = None
         if self.has_gradient:
-            torch._foreach_add_([self._buffer.views[i] for i in arrived], grads)
+            torch._foreach_add_([self._buffer.views[index] for index in arrived], given)
             return True
         buffer = self._fresh_gradient()
-        missing = sorted(set(range(len(self.members))).difference(arrived))
-        zeroed = [*buffer.gaps, *(buffer.views[i] for i in missing)]
+        zeroed = buffer.gaps
+        if len(arrived) < len(grads):
+            zeroed = zeroed + [
+                view for view, grad in zip(buffer.views, grads, strict=True) if grad is None
+            ]
         if zeroed:
             torch._foreach_zero_(zeroed)
-        torch._foreach_copy_([buffer.views[i] for i in arrived], grads)
+        torch._foreach_copy_([buffer.views[index] for index in arrived], given)
         self.has_gradient = True
         return True
+
+    def _checked(self, index: int, grad: Tensor) -> Tensor:
+        if grad.layout != torch.strided:
+            grad = grad.to_dense()
+        if grad.shape != self._shapes[index]:
+            raise UsageError(
+                compose(
+                    f"{self.members[index].name} was read while its unit was freed: its gradient "
+                    f"has shape {tuple(grad.shape)}, the parameter {tuple(self._shapes[index])}.",
+                    hint="wrap the read in zeroshard.gathered(...), or declare the module that "
+                    "reads it: zeroshard.register_external_parameter(module, parameter).",
+                )
+            )
+        return grad
 
     @property
     def _buffer(self) -> FlatBuffer:
@@ -248,26 +280,8 @@ class Unit:
         self._buffer.allocate()
         return self._buffer
 
-    def _take_grad(self, index: int) -> Tensor:
-        member = self.members[index]
-        grad = member.param.grad
-        assert grad is not None, f"{member.name} has no gradient to take"
-        member.param.grad = None
-        if grad.layout != torch.strided:
-            grad = grad.to_dense()
-        if grad.shape != self._full.views[index].shape:
-            raise UsageError(
-                compose(
-                    f"{member.name} was read while its unit was freed: its gradient has shape "
-                    f"{tuple(grad.shape)}, the parameter {tuple(self._full.views[index].shape)}.",
-                    hint="wrap the read in zeroshard.gathered(...), or let the module that reads it "
-                    'be a unit: "zeroshard": {"units": [...]}.',
-                )
-            )
-        return grad
-
     def reduce(self) -> None:
-        """Start averaging the full gradient over all ranks, zeros where there is none. A collective."""
+        """Start averaging the full gradient over all ranks, zeros if none. A collective."""
         with record_function(f"zeroshard::reduce ({self.name})"):
             if not self.has_gradient:
                 self._fresh_gradient().tensor.zero_()
@@ -303,18 +317,17 @@ class Unit:
         self.has_gradient = False
         for piece in self.slices:
             piece.grad = None
-        for member in self.members:
-            member.param.grad = None
+        for param in self._params:
+            param.grad = None
         if self._gradient is not None:
             self._gradient.release()
 
     def expose_gradients(self) -> None:
         """Show the optimizer each slice's part of the grad shard."""
         assert self.grad_shard is not None and self.master is not None, f"{self.name}: no gradient"
-        grad = self.grad_shard = self.grad_shard.to(self.master.dtype)
-        rank = self.mesh.shard.rank
-        for index, piece in enumerate(self.slices):
-            piece.grad = grad[self.layout.slice_of(index, rank).slice()].view(piece.shape)
+        self.grad_shard = self.grad_shard.to(self.master.dtype)
+        for piece, grad in zip(self.slices, self._cut(self.grad_shard), strict=True):
+            piece.grad = grad
 
     # Accounting
 
@@ -361,7 +374,12 @@ def slot_of(param: Tensor) -> Slot | None:
 
 
 def build_unit(
-    members: Sequence[Member], *, trained: bool, lifetime: Lifetime, mesh: Mesh, precision: Precision
+    members: Sequence[Member],
+    *,
+    trained: bool,
+    lifetime: Lifetime,
+    mesh: Mesh,
+    precision: Precision,
 ) -> Unit:
     """Move parameters into a new unit, with the values of rank 0. A collective.
 

@@ -128,7 +128,7 @@ def hosts(nodelist: str) -> Iterator[str]:
         yield from _expand(pattern)
 
 
-def init_distributed(  # noqa: PLR0913 - the arguments of deepspeed.init_distributed
+def init_distributed(  # noqa: PLR0913, PLR0917 - the arguments of deepspeed.init_distributed
     dist_backend: str | None = None,
     auto_mpi_discovery: bool = True,
     distributed_port: int = DEFAULT_PORT,
@@ -471,7 +471,7 @@ def _join(
     if init_method is None:
         if found.world_size == 1:
             # Nobody else has to find us, so no port is taken.
-            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] - it is documented
+            store = dist.HashStore()
         else:
             init_method = _tcp_url(found.master_addr, found.master_port)
     try:

@@ -41,7 +41,7 @@ class Group:
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """Modules of one class that repeat in a container and consist of several layers; outermost only."""
+    """The outermost modules of one class that repeat in a container and have several layers."""
     blocks: list[nn.Module] = []
     _find_blocks(model, blocks)
     return blocks
@@ -179,5 +179,3 @@ def describe(groups: Sequence[Group], names: dict[nn.Module, str]) -> str:
         dtype = str(group.members[0].param.dtype).removeprefix("torch.")
         lines.append(f"{sites}: {len(group.members)} parameters, {numel} elements, {dtype}, {kind}")
     return "\n".join(lines)
-
-

@@ -31,7 +31,7 @@ from zeroshard.optim.factory import make_optimizer
 from zeroshard.optim.scaler import LossScaler, ScalePolicy
 from zeroshard.optim.sharded import ShardedOptimizer, StepPolicy, optimizer_parameters
 
-__all__ = ["initialize"]
+__all__ = ["initialize", "register_external_parameter"]
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,7 +39,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ConfigSource = str | Path | Mapping[str, object]
 
 
-def initialize(  # noqa: PLR0913 - the signature is DeepSpeed's
+def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     args: Any = None,
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
@@ -146,7 +146,9 @@ def initialize(  # noqa: PLR0913 - the signature is DeepSpeed's
         Settings(
             batch=batch,
             steps_per_print=settings.steps_per_print,
-            cast_inputs_to=torch.float16 if settings.fp16.enabled and settings.fp16.auto_cast else None,
+            cast_inputs_to=torch.float16
+            if settings.fp16.enabled and settings.fp16.auto_cast
+            else None,
         ),
         sharded=sharded,
         lr_scheduler=scheduler,
@@ -164,8 +166,8 @@ def _config_source(
     if len(given) > 1:
         raise ConfigError(
             compose(
-                "initialize() was given more than one configuration, through args.deepspeed_config, "
-                "config or config_params.",
+                "initialize() was given more than one configuration: of args.deepspeed_config, "
+                "config and config_params only one may be set.",
                 hint="pass exactly one.",
             )
         )
@@ -295,3 +297,20 @@ def _make_sites(model: nn.Module, groups: list[Group], units: list[Unit]) -> lis
             users.setdefault(module, []).append(unit)
     names = {module: name for name, module in model.named_modules()}
     return [Site(names[module], module, used) for module, used in users.items()]
+
+
+def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Keep a parameter full while a module runs that uses it without holding it.
+
+    Raises:
+        UsageError: no engine manages the parameter (yet).
+    """
+    slot = slot_of(parameter)
+    if slot is None or slot.unit.add_use is None:
+        raise UsageError(
+            compose(
+                "register_external_parameter(): no engine manages this parameter.",
+                hint="call it after initialize(), with a parameter of engine.module.",
+            )
+        )
+    slot.unit.add_use(module)

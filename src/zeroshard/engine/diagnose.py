@@ -18,7 +18,9 @@ def explain_freed_read(model: nn.Module, error: Exception) -> str | None:
     The innermost frame of the traceback is the code that failed; a freed parameter whose attribute
     name, and whose owner's, occur in it is the likely cause.
     """
-    if isinstance(error, UsageError) or not isinstance(error, (RuntimeError, IndexError, ValueError)):
+    if isinstance(error, UsageError) or not isinstance(
+        error, (RuntimeError, IndexError, ValueError)
+    ):
         return None
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = set(frames[-1].f_code.co_names) if frames else set[str]()
@@ -32,12 +34,11 @@ def explain_freed_read(model: nn.Module, error: Exception) -> str | None:
             suspects.append(name)
     if not suspects:
         return None
-    shown = ", ".join(suspects[:3])
     return compose(
-        f"{shown} was probably read while its unit was freed: {error}\n"
-        f"A module's parameters are full only while that module runs, and "
-        f"{frames[-1].f_code.co_qualname if hasattr(frames[-1].f_code, 'co_qualname') else frames[-1].f_code.co_name} "
-        "is not its module.",
-        hint=f"wrap the read in zeroshard.gathered(...), or declare it before the first step: "
-        f"zeroshard.register_external_parameter(reader_module, model.{suspects[0]}).",
+        f"{', '.join(suspects[:3])} was probably read while its unit was freed: {error}\n"
+        f"Parameters are full only while a module that uses them runs, and "
+        f"{frames[-1].f_code.co_name} at line {frames[-1].f_lineno} of "
+        f"{frames[-1].f_code.co_filename} is not known to.",
+        hint="wrap the read in zeroshard.gathered(...), or declare it after initialize(): "
+        f"zeroshard.register_external_parameter(reading_module, model.{suspects[0]}).",
     )

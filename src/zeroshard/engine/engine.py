@@ -53,7 +53,7 @@ class MemoryReport:
 
 
 class Engine(nn.Module):
-    """A model, its optimizer and its accumulation, driven by ``engine(...)``, ``backward``, ``step``.
+    """A model, its optimizer and its accumulation: ``engine(...)``, ``backward``, ``step``.
 
     Made by :func:`zeroshard.initialize`. Attributes that the engine does not have are looked up in
     the model.
@@ -146,8 +146,8 @@ class Engine(nn.Module):
             raise UsageError(
                 compose(
                     "engine.backward() got a loss without a graph: no gradient can flow from it.",
-                    hint="compute it from engine(...) outside of torch.no_grad(), with the model in "
-                    "train mode and some parameter trainable.",
+                    hint="compute it from engine(...) outside of torch.no_grad(), with some "
+                    "parameter of the model trainable.",
                 )
             )
         steps = self.gradient_accumulation_steps()
@@ -294,7 +294,7 @@ class Engine(nn.Module):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer given to ``initialize`` or built there; it steps slices of the parameters."""
+        """The optimizer given to ``initialize`` or built there, over slices of the parameters."""
         return self._sharded.inner if self._sharded else None
 
     @property
@@ -332,7 +332,7 @@ class Engine(nn.Module):
         )
 
     def destroy(self) -> None:
-        """Remove the hooks and give gradients and process groups back; the engine is of no more use."""
+        """Remove the hooks, give gradients and process groups back; the engine is used up."""
         self.zero_grad()
         self.runtime.detach()
         self.mesh.destroy()

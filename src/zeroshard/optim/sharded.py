@@ -1,12 +1,15 @@
 """Any torch optimizer over this rank's slices of the parameters.
 
 The user's optimizer object is kept, with its classes, groups, hyper-parameters and schedulers; only
-the tensors it steps are exchanged: each parameter for the slice of its fp32 master weights that this
-rank owns. One step is
+the tensors it steps are exchanged: each parameter for the slice of its fp32 master weights that
+this rank owns. One step is
 
     norm of the averaged gradients -> skip on overflow -> unscale and clip in one pass -> step ->
     publish
 """
+
+# Torch's list operations have no public name.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -48,8 +51,8 @@ class StepPolicy:
 class ShardedOptimizer:
     """Steps the slices of all trained units with a torch optimizer.
 
-    ``inner`` is the user's optimizer; calling its ``step`` directly is refused, because the gradients
-    it needs exist only here.
+    ``inner`` is the user's optimizer; calling its ``step`` directly is refused, because the
+    gradients it needs exist only here.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class ShardedOptimizer:
         raise UsageError(
             compose(
                 f"{kind.__name__} is not known to update each element on its own, and every rank "
-                f"here steps 1/{self.mesh.shard.size} of each parameter: its numbers could be wrong.",
+                f"here steps 1/{self.mesh.shard.size} of each parameter: numbers could be wrong.",
                 hint='use "stage": 0, or set "zero_allow_untested_optimizer": true if the '
                 "update of an element depends on that element alone.",
             )
@@ -99,7 +102,9 @@ class ShardedOptimizer:
                 if piece.numel():
                     slices.append(piece)
                     if param in old_state:
-                        self.inner.state[piece] = self._slice_state(old_state[param], slot.unit, slot.index)
+                        self.inner.state[piece] = self._slice_state(
+                            old_state[param], slot.unit, slot.index
+                        )
             group["params"] = slices
 
     def _slice_state(self, state: Mapping[str, Any], unit: Unit, index: int) -> dict[str, Any]:
@@ -185,7 +190,7 @@ class ShardedOptimizer:
             unit.clear_gradients()
 
     def state_bytes(self) -> int:
-        """Bytes of optimizer state on this rank: moments, and master weights kept beside parameters."""
+        """Bytes of state on this rank: moments, and master weights kept beside parameters."""
         moments = sum(
             value.nbytes
             for state in self.inner.state.values()

@@ -1,0 +1,133 @@
+"""What sharding costs on one rank: time of a step under stages 0-3 over plain PyTorch.
+
+    python benchmarks/overhead.py [--model small|blocks] [--rounds 40]
+
+The model has 1,000 small parameters, so per-parameter work shows. All engines take turns, one step
+each per round, so that a change of the machine's speed hits all alike; the figure is the median
+over rounds of (engine's step / plain step of the same round). Prints one line per engine and a JSON
+line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import zeroshard
+
+
+class Small(nn.Module):
+    """500 linear layers in a row: 1,000 small parameters, and nothing that repeats as a block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(500))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean()
+
+
+class Blocks(nn.Module):
+    """100 residual blocks of 10 parameters each, found as units."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), *(nn.Linear(width, width) for _ in range(4)))
+            for _ in range(100)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x.square().mean()
+
+
+MODELS = {"small": Small, "blocks": Blocks}
+
+
+def plain_step(model: nn.Module) -> Callable[[Tensor], None]:
+    """A step of plain PyTorch with the optimizer kernel that zeroshard uses."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+
+    def step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        model(x).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def zero_step(model: nn.Module, stage: int, batch: int) -> Callable[[Tensor], None]:
+    """A step of the engine."""
+    engine, _, _, _ = zeroshard.initialize(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": batch,
+            "gradient_clipping": 1.0,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+            "zero_optimization": {"stage": stage},
+        },
+    )
+
+    def step(x: Tensor) -> None:
+        engine.backward(engine(x))
+        engine.step()
+
+    return step
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=sorted(MODELS), default="small")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    zeroshard.init_distributed()
+    model = MODELS[args.model](args.width)
+    steps = {"plain": plain_step(copy.deepcopy(model))}
+    for stage in range(4):
+        steps[f"stage {stage}"] = zero_step(copy.deepcopy(model), stage, args.batch)
+    x = torch.randn(args.batch, args.width)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(args.rounds + 3):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(x)
+            if number >= 3:  # the first rounds warm up
+                seconds[name].append(time.perf_counter() - start)
+    result = {
+        "benchmark": "overhead",
+        "model": args.model,
+        "torch": torch.__version__,
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "step_ms": {name: round(1e3 * statistics.median(s), 2) for name, s in seconds.items()},
+        "ratio": {
+            name: round(
+                statistics.median(a / b for a, b in zip(s, seconds["plain"], strict=True)), 4
+            )
+            for name, s in seconds.items()
+        },
+    }
+    for name, ratio in result["ratio"].items():
+        print(f"{name:8} {result['step_ms'][name]:8.2f} ms   x {ratio:.3f}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""Keys that a DeepSpeed file may hold and that this version does not act on.
+
+Every key of a configuration is in exactly one class. `Honoured` keys are fields of the models in
+`schema`. The rest is listed here, each with its reason: `NoEffect` keys can be ignored without
+changing a single number, `Refused` keys cannot, except at the values that ask for nothing.
+
+To build a feature, delete its row here and add a field there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from zeroshard.config.values import is_auto, is_block, is_list
+
+__all__ = [
+    "ALIASES",
+    "ROWS",
+    "Honoured",
+    "NoEffect",
+    "Path",
+    "Refused",
+    "Treatment",
+]
+
+Path = tuple[str, ...]
+"""Where a key sits, from the top of the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Honoured:
+    """The key does what it says."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoEffect:
+    """The key is accepted and changes nothing."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The key is an error unless its value asks for nothing."""
+
+    reason: str
+    """Why the value cannot simply be ignored, as a whole sentence."""
+
+    harmless: Callable[[object], bool]
+    """Whether a value asks for nothing."""
+
+    instead: str
+    """What to write, as the hint of the error."""
+
+    subkey: str = ""
+    """The key inside a block that the error shows."""
+
+    reported: bool = False
+    """Whether a harmless value still joins the no-effect warning."""
+
+
+Treatment = Honoured | NoEffect | Refused
+
+
+def _only(*values: object) -> Callable[[object], bool]:
+    """Accept null, "auto" and the given values; `True` is not 1 here."""
+
+    def harmless(value: object) -> bool:
+        if isinstance(value, bool | int | float | str):
+            return is_auto(value) or any(
+                value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+                for allowed in values
+            )
+        return value is None
+
+    return harmless
+
+
+def _at_most(bound: int) -> Callable[[object], bool]:
+    """Accept null, "auto" and numbers up to a bound."""
+
+    def harmless(value: object) -> bool:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value <= bound
+        return value is None or is_auto(value)
+
+    return harmless
+
+
+def _no_elements(value: object) -> bool:
+    """Accept null, "auto" and an empty list."""
+    return not value if is_list(value) else _only()(value)
+
+
+def _disabled(value: object) -> bool:
+    """Accept null, false and a block whose switch is off or missing."""
+    return _only(False)(value.get("enabled") if is_block(value) else value)
+
+
+def _nothing_enabled(value: object) -> bool:
+    """Accept a block in which no nested switch is on."""
+    inner = value.values() if is_block(value) else ()
+    return _disabled(value) and all(_nothing_enabled(block) for block in inner if is_block(block))
+
+
+def _empty(value: object) -> bool:
+    """Accept null, false, an empty block and a block switched off by name."""
+    if is_block(value):
+        return not value or value.get("enabled") is False
+    return _disabled(value)
+
+
+def _on_device(value: object) -> bool:
+    """Accept an offload block that leaves everything on the device."""
+    if is_block(value):
+        return _only("none")(value.get("device"))
+    return _only(False)(value)
+
+
+def _no_ranks_per_tensor(value: object) -> bool:
+    """Accept a tensor parallel block of one rank."""
+    if not is_block(value):
+        return _only(False)(value)
+    tp = value.get("tp")
+    size = tp.get("tp_size") if is_block(tp) else tp
+    return _at_most(1)(value.get("autotp_size")) and _at_most(1)(size)
+
+
+def _switch(reason: str, *, subkey: str = "") -> Refused:
+    return Refused(
+        reason=reason,
+        harmless=_disabled,
+        instead='remove it, or set "enabled": false.' if subkey else "remove it, or set false.",
+        subkey=subkey,
+    )
+
+
+def _removed(what: str, harmless: Callable[[object], bool] = _disabled) -> Refused:
+    return Refused(
+        reason=f"DeepSpeed itself has removed {what}, and it is not built yet here.",
+        harmless=harmless,
+        instead="remove the key.",
+        subkey="enabled",
+        reported=True,
+    )
+
+
+_UNOBSERVED = NoEffect("Monitoring and profiling are not built yet.")
+_NO_OFFLOAD = NoEffect("It tunes offloading, which is not built yet.")
+_NO_CHECKPOINTS = NoEffect("Checkpoints are not built yet.")
+_WHOLE_UNITS = NoEffect("Parameters are gathered, reduced and freed by units.")
+_ALWAYS_FREE = NoEffect("It guards a mechanism that this library does not have.")
+
+_TOP: Mapping[str, NoEffect | Refused] = {
+    "activation_checkpointing": NoEffect("Checkpoint activations in the model itself."),
+    "aio": _NO_OFFLOAD,
+    "amp": _removed("Apex AMP"),
+    "autotuning": NoEffect("Tuning by trial runs is not built yet."),
+    "checkpoint": _NO_CHECKPOINTS,
+    "comet": _UNOBSERVED,
+    "comms_logger": _UNOBSERVED,
+    "compile": NoEffect("Compile the model's blocks with torch.compile."),
+    "compression_training": _removed("compression training", _nothing_enabled),
+    "csv_monitor": _UNOBSERVED,
+    "curriculum_learning": _removed("this form of curriculum learning"),
+    "data_efficiency": Refused(
+        reason="It changes which samples are seen, and it is not built yet.",
+        harmless=_disabled,
+        instead='remove it, or set "enabled": false.',
+        subkey="enabled",
+        reported=True,
+    ),
+    "data_parallel_size": NoEffect("Every rank is data parallel."),
+    "disable_allgather": NoEffect("DeepSpeed ignores it too."),
+    "disable_python_gc": NoEffect("The garbage collector is left to the script."),
+    "dump_state": NoEffect("Print the configuration in the script."),
+    "eigenvalue": _removed("eigenvalue estimation"),
+    "elasticity": _removed("elastic batch sizes"),
+    "expert_parallel": _switch("Expert parallelism is not built yet.", subkey="enabled"),
+    "flops_profiler": _UNOBSERVED,
+    "gradient_allreduce_op": Refused(
+        reason="Gradients are averaged over the ranks; a sum is not built yet.",
+        harmless=_only("mean"),
+        instead='set "mean", and multiply the loss by the number of ranks if a sum is meant.',
+    ),
+    "gradient_predivide_factor": Refused(
+        reason="Dividing in two steps rounds gradients differently, and it is not built yet.",
+        harmless=_only(1),
+        instead="remove it, or set 1.0.",
+    ),
+    "graph_harvesting": _removed("graph harvesting"),
+    "hybrid_engine": _switch("An engine that also generates is not built yet.", subkey="enabled"),
+    "log_level": NoEffect('Set the level of the "zeroshard" logger.'),
+    "managed_gradient_accumulation": Refused(
+        reason="Without it every step() is an optimizer step, which is not built yet.",
+        harmless=_only(True),
+        instead="remove it, and call engine.set_gradient_accumulation_boundary() instead.",
+    ),
+    "memory_breakdown": _UNOBSERVED,
+    "msamp": _switch("MS-AMP changes every number format, and it is not built yet."),
+    "nebula": _removed("Nebula checkpoints"),
+    "pipeline": NoEffect("Pipeline parallelism is not built yet."),
+    "prescale_gradients": _switch(
+        "Dividing before the reduction rounds gradients differently, and it is not built yet."
+    ),
+    "progressive_layer_drop": _removed("progressive layer drop"),
+    "quantize_training": _removed("quantized training", _nothing_enabled),
+    "seq_parallel_communication_data_type": NoEffect("Sequence parallelism is not built yet."),
+    "sequence_parallel_size": Refused(
+        reason="Sequence parallelism is not built yet.",
+        harmless=_at_most(1),
+        instead="remove it, or set 1.",
+    ),
+    "sparse_attention": _removed("sparse attention", _empty),
+    "sparse_gradients": _switch(
+        "Gradients are reduced as dense tensors; sparse reduction is not built yet."
+    ),
+    "tensor_parallel": Refused(
+        reason="Tensor parallelism is not built yet.",
+        harmless=_no_ranks_per_tensor,
+        instead="remove the block.",
+        subkey="autotp_size",
+    ),
+    "tensorboard": _UNOBSERVED,
+    "timers": _UNOBSERVED,
+    "torch_autocast": _switch(
+        "The forward pass would run in other dtypes, which is not built yet.", subkey="enabled"
+    ),
+    "use_data_before_expert_parallelism": NoEffect("Expert parallelism is not built yet."),
+    "vocabulary_size": NoEffect("It only makes DeepSpeed print a warning."),
+    "wall_clock_breakdown": _UNOBSERVED,
+    "wandb": _UNOBSERVED,
+    "zero_force_ds_cpu_optimizer": _NO_OFFLOAD,
+    # Some frameworks write these three dotted names at the top by mistake; DeepSpeed ignores them.
+    "zero_optimization.reduce_bucket_size": _WHOLE_UNITS,
+    "zero_optimization.stage3_param_persistence_threshold": _WHOLE_UNITS,
+    "zero_optimization.stage3_prefetch_bucket_size": _WHOLE_UNITS,
+}
+
+_OPTIMIZER: Mapping[str, NoEffect | Refused] = {"legacy_fusion": _ALWAYS_FREE}
+
+_OPTIMIZER_PARAMS: Mapping[str, NoEffect | Refused] = {
+    "max_grad_norm": Refused(
+        reason="Optimizers do not clip here, as in DeepSpeed.",
+        harmless=_only(),
+        instead='move the number to the top-level key "gradient_clipping".',
+    ),
+}
+
+_FP16: Mapping[str, NoEffect | Refused] = {
+    "fp16_master_weights_and_grads": _switch("Master weights are fp32; fp16 is not built yet."),
+}
+
+_BF16: Mapping[str, NoEffect | Refused] = {
+    "bf16_master_weights_and_grads": _switch("Master weights are fp32; bf16 is not built yet."),
+    "bf16_optimizer_states": _switch("Optimizer state is fp32; bf16 is not built yet."),
+    "immediate_grad_update": NoEffect("Gradients are always accumulated as they arrive."),
+}
+
+_DATA_TYPES: Mapping[str, NoEffect | Refused] = {
+    "buffer_dtype": Refused(
+        reason="Buffers keep the dtype they were made in; casting them is not built yet.",
+        harmless=_only(),
+        instead="remove it, and cast the buffers in the model.",
+    ),
+    "keep_in_fp32_modules": Refused(
+        reason="Keeping some modules in fp32 changes the results, and it is not built yet.",
+        harmless=_no_elements,
+        instead='remove it, or set "auto".',
+    ),
+    "param_dtype": Refused(
+        reason="The fp16 and bf16 blocks choose the dtype; a second choice is not built yet.",
+        harmless=_only(),
+        instead='remove it, and set "enabled" in the fp16 or bf16 block.',
+    ),
+}
+
+
+def _offload(what: str) -> Refused:
+    return Refused(
+        reason=f"Moving {what} off the device is not built yet.",
+        harmless=_on_device,
+        instead='remove it, or set "device": "none".',
+        subkey="device",
+    )
+
+
+_ZERO: Mapping[str, NoEffect | Refused] = {
+    "compute_grad_norm": NoEffect("The norm is always computed."),
+    "cpu_offload": _switch("Moving optimizer state off the device is not built yet."),
+    "cpu_offload_param": _switch("Moving parameters off the device is not built yet."),
+    "cpu_offload_use_pin_memory": _NO_OFFLOAD,
+    "elastic_checkpoint": _ALWAYS_FREE,
+    "enable_sanity_checks": _ALWAYS_FREE,
+    "grad_hooks": _ALWAYS_FREE,
+    "leaf_module": NoEffect('Name the modules to gather as one in "zeroshard": {"units": []}.'),
+    "legacy_stage1": _switch("DeepSpeed itself refuses it, and it is not built yet here."),
+    "load_from_fp32_weights": _NO_CHECKPOINTS,
+    "log_trace_cache_warnings": _ALWAYS_FREE,
+    "memory_efficient_linear": NoEffect("torch.nn.functional.linear is never replaced."),
+    "mics_hierarchical_params_gather": NoEffect("It tunes MiCS, which is not built yet."),
+    "mics_shard_size": Refused(
+        reason="Sharding over a part of the ranks is not built yet.",
+        harmless=_at_most(0),
+        instead="remove it, or set -1.",
+    ),
+    "offload_optimizer": _offload("optimizer state"),
+    "offload_param": _offload("parameters"),
+    "override_module_apply": _ALWAYS_FREE,
+    "parameter_alignment": _WHOLE_UNITS,
+    "pipeline_loading_checkpoint": _ALWAYS_FREE,
+    "save_muon_momentum_buffer_in_memory": _NO_OFFLOAD,
+    "stage3_allgather_sequential": _WHOLE_UNITS,
+    "stage3_model_persistence_threshold": _WHOLE_UNITS,
+    "stage3_module_granularity_threshold": _WHOLE_UNITS,
+    "stage3_use_all_reduce_for_fetch_params": _WHOLE_UNITS,
+    "use_multi_rank_bucket_allreduce": _WHOLE_UNITS,
+    "zenflow": Refused(
+        reason="ZenFlow applies updates late, and it is not built yet.",
+        harmless=_only(False),
+        instead="remove the block.",
+    ),
+    "zero_hpz_partition_size": Refused(
+        reason="A second copy of the parameters inside a node is not built yet.",
+        harmless=_at_most(1),
+        instead="remove it, or set 1.",
+    ),
+    "zero_quantized_gradients": _switch("Reducing in 4 bits is lossy, and it is not built yet."),
+    "zero_quantized_nontrainable_weights": _switch(
+        "Gathering in 8 bits is lossy, and it is not built yet."
+    ),
+    "zero_quantized_weights": _switch("Gathering in 8 bits is lossy, and it is not built yet."),
+    "zeropp_loco_param": Refused(
+        reason="Error feedback for lossy reduction is not built yet.",
+        harmless=_only(False),
+        instead="remove the block.",
+    ),
+}
+
+_BLOCKS: Mapping[Path, Mapping[str, NoEffect | Refused]] = {
+    (): _TOP,
+    ("optimizer",): _OPTIMIZER,
+    ("optimizer", "params"): _OPTIMIZER_PARAMS,
+    ("fp16",): _FP16,
+    ("bf16",): _BF16,
+    ("data_types",): _DATA_TYPES,
+    ("zero_optimization",): _ZERO,
+}
+
+ROWS: Mapping[Path, NoEffect | Refused] = {
+    (*block, name): row for block, rows in _BLOCKS.items() for name, row in rows.items()
+}
+"""Every known key that is not a field of the schema."""
+
+_STAGE3_KEYS = (
+    "allgather_sequential",
+    "gather_16bit_weights_on_model_save",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "model_persistence_threshold",
+    "module_granularity_threshold",
+    "param_persistence_threshold",
+    "prefetch_bucket_size",
+    "use_all_reduce_for_fetch_params",
+)
+
+ALIASES: Mapping[Path, Path] = {
+    ("bfloat16",): ("bf16",),
+    ("zero_optimization", "stage3_gather_fp16_weights_on_model_save"): (
+        "zero_optimization",
+        "stage3_gather_16bit_weights_on_model_save",
+    ),
+    **{("zero_optimization", key): ("zero_optimization", f"stage3_{key}") for key in _STAGE3_KEYS},
+}
+"""Second names of keys, each with the name used here."""
