@@ -58,6 +58,8 @@ class Site:
 
     def __init__(self, name: str, module: nn.Module, units: Sequence[Unit]) -> None:
         self.name, self.module, self.units = name, module, tuple(units)
+        # The gradient of an embedding is made of indices alone.
+        self.reads_in_backward = type(module) is not nn.Embedding
         self.calls: list[_Use] = []  # calls in forward now, innermost last
         self.unhooked = 0  # calls of this pass that ran without gradients: reentrant checkpointing
 
@@ -246,7 +248,7 @@ class Runtime:
         use.aliases.clear()
         for unit in site.units:
             self._counts[unit].open -= 1
-            if not (keep or self._counts[unit].open):
+            if not (keep or self._counts[unit].open or self.schedule.keeps(unit)):
                 unit.free()
         if outermost and not self._training:
             self.schedule.end_forward(self._kind())
@@ -274,7 +276,10 @@ class Runtime:
         use.opened = True
         for unit in use.site.units:
             self._counts[unit].open += 1
-            self.schedule.need(unit)
+            if use.site.reads_in_backward:
+                self.schedule.need(unit)
+            else:
+                unit.outline()
 
     def _close(self, use: _Use) -> None:
         if use.closed or not use.opened:
@@ -284,7 +289,7 @@ class Runtime:
             counts = self._counts[unit]
             counts.open -= 1
             counts.uses -= 1
-            if counts.open <= 0:
+            if counts.open <= 0 and not self.schedule.keeps(unit):
                 unit.free()
             if counts.uses <= 0 and unit.is_trained and unit.collect() and self._reduces(unit):
                 self.schedule.ready(unit)

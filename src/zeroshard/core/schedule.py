@@ -116,6 +116,7 @@ class Schedule:
         self._sizes = {index: unit.nbytes_full for index, unit in enumerate(units)}
         self._window: deque[Op] = deque()
         self._ahead: list[int] = []  # gathered, not needed yet, oldest first
+        self._kept: list[int] = []  # left full because the pass is expected to go on with them
         self._ready: list[int] = []  # gradients complete, reduction not issued
         self._reducing: Unit | None = None
         self._issued: set[int] = set()  # reduced since the last end of backward
@@ -149,10 +150,28 @@ class Schedule:
         self._cursor = next(later, self._cursor)
 
     def _expected(self) -> Iterator[Op]:
+        """What is still to come in this pass, gathers of kept units left out."""
         past = self._history.get(self._kind, [])
-        if self._cursor is None:
-            return iter(())
-        return (past[i] for i in range(self._cursor, len(past)))
+        start = len(past) if self._cursor is None else self._cursor
+        before = self._record[-1] if self._record else None
+        for op in (past[i] for i in range(start, len(past))):
+            if op != before:
+                yield op
+            before = op
+
+    def keeps(self, unit: Unit) -> bool:
+        """Whether the pass goes on with this very unit, so that freeing it would be in vain."""
+        past = self._history.get(self._kind, [])
+        op = Op("gather", self._index[unit])
+        if self._cursor is None or past[self._cursor : self._cursor + 1] != [op]:
+            return False
+        if op.unit not in self._kept:
+            self._kept.append(op.unit)
+        return True
+
+    def _drop_kept(self) -> None:
+        while self._kept:
+            self._units[self._kept.pop()].free()
 
     # Agreement
 
@@ -245,10 +264,14 @@ class Schedule:
     def need(self, unit: Unit) -> None:
         """Make a unit's parameters readable now."""
         index = self._index[unit]
+        op = Op("gather", index)
         if unit.is_full and index not in self._ahead:
+            if index in self._kept:
+                self._kept.remove(index)
+                self._note(op)
             unit.wait()
             return
-        op = Op("gather", index)
+        self._drop_kept()
         self._note(op)
         if index in self._ahead:
             self._ahead.remove(index)
@@ -319,5 +342,6 @@ class Schedule:
         self._record, self._cursor = [], None
 
     def _drop_ahead(self) -> None:
+        self._drop_kept()
         while self._ahead:
             self._units[self._ahead.pop()].free()

@@ -129,7 +129,7 @@ class Unit:
         self._cut_sizes, self._cut_at = layout.cuts(mesh.shard.rank)
         self._placeholder = full.tensor.new_empty(0)
         self._gathering: Ticket = DONE
-        self._is_readable = False
+        self._is_readable = self._is_outlined = False
         self._reducing: _Reduction | None = None
         self.has_gradient = False
         self.grad_shard: Tensor | None = None
@@ -196,15 +196,27 @@ class Unit:
 
     def free(self) -> None:
         """Give the memory of full parameters back, where the lifetime says so."""
-        if self.lifetime.params_stay or not self.is_full:
+        if self.lifetime.params_stay or not (self.is_full or self._is_outlined):
             return
         self._gathering.wait()
         self._gathering = DONE
         placeholder = self._placeholder
         for param in self._params:
             param.data = placeholder
-        self._is_readable = False
+        self._is_readable = self._is_outlined = False
         self._full.release()
+
+    def outline(self) -> None:
+        """Give freed parameters their shapes back, without memory and without a gather.
+
+        For modules whose backward never reads the weight: autograd wants to see its shape, no more.
+        """
+        if self.is_full:
+            return
+        nothing = torch.full_like(self._placeholder.new_empty(1), torch.nan)
+        for param, shape in zip(self._params, self._shapes, strict=True):
+            param.data = nothing.expand(shape)
+        self._is_outlined = True
 
     def publish(self) -> None:
         """Put the stepped master weights where gathers read; start one where parameters stay."""
