@@ -21,11 +21,11 @@ from zeroshard.core.mesh import Axis, Mesh
 
 __all__ = [
     "DONE",
+    "Exchange",
     "Ticket",
     "all_gather",
     "all_reduce_",
     "broadcast_",
-    "exchange",
     "reduce_mean",
 ]
 
@@ -109,11 +109,22 @@ def broadcast_(tensor: Tensor, mesh: Mesh, src: int = 0) -> Tensor:
     return tensor
 
 
-def exchange(numbers: list[int], mesh: Mesh) -> list[list[int]]:
-    """Show a list of integers of a length common to all ranks to every rank; on the host."""
-    mine = torch.tensor(numbers, dtype=torch.int64)
-    if mesh.world == 1:
-        return [numbers]
-    everyone = torch.empty(mesh.world * len(numbers), dtype=torch.int64)
-    _gather_op(everyone, mine, group=mesh.control)
-    return everyone.view(mesh.world, -1).tolist()
+class Exchange:
+    """Shows a list of integers, of a length common to all ranks, to every rank; on the host.
+
+    Its tensors live as long as it does: a tensor whose last owner is a thread of gloo's cannot be
+    freed while the interpreter shuts down, and aborts the process.
+    """
+
+    def __init__(self, mesh: Mesh, length: int) -> None:
+        self._mesh = mesh
+        self._mine = torch.zeros(length, dtype=torch.int64)
+        self._all = torch.zeros(mesh.world * length, dtype=torch.int64)
+
+    def __call__(self, numbers: list[int]) -> list[list[int]]:
+        """Give every rank's list, in the order of ranks."""
+        if self._mesh.world == 1:
+            return [numbers]
+        self._mine.copy_(torch.tensor(numbers))
+        _gather_op(self._all, self._mine, group=self._mesh.control)
+        return self._all.view(self._mesh.world, -1).tolist()

@@ -174,7 +174,7 @@ class Runtime:
             return
         slot = slot_of(param)
         site = self._active[-1]
-        if slot is None or slot.unit.is_full or slot.unit in site.units:
+        if slot is None or slot.unit in site.units or self._counts[slot.unit].open:
             return
         self.add_use(site.module, slot.unit)
         self._counts[slot.unit].open += 1

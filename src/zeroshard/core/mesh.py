@@ -8,6 +8,8 @@ slip between two of ours in another order on another rank.
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,31 +32,47 @@ class Axis:
     reduce: dist.ProcessGroup | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class Mesh:
-    """The ranks that share one model."""
+    """The ranks that share one model, and the process groups between them."""
 
-    shard: Axis
-    replicate: Axis
-    control: dist.ProcessGroup
-    device: torch.device
-
-    @property
-    def world(self) -> int:
-        """Number of ranks."""
-        return self.shard.size * self.replicate.size
-
-    @property
-    def rank(self) -> int:
-        """This rank's number among them."""
-        return self.replicate.rank * self.shard.size + self.shard.rank
+    def __init__(
+        self, shard: Axis, replicate: Axis, control: dist.ProcessGroup | None, device: torch.device
+    ) -> None:
+        self.shard, self.replicate, self.control, self.device = shard, replicate, control, device
+        self.world = shard.size * replicate.size
+        self.rank = replicate.rank * shard.size + shard.rank
 
     def destroy(self) -> None:
-        """Give the process groups back; a collective, and nothing may use the mesh afterwards."""
-        axes = (self.shard, self.replicate)
-        for group in (self.control, *(g for axis in axes for g in (axis.gather, axis.reduce))):
-            if group is not None:
-                dist.destroy_process_group(group)
+        """Give the process groups back; nothing may use the mesh afterwards."""
+        groups = [g for axis in (self.shard, self.replicate) for g in (axis.gather, axis.reduce)]
+        self.shard = Axis(self.shard.size, self.shard.rank)
+        self.replicate = Axis(self.replicate.size, self.replicate.rank)
+        _destroy(groups)
+        self.destroy_control()
+
+    def destroy_control(self) -> None:
+        """Give back only the group over which hosts talk."""
+        groups, self.control = [self.control], None
+        _destroy(groups)
+
+
+def _destroy(groups: list[dist.ProcessGroup | None]) -> None:
+    """Destroy groups and drop the caller's references: a group's threads end with its last one."""
+    while groups:
+        group = groups.pop()
+        if group is not None and dist.is_initialized():
+            dist.destroy_process_group(group)
+
+
+def _destroy_at_exit(reference: weakref.ref[Mesh]) -> None:
+    """End gloo's threads before the interpreter ends: one that outlives it aborts the process."""
+    mesh = reference()
+    if mesh is None:
+        return
+    if mesh.device.type == "cpu":
+        mesh.destroy()
+    else:
+        mesh.destroy_control()  # the device's groups may wait for ranks that failed
 
 
 def _new_group(ranks: list[int], **options: Any) -> dist.ProcessGroup | None:
@@ -88,9 +106,6 @@ def build_mesh(shard_size: int, device: torch.device, timeout: timedelta | None 
     columns = [list(range(column, world, shard_size)) for column in range(shard_size)]
     control = _new_group(list(range(world)), backend="gloo", timeout=timeout)
     assert control is not None, "every rank is in the control group"
-    return Mesh(
-        shard=_axis(rows, rank),
-        replicate=_axis(columns, rank),
-        control=control,
-        device=device,
-    )
+    mesh = Mesh(_axis(rows, rank), _axis(columns, rank), control, device)
+    atexit.register(_destroy_at_exit, weakref.ref(mesh))
+    return mesh

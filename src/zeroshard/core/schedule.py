@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from zeroshard.core.collectives import exchange
+from zeroshard.core.collectives import Exchange
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import Unit
 from zeroshard.errors import DistributedError, compose
@@ -114,6 +114,7 @@ class Schedule:
         self._units, self._mesh, self._budget = units, mesh, budget
         self._index = {unit: index for index, unit in enumerate(units)}
         self._sizes = {index: unit.nbytes_full for index, unit in enumerate(units)}
+        self._ask = Exchange(mesh, 1 + _WINDOW)
         self._window: deque[Op] = deque()
         self._ahead: list[int] = []  # gathered, not needed yet, oldest first
         self._kept: list[int] = []  # left full because the pass is expected to go on with them
@@ -188,7 +189,7 @@ class Schedule:
         numbers = [op.unit + (count if op.kind == "reduce" else 0) for op in wish]
         padded = [len(numbers), *numbers, *([-1] * (_WINDOW - len(numbers)))]
         try:
-            answers = exchange(padded, self._mesh)
+            answers = self._ask(padded)
         except RuntimeError as error:
             wanted = self._describe(wish[0]) if wish else "the end of the pass"
             raise DistributedError(

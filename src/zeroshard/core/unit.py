@@ -127,6 +127,7 @@ class Unit:
         self._params = [member.param for member in members]
         self._shapes = [view.shape for view in full.views]
         self._cut_sizes, self._cut_at = layout.cuts(mesh.shard.rank)
+        self._mine = full.tensor[layout.shard(mesh.shard.rank).slice()]
         self._placeholder = full.tensor.new_empty(0)
         self._gathering: Ticket = DONE
         self._is_readable = self._is_outlined = False
@@ -181,8 +182,7 @@ class Unit:
         self._gathering.wait()
         with record_function(f"zeroshard::gather ({self.name})"):
             self._full.allocate()
-            mine = self._full.tensor[self.layout.shard(self.mesh.shard.rank).slice()]
-            shard = self._store.read(mine)
+            shard = self._store.read(self._mine)
             self._gathering = all_gather(self._full.tensor, shard, self.mesh.shard)
 
     def wait(self) -> None:
@@ -231,7 +231,7 @@ class Unit:
         """Edit the full parameters in place and keep the result in shard and master weights."""
         assert self.is_full, f"{self.name} is edited while freed"
         edit(self._full.tensor)
-        mine = self._full.tensor[self.layout.shard(self.mesh.shard.rank).slice()]
+        mine = self._mine
         self._store.write(mine)
         if self.master is not None and self.master.data_ptr() != mine.data_ptr():
             # What was not edited keeps the digits that the compute dtype cannot hold.

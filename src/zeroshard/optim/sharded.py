@@ -67,6 +67,7 @@ class ShardedOptimizer:
         self.inner, self.mesh, self.policy, self.scaler = inner, mesh, policy, scaler
         self.units = tuple(unit for unit in units if unit.is_trained)
         self.norm: Tensor | None = None
+        self._square = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._stepping = False
         self._check_kind()
         self._adopt()
@@ -181,8 +182,10 @@ class ShardedOptimizer:
             for unit in self.units
             if unit.grad_shard is not None
         ]
-        square = torch.stack(norms).double().square().sum() if norms else torch.zeros(())
-        return all_reduce_(square.to(self.mesh.device), self.mesh.shard).sqrt().float()
+        self._square.zero_()
+        if norms:
+            self._square.copy_(torch.stack(norms).double().square().sum())
+        return all_reduce_(self._square, self.mesh.shard).sqrt().float()
 
     def clear_gradients(self) -> None:
         """Forget all gradients accumulated since the last step."""

@@ -1,0 +1,397 @@
+"""Checks that need real GPUs; started on every rank by the launcher, one JSON object per check.
+
+    zeroshard --num_gpus 2 tests/gpu/checks.py [--toy]
+
+Runs on CPU ranks too, at toy size, where the figures that only a GPU has are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import zeroshard
+from zeroshard.core.lifetime import state_bytes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))
+from llama import Llama, LlamaConfig
+
+STAGES = (0, 1, 2, 3)
+SMALL = LlamaConfig(512, 64, 6, 4, 2, 128, 384)
+TOY = LlamaConfig(64, 16, 2, 2, 1, 16, 32)
+LARGE = LlamaConfig(8192, 1024, 12, 16, 8, 2048, 8192, tied_head=False)
+
+
+class Routed(nn.Module):
+    """Blocks of which each rank runs others, in another order, some twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 32)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+            for _ in range(5)
+        )
+
+    def forward(self, x: Tensor, route: list[int]) -> Tensor:
+        h = self.embedding(x)
+        for index in route:
+            h = h + self.blocks[index](h)
+        return F.linear(h, self.embedding.weight)
+
+
+def route_of(step: int, rank: int) -> list[int]:
+    generator = torch.Generator().manual_seed(97 * step + rank)
+    order = torch.randperm(5, generator=generator).tolist()
+    return order[: 2 + (step + rank) % 4] + [order[0]]
+
+
+class Context:
+    """This rank's place and sizes."""
+
+    def __init__(self, toy: bool) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.on_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if self.on_gpu else "cpu"
+        self.config = TOY if toy else SMALL
+        self.large = SMALL if toy else LARGE
+
+    def tokens(self, step: int, micro: int, rank: int, config: LlamaConfig | None = None) -> Tensor:
+        config = config or self.config
+        generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
+        x = torch.randint(0, config.vocab_size, (2, config.context), generator=generator)
+        return x.to(self.device)
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return build()
+
+
+def loss_of(logits: Tensor, x: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), x.flatten())
+
+
+def make_engine(model: nn.Module, stage: int, **config: Any) -> zeroshard.Engine:
+    engine, _, _, _ = zeroshard.initialize(
+        model=model,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": stage},
+            **config,
+        },
+    )
+    return engine
+
+
+def full_weights(engine: zeroshard.Engine) -> dict[str, Tensor]:
+    with zeroshard.gathered(engine.module):
+        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    return max(((got[k] - want[k]).norm() / want[k].norm()).item() for k in want)
+
+
+def reference(
+    model: nn.Module, ctx: Context, call: Callable[..., Tensor], steps: int, micros: int
+) -> dict[str, Tensor]:
+    """Weights of plain PyTorch trained on the batches of all ranks."""
+    model.to(ctx.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for micro in range(micros):
+            for rank in range(ctx.world):
+                (call(model, step, micro, rank) / ctx.world / micros).backward()
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def parity(
+    ctx: Context, build: Callable[[], nn.Module], call: Callable[..., Tensor]
+) -> dict[str, Any]:
+    steps, micros = 4, 2
+    want = reference(seeded(build), ctx, call, steps, micros)
+    difference: dict[str, float] = {}
+    for stage in STAGES:
+        engine = make_engine(seeded(build), stage, gradient_accumulation_steps=micros)
+        for step in range(steps):
+            for micro in range(micros):
+                engine.backward(call(engine, step, micro, ctx.rank))
+                engine.step()
+        difference[str(stage)] = worst(full_weights(engine), want)
+        engine.destroy()
+    return {"difference": difference, "ok": max(difference.values()) <= 1e-6}
+
+
+def check_parity(ctx: Context) -> dict[str, Any]:
+    """fp32 weights after 4 steps of 2 micro-steps equal plain PyTorch's on the global batch."""
+
+    def call(model: Callable[..., Tensor], step: int, micro: int, rank: int) -> Tensor:
+        x = ctx.tokens(step, micro, rank)
+        return loss_of(model(x), x)
+
+    return parity(ctx, lambda: Llama(ctx.config), call)
+
+
+def check_routed(ctx: Context) -> dict[str, Any]:
+    """The same where every rank runs other blocks in another order."""
+
+    def call(model: Callable[..., Tensor], step: int, micro: int, rank: int) -> Tensor:
+        x = ctx.tokens(step, micro, rank) % 64
+        return loss_of(model(x, route_of(2 * step + micro, rank)), x)
+
+    return parity(ctx, Routed, call)
+
+
+def train(ctx: Context, stage: int, steps: int = 4, **config: Any) -> dict[str, Tensor]:
+    engine = make_engine(seeded(lambda: Llama(ctx.config)), stage, **config)
+    losses: list[Tensor] = []
+    for step in range(steps):
+        x = ctx.tokens(step, 0, ctx.rank)
+        loss = loss_of(engine(x), x)
+        losses.append(loss.detach())
+        engine.backward(loss)
+        engine.step()
+    weights = full_weights(engine)
+    engine.destroy()
+    return {**weights, "losses": torch.stack(losses)}
+
+
+def check_bits(ctx: Context) -> dict[str, Any]:
+    """Two runs give the same bits, and so do stages 1, 2 and 3, in every precision."""
+    result: dict[str, Any] = {"ok": True}
+    for name, config in {
+        "fp32": {},
+        "bf16": {"bf16": {"enabled": True}},
+        "fp16": {"fp16": {"enabled": True, "initial_scale_power": 10}},
+    }.items():
+        runs = {stage: train(ctx, stage, **config) for stage in (1, 2, 3)}
+        again = train(ctx, 3, **config)
+        same = all(torch.equal(again[k], runs[3][k]) for k in again)
+        across = all(torch.equal(runs[s][k], runs[1][k]) for s in (2, 3) for k in again)
+        result[name] = {"repeats": same, "equal_across_stages": across}
+        result[name]["losses"] = [round(v, 5) for v in again["losses"].tolist()]
+        result["ok"] &= same and across
+    return result
+
+
+def check_memory(ctx: Context) -> dict[str, Any]:
+    """Bytes between steps and at the end of backward follow the ZeRO formulas."""
+    result: dict[str, Any] = {"ok": True}
+    numel = sum(p.numel() for p in Llama(ctx.large).parameters())
+    for stage in STAGES:
+        model = seeded(lambda: Llama(ctx.large))
+        base = torch.cuda.memory_allocated() if ctx.on_gpu else 0
+        engine = make_engine(model, stage, bf16={"enabled": True})
+        for step in range(2):
+            x = ctx.tokens(step, 0, ctx.rank, ctx.large)
+            loss = loss_of(engine(x), x)
+            engine.backward(loss)
+            del loss
+            at_backward = (torch.cuda.memory_allocated() if ctx.on_gpu else 0) - base
+            engine.step()
+        between = (torch.cuda.memory_allocated() if ctx.on_gpu else 0) - base
+        want = state_bytes(stage, numel, ctx.world, 2, 4, 12)
+        two_units = 2 * 4 * max(u.layout.full_numel for u in engine.runtime.units)
+        report = engine.memory()
+        close = abs(report.total_bytes - want.total) <= 0.03 * want.total + two_units
+        if ctx.on_gpu:
+            close &= between <= 1.03 * (want.parameters + want.optimizer) + two_units
+            close &= at_backward <= 1.03 * want.total + two_units
+        result[str(stage)] = {
+            "reported": report.total_bytes,
+            "formula": want.total,
+            "allocated_between_steps": between,
+            "allocated_after_backward": at_backward,
+            "ok": bool(close),
+        }
+        result["ok"] &= bool(close)
+        engine.destroy()
+        del engine, model
+    return result
+
+
+def check_checkpointing(ctx: Context) -> dict[str, Any]:
+    """Stage 3 with recomputation, both kinds, gives the bits it gives without."""
+
+    class Recomputed(Llama):
+        reentrant: bool | None = None
+
+        def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+            cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
+            h = self.embedding(tokens)
+            for block in self.blocks:
+                if self.reentrant is None:
+                    h = block(h, cos, sin)
+                else:
+                    h = checkpoint(block, h, cos, sin, use_reentrant=self.reentrant)
+            return self.head(self.norm(h))
+
+    weights: list[dict[str, Tensor]] = []
+    peaks: list[int] = []
+    for reentrant in (None, False, True):
+        model = seeded(lambda: Recomputed(ctx.config))
+        model.reentrant = reentrant
+        engine = make_engine(model, 3)
+        peak = 0
+        for step in range(3):
+            x = ctx.tokens(step, 0, ctx.rank)
+            loss = loss_of(engine(x), x)
+            for param in engine.module.blocks.parameters():
+                param.register_hook(lambda grad: None)
+            handles = [
+                p.register_hook(
+                    lambda g: peaks.append(sum(u.is_full for u in engine.runtime.units))
+                )
+                for p in engine.module.parameters()
+            ]
+            engine.backward(loss)
+            for handle in handles:
+                handle.remove()
+            engine.step()
+        peak = max(peaks)
+        weights.append(full_weights(engine))
+        engine.destroy()
+    same = all(torch.equal(w[k], weights[0][k]) for w in weights for k in w)
+    return {"ok": same and peak <= 3, "same": same, "most_units_full": peak}
+
+
+def check_compile(ctx: Context) -> dict[str, Any]:
+    """Compiled blocks train to the same weights within the rounding of fused kernels."""
+    if not ctx.on_gpu:
+        return {"ok": True, "skipped": "only on GPUs"}
+    eager = train(ctx, 3)
+    model = seeded(lambda: Llama(ctx.config))
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward)
+    engine = make_engine(model, 3)
+    for step in range(4):
+        x = ctx.tokens(step, 0, ctx.rank)
+        engine.backward(loss_of(engine(x), x))
+        engine.step()
+    difference = worst(full_weights(engine), {k: v for k, v in eager.items() if k != "losses"})
+    engine.destroy()
+    return {"difference": difference, "ok": difference < 1e-3}
+
+
+def check_overlap(ctx: Context) -> dict[str, Any]:
+    """Of the time in which collectives run in a stage-3 step, the share in which kernels compute."""
+    if not ctx.on_gpu or ctx.world == 1:
+        return {"ok": True, "skipped": "needs two GPUs"}
+    model = seeded(lambda: Llama(ctx.large))
+    engine = make_engine(model, 3, bf16={"enabled": True})
+    x = torch.cat([ctx.tokens(0, micro, ctx.rank, ctx.large) for micro in range(4)])
+
+    def step() -> None:
+        engine.backward(loss_of(engine(x), x))
+        engine.step()
+
+    for _ in range(3):
+        step()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    spans: dict[str, list[tuple[float, float]]] = {"gather": [], "reduce": [], "compute": []}
+    for event in profile.events():
+        if event.device_type != torch.autograd.DeviceType.CUDA or event.time_range is None:
+            continue
+        name = event.name.lower()
+        kind = "compute"
+        if "nccl" in name:
+            kind = "gather" if "allgather" in name else "reduce"
+        elif name.startswith(("zeroshard", "nccl:", "record_param")) or "::" in name[:12]:
+            continue  # annotations mirrored onto the device's timeline
+        spans[kind].append((event.time_range.start, event.time_range.end))
+    result: dict[str, Any] = {}
+    for kind in ("gather", "reduce"):
+        total = sum(end - start for start, end in spans[kind])
+        hidden = sum(covered(span, spans["compute"]) for span in spans[kind])
+        result[kind] = {
+            "kernels": len(spans[kind]),
+            "ms": round(total / 1e3, 2),
+            "overlapped": round(hidden / total, 3) if total else None,
+        }
+    result["compute_ms"] = round(sum(end - start for start, end in spans["compute"]) / 1e3, 2)
+    engine.destroy()
+    result["ok"] = all(
+        result[k]["overlapped"] is not None and result[k]["overlapped"] > 0.4
+        for k in ("gather", "reduce")
+    )
+    return result
+
+
+def covered(span: tuple[float, float], others: list[tuple[float, float]]) -> float:
+    """Length of the part of a span that the union of the others covers."""
+    pieces = sorted(
+        (max(start, span[0]), min(end, span[1]))
+        for start, end in others
+        if end > span[0] and start < span[1]
+    )
+    length, at = 0.0, span[0]
+    for start, end in pieces:
+        length += max(0.0, end - max(start, at))
+        at = max(at, end)
+    return length
+
+
+CHECKS = {
+    check.__name__.removeprefix("check_"): check
+    for check in (
+        check_parity,
+        check_routed,
+        check_bits,
+        check_memory,
+        check_checkpointing,
+        check_compile,
+        check_overlap,
+    )
+}
+
+
+def main() -> None:
+    """Run all checks; rank 0 prints one JSON line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--toy", action="store_true", help="sizes for a CPU")
+    parser.add_argument("--only", nargs="*", default=list(CHECKS), choices=list(CHECKS))
+    args = parser.parse_args()
+    zeroshard.init_distributed()
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ctx = Context(args.toy)
+    for name in args.only:
+        try:
+            result = CHECKS[name](ctx)
+        except Exception:
+            result = {"ok": False, "error": traceback.format_exc()[-1500:]}
+        if ctx.rank == 0 or "error" in result:
+            line = {"check": name, "world": ctx.world, "rank": ctx.rank, **result}
+            print(json.dumps(line), flush=True)
+        if "error" in result:
+            break  # the ranks are out of step
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
