@@ -98,23 +98,27 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     zeroshard.init_distributed()
-    model = MODELS[args.model](args.width)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    model = MODELS[args.model](args.width).to(device)
     steps = {"plain": plain_step(copy.deepcopy(model))}
     for stage in range(4):
         steps[f"stage {stage}"] = zero_step(copy.deepcopy(model), stage, args.batch)
-    x = torch.randn(args.batch, args.width)
+    x = torch.randn(args.batch, args.width, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(args.rounds + 3):
         for name, step in steps.items():
             start = time.perf_counter()
             step(x)
+            if on_gpu:
+                torch.cuda.synchronize()
             if number >= 3:  # the first rounds warm up
                 seconds[name].append(time.perf_counter() - start)
     result = {
         "benchmark": "overhead",
         "model": args.model,
         "torch": torch.__version__,
-        "cpu": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "step_ms": {name: round(1e3 * statistics.median(s), 2) for name, s in seconds.items()},
         "ratio": {

@@ -8,6 +8,7 @@ Runs on CPU ranks too, at toy size, where the figures that only a GPU has are le
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -57,7 +58,7 @@ class Routed(nn.Module):
 def route_of(step: int, rank: int) -> list[int]:
     generator = torch.Generator().manual_seed(97 * step + rank)
     order = torch.randperm(5, generator=generator).tolist()
-    return order[: 2 + (step + rank) % 4] + [order[0]]
+    return [*order[: 2 + (step + rank) % 4], order[0]]
 
 
 class Context:
@@ -201,6 +202,7 @@ def check_memory(ctx: Context) -> dict[str, Any]:
     result: dict[str, Any] = {"ok": True}
     numel = sum(p.numel() for p in Llama(ctx.large).parameters())
     for stage in STAGES:
+        gc.collect()
         model = seeded(lambda: Llama(ctx.large))
         base = torch.cuda.memory_allocated() if ctx.on_gpu else 0
         engine = make_engine(model, stage, bf16={"enabled": True})
@@ -250,29 +252,23 @@ def check_checkpointing(ctx: Context) -> dict[str, Any]:
 
     weights: list[dict[str, Tensor]] = []
     peaks: list[int] = []
+
+    def count_full(engine: zeroshard.Engine) -> None:
+        peaks.append(sum(unit.is_full for unit in engine.runtime.units))
+
     for reentrant in (None, False, True):
         model = seeded(lambda: Recomputed(ctx.config))
         model.reentrant = reentrant
         engine = make_engine(model, 3)
-        peak = 0
+        for param in model.parameters():
+            param.register_hook(lambda grad, engine=engine: count_full(engine))
         for step in range(3):
             x = ctx.tokens(step, 0, ctx.rank)
-            loss = loss_of(engine(x), x)
-            for param in engine.module.blocks.parameters():
-                param.register_hook(lambda grad: None)
-            handles = [
-                p.register_hook(
-                    lambda g: peaks.append(sum(u.is_full for u in engine.runtime.units))
-                )
-                for p in engine.module.parameters()
-            ]
-            engine.backward(loss)
-            for handle in handles:
-                handle.remove()
+            engine.backward(loss_of(engine(x), x))
             engine.step()
-        peak = max(peaks)
         weights.append(full_weights(engine))
         engine.destroy()
+    peak = max(peaks)
     same = all(torch.equal(w[k], weights[0][k]) for w in weights for k in w)
     return {"ok": same and peak <= 3, "same": same, "most_units_full": peak}
 
@@ -296,7 +292,7 @@ def check_compile(ctx: Context) -> dict[str, Any]:
 
 
 def check_overlap(ctx: Context) -> dict[str, Any]:
-    """Of the time in which collectives run in a stage-3 step, the share in which kernels compute."""
+    """Of the time that collectives of a stage-3 step take, the share in which kernels compute."""
     if not ctx.on_gpu or ctx.world == 1:
         return {"ok": True, "skipped": "needs two GPUs"}
     model = seeded(lambda: Llama(ctx.large))

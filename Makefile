@@ -1,0 +1,69 @@
+# make demo    train the example for some steps and watch it learn
+# make test    run every test this machine can run
+# make lint    format check, lint, types, layers, spelling
+# make bench   time the engines against plain torch and FSDP2
+#
+# PYTHON       the interpreter the environment is made from
+# VENV_ARGS    arguments for `python -m venv`; --system-site-packages reuses an installed torch
+# CONSTRAINTS  the file of pinned versions; empty to take whatever satisfies pyproject.toml
+# WORKERS      test processes
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_ARGS ?=
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix -c ,$(CONSTRAINTS))
+# Every GPU is the launcher's default; where there is none, one CPU rank would shard nothing.
+RANKS := $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--num_gpus 2')"
+SOURCES := $(wildcard src tests tools examples benchmarks)
+
+.PHONY: demo test lint format bench reference clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	@ranks=$$($(RANKS)) && set -x && \
+	$(BIN)/zeroshard $$ranks examples/train_lm.py --deepspeed_config examples/ds_config.json
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/overhead.py
+	@ranks=$$($(RANKS)) && set -x && $(BIN)/zeroshard $$ranks benchmarks/against_fsdp2.py
+
+reference: $(VENV)/.installed
+	$(BIN)/python tools/make_reference.py
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing venv installs, so a half-made environment is made again.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+
+# The build backend goes in first, from the same pins, because an isolated build would fetch its own.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
+	$(PIP) hatchling
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
+	$(PIP) hatchling
+	$(PIP) --no-build-isolation -e '.[test]'
+	touch $@ $(VENV)/.installed

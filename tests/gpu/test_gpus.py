@@ -1,0 +1,39 @@
+"""Runs tests/gpu/checks.py through the launcher: on GPUs, and at toy size on two CPU ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKS = Path(__file__).with_name("checks.py")
+
+
+def run_checks(ranks: int, *options: str) -> dict[str, dict[str, object]]:
+    command = [sys.executable, "-m", "zeroshard", "--num_gpus", str(ranks), str(CHECKS), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return {line["check"]: line for line in lines}
+
+
+@pytest.mark.timeout(120)
+def test_the_checks_for_gpus_pass_at_toy_size_on_two_cpu_ranks() -> None:
+    results = run_checks(2, "--toy", "--only", "parity", "routed", "memory")
+    assert len(results) == 3
+    assert {name: line for name, line in results.items() if not line["ok"]} == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gpus_match_plain_torch_repeat_their_bits_and_keep_to_the_formulas(ranks: int) -> None:
+    import torch
+
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    results = run_checks(ranks)
+    assert {name: line for name, line in results.items() if not line["ok"]} == {}

@@ -1,0 +1,89 @@
+"""Every awkward model trains as plain PyTorch does, at every stage, on one to four ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+
+import pytest
+
+from reference import LOOSE_CLIP, TIGHT_CLIP, Setting, compare, differences, pairwise
+from zoo import ZOO, Case
+
+STAGES = (0, 1, 2, 3)
+WORLDS = (1, 2, 3, 4)
+
+# One with everything shared and frozen at once would hide which part fails; these three differ in
+# what they ask of the core: nothing special, another order on each rank, parts that do not learn.
+REPRESENTATIVE = ("block_called_twice_apart", "depth_varies_by_rank", "frozen_weight_in_each_block")
+
+
+def selection(case: Case) -> dict[int, list[Setting]]:
+    """By world, settings in which every two values of different factors meet at least once."""
+    rows = pairwise(
+        {
+            "stage": STAGES,
+            "world": WORLDS,
+            "accumulation": (1, 2, 3),
+            "clip": (0.0, TIGHT_CLIP, LOOSE_CLIP),
+            "checkpointing": case.checkpointing,
+            "optimizer": ("adamw", "sgd"),
+            "optimizer_from": ("config", "caller"),
+            "units": ("named", "chosen"),
+            "backward": ("engine", "loss"),
+            "lookahead_bytes": (None, 0, 1 << 20),
+        }
+    )
+    by_world: dict[int, list[Setting]] = defaultdict(list)
+    for row in rows:
+        by_world[row["world"]].append(Setting(**row))
+    return by_world
+
+
+def failures(case: Case, settings: list[Setting]) -> list[str]:
+    return [text for comparison in compare(case, settings) for text in comparison.differences()]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", ZOO.values(), ids=lambda case: case.name)
+def test_awkward_models_train_as_in_plain_pytorch(case: Case, world: int) -> None:
+    assert failures(case, selection(case)[world]) == []
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_every_combination_trains_as_in_plain_pytorch(name: str, stage: int, world: int) -> None:
+    case = ZOO[name]
+    settings = [
+        Setting(stage, world, accumulation, clip, checkpointing)
+        for accumulation, clip, checkpointing in itertools.product(
+            (1, 2, 3), (0.0, TIGHT_CLIP), case.checkpointing
+        )
+    ]
+    assert failures(case, settings) == []
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_adamw_with_its_own_epsilon_trains_as_in_plain_pytorch(world: int) -> None:
+    settings = [Setting(stage, world, optimizer="adamw_default") for stage in STAGES]
+    assert failures(ZOO["plain"], settings) == []
+
+
+@pytest.mark.parametrize("name", ["plain", "mixture_of_experts", "order_varies_by_step"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_stages_that_shard_agree_to_the_last_bit(name: str, world: int) -> None:
+    """They do the same additions, as long as the ranks run the same blocks in the same order.
+
+    Otherwise a gradient may be reduced in two parts.
+    """
+    case = ZOO[name]
+    settings = [
+        Setting(stage, world, clip=clip, checkpointing=checkpointing)
+        for clip, checkpointing in itertools.product((0.0, TIGHT_CLIP), case.checkpointing)
+        for stage in (1, 2, 3)
+    ]
+    comparisons = compare(case, settings)
+    for first, *others in zip(comparisons[::3], comparisons[1::3], comparisons[2::3], strict=True):
+        for other in others:
+            assert differences(other.ranks[0], first.ranks[0], tolerance=0) == []

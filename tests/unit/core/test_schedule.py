@@ -1,0 +1,707 @@
+"""Agreed windows: their arithmetic, and whole schedules on simulated ranks.
+
+The simulation runs one thread for each rank. Units are fakes whose collectives really wait for the
+other ranks, so a schedule that issues them in another order, or not at all, is caught in the act. A
+deadlock is noticed the moment it arises: all threads wait and nothing any of them waits for holds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple
+from unittest import mock
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from zeroshard.core import schedule as schedule_module
+from zeroshard.core.schedule import END, Op, Schedule, common_window, look_ahead
+from zeroshard.errors import DistributedError
+
+WINDOW = 64
+
+
+def gather(unit: int) -> Op:
+    return Op("gather", unit)
+
+
+def reduce(unit: int) -> Op:
+    return Op("reduce", unit)
+
+
+# Windows ----------------------------------------------------------------------------------------
+
+units = st.integers(0, 4)
+ops = st.builds(Op, st.sampled_from(("gather", "reduce")), units)
+wishes = st.lists(ops, max_size=6).map(lambda wish: [*wish, END])
+
+
+@st.composite
+def wishes_of_ranks(draw: st.DrawFn) -> list[list[Op]]:
+    """One wish for each rank; ranks often begin alike."""
+    shared = draw(st.lists(ops, max_size=4))
+    return [
+        shared[: draw(st.integers(0, 4))] + draw(wishes) for _ in range(draw(st.integers(1, 4)))
+    ]
+
+
+def common_start(ranks: list[list[Op]]) -> list[Op]:
+    return [
+        column[0]
+        for column in takewhile(lambda column: len({*column}) == 1, zip(*ranks, strict=False))
+    ]
+
+
+@given(wishes_of_ranks())
+def test_what_all_ranks_wish_first_is_issued_in_that_order(ranks: list[list[Op]]) -> None:
+    common = common_start(ranks)
+    assume(common)
+    assert common_window(ranks) == common
+
+
+@given(wishes_of_ranks())
+def test_ranks_that_differ_at_once_each_get_the_gather_they_wait_for(ranks: list[list[Op]]) -> None:
+    assume(not common_start(ranks))
+    window = common_window(ranks)
+    heads = {wish[0] for wish in ranks} - {END}
+    gathers = {op for op in heads if op.kind == "gather"}
+    assert set(window) == (gathers or heads)
+    assert len(window) == len(set(window)) > 0
+
+
+@given(wishes_of_ranks(), st.randoms(use_true_random=False))
+def test_a_window_does_not_depend_on_who_wishes_what(ranks: list[list[Op]], random: Any) -> None:
+    shuffled = random.sample(ranks, len(ranks))
+    assert common_window(shuffled) == common_window(ranks)
+
+
+@given(wishes_of_ranks())
+def test_agreeing_again_and_again_fulfils_every_wish_of_every_rank(ranks: list[list[Op]]) -> None:
+    rounds_at_most = sum(map(len, ranks)) + 1
+    left = [list(wish) for wish in ranks]
+    for _ in range(rounds_at_most):
+        window = common_window(left)
+        assert window, "a round without an operation would repeat for ever"
+        for op in window:
+            for wish in left:
+                if wish[0] == op:
+                    del wish[0]
+        left = [wish or [END] for wish in left]
+        if END in window:
+            break
+    assert left == [[END]] * len(ranks)
+
+
+def test_nobody_goes_on_before_all_are_at_the_end() -> None:
+    assert common_window([[END], [END]]) == [END]
+    assert common_window([[END], [reduce(1), END]]) == [reduce(1)]
+
+
+def test_ranks_without_any_wish_agree_on_nothing() -> None:
+    assert common_window([[], []]) == []
+
+
+# Looking ahead ----------------------------------------------------------------------------------
+
+NUM_UNITS = 5
+sizes = st.lists(st.integers(0, 9), min_size=NUM_UNITS, max_size=NUM_UNITS).map(
+    lambda all_sizes: dict(enumerate(all_sizes))
+)
+budgets = st.one_of(st.none(), st.integers(0, 20))
+events = st.lists(ops, max_size=12)
+ahead = st.lists(units, max_size=3, unique=True)
+
+
+@given(events, sizes, ahead, budgets)
+def test_every_gather_is_issued_once_unless_it_is_ahead_already(
+    due: list[Op], size_of: dict[int, int], early: list[int], budget: int | None
+) -> None:
+    issued = Counter(op.unit for op in look_ahead(due, size_of, early, budget) if op[0] == "gather")
+    wanted = Counter(op.unit for op in due if op.kind == "gather")
+    assert issued == wanted - Counter(early)
+
+
+@given(events, sizes, ahead, budgets)
+def test_reductions_keep_their_order(
+    due: list[Op], size_of: dict[int, int], early: list[int], budget: int | None
+) -> None:
+    issued = [op for op in look_ahead(due, size_of, early, budget) if op.kind == "reduce"]
+    assert issued == [op for op in due if op.kind == "reduce"]
+
+
+@given(events, sizes, ahead, budgets)
+@example([gather(0), gather(1), gather(0)], dict.fromkeys(range(NUM_UNITS), 0), [], 9)
+@example([gather(0), gather(0)], dict.fromkeys(range(NUM_UNITS), 0), [], 9)
+def test_what_is_issued_serves_the_events_in_their_order_within_the_budget(
+    due: list[Op], size_of: dict[int, int], early: list[int], budget: int | None
+) -> None:
+    """Replay what is issued, using each unit as soon as it is there and its turn has come."""
+    held, coming, last = set(early), list(due), None
+
+    def use_what_is_there() -> None:
+        nonlocal last
+        while coming and coming[0].kind == "gather" and coming[0].unit in held:
+            last = coming.pop(0).unit
+            held.remove(last)
+
+    for op in look_ahead(due, size_of, early, budget):
+        use_what_is_there()
+        if coming[0] == op:  # due now
+            last = coming.pop(0).unit
+            continue
+        assert op.kind == "gather", f"{op} is issued before {coming[0]}"
+        assert op.unit not in held, f"{op} is issued twice for one use"
+        assert op.unit != last, f"{op} is issued while the unit is in use"
+        if budget is None:
+            assert not held, f"{op} is the second unit that is held before its time"
+        held.add(op.unit)
+        if budget is not None:
+            assert sum(size_of[unit] for unit in held) <= budget
+    use_what_is_there()
+    assert not coming
+
+
+CHAIN = [gather(0), gather(1), gather(2), gather(2), reduce(2), gather(1), reduce(1), gather(0)]
+SAME_SIZE = dict.fromkeys(range(NUM_UNITS), 10)
+
+
+@pytest.mark.parametrize(
+    ("budget", "issued"),
+    [
+        (0, "g0 g1 g2 g2 r2 g1 r1 g0"),
+        (9, "g0 g1 g2 g2 r2 g1 r1 g0"),
+        (10, "g0 g1 g2 g2 g1 r2 g0 r1"),
+        (20, "g0 g1 g2 g2 g1 g0 r2 r1"),
+        (None, "g0 g1 g2 g2 g1 r2 g0 r1"),
+    ],
+)
+def test_gathers_start_as_early_as_the_budget_allows(budget: int | None, issued: str) -> None:
+    got = look_ahead(CHAIN, SAME_SIZE, [], budget)
+    assert " ".join(f"{op.kind[0]}{op.unit}" for op in got) == issued
+
+
+def test_a_unit_that_exceeds_the_budget_waits_for_its_turn_and_holds_up_later_ones() -> None:
+    due = [gather(0), reduce(4), gather(1), gather(2)]
+    assert list(look_ahead(due, {0: 1, 1: 99, 2: 1}, [], 5)) == due
+
+
+# Simulated ranks --------------------------------------------------------------------------------
+
+
+class DeadlockError(Exception):
+    """All ranks wait, and nothing that any of them waits for holds."""
+
+
+class World:
+    """What the threads share: collectives that have been issued, and who waits for what."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.condition = threading.Condition()
+        self.issued: list[list[Op]] = [[] for _ in range(size)]
+        self.shown: list[list[list[int]]] = [[] for _ in range(size)]
+        self._waits: dict[int, Callable[[], bool]] = {}
+        self._running = size
+        self._failed = False
+
+    def block(self, rank: int, holds: Callable[[], bool]) -> None:
+        with self.condition:
+            self._waits[rank] = holds
+            self.condition.notify_all()
+            while not holds():
+                stuck = len(self._waits) == self._running and not any(
+                    other() for other in self._waits.values()
+                )
+                if stuck or self._failed:
+                    raise DeadlockError(f"rank {rank} waits for ever")
+                self.condition.wait()
+            del self._waits[rank]
+
+    def leave(self, failed: bool) -> None:
+        with self.condition:
+            self._running -= 1
+            self._failed = self._failed or failed
+            self.condition.notify_all()
+
+    def issue(self, rank: int, op: Op) -> Callable[[], None]:
+        """Issue a collective; what is returned waits until all ranks have issued it."""
+        with self.condition:
+            position = len(self.issued[rank])
+            for other in self.issued:
+                if len(other) > position:
+                    assert other[position] == op, f"{op} meets {other[position]}"
+            self.issued[rank].append(op)
+            self.condition.notify_all()
+
+        def everywhere() -> bool:
+            return all(len(other) > position for other in self.issued)
+
+        return lambda: self.block(rank, everywhere)
+
+    def show(self, rank: int, numbers: list[int]) -> list[list[int]]:
+        with self.condition:
+            turn = len(self.shown[rank])
+            self.shown[rank].append(list(numbers))
+            assert len({len(shown[turn]) for shown in self.shown if len(shown) > turn}) == 1
+            self.condition.notify_all()
+        self.block(rank, lambda: all(len(shown) > turn for shown in self.shown))
+        return [shown[turn] for shown in self.shown]
+
+
+@dataclass
+class Mesh:
+    """As much of a mesh as a schedule looks at."""
+
+    rank: int
+    threads: World
+
+
+class Exchange:
+    """Stands in for the exchange over the host's process group."""
+
+    def __init__(self, mesh: Mesh, length: int) -> None:
+        self.mesh, self.length = mesh, length
+
+    def __call__(self, numbers: list[int]) -> list[list[int]]:
+        assert len(numbers) == self.length
+        return self.mesh.threads.show(self.mesh.rank, numbers)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ranks_are_threads() -> Iterator[None]:
+    with mock.patch.object(schedule_module, "Exchange", Exchange):
+        yield
+
+
+@dataclass(eq=False)
+class FakeUnit:
+    """A unit that stores numbers instead of tensors, with the waits of the real one."""
+
+    index: int
+    nbytes_full: int
+    world: World
+    rank: int
+    stays: bool
+    on_gather: Callable[[], None] = lambda: None
+    is_full: bool = False
+    has_gradient: bool = False
+    gradient: int = 0
+    reduced: int = 0
+    num_gathers: int = 0
+    num_reductions: int = 0
+    _gathering: list[Callable[[], None]] = field(default_factory=list)
+    _reducing: list[Callable[[], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.name = f"unit {self.index}"
+        self.is_full = self.stays
+
+    def gather(self) -> None:
+        self._finish(self._gathering)
+        self.is_full = True
+        self.num_gathers += 1
+        self._gathering.append(self.world.issue(self.rank, gather(self.index)))
+        self.on_gather()
+
+    def wait(self) -> None:
+        assert self.is_full, f"{self.name} is waited for, but freed"
+        self._finish(self._gathering)
+
+    def free(self) -> None:
+        self._finish(self._gathering)
+        self.is_full = self.stays
+
+    def collect(self) -> None:
+        self.has_gradient = True
+        self.gradient += 1
+
+    def reduce(self) -> None:
+        self.settle()
+        self.num_reductions += 1
+        self._reducing.append(self.world.issue(self.rank, reduce(self.index)))
+        self.reduced += self.gradient
+        self.gradient, self.has_gradient = 0, False
+
+    def settle(self) -> None:
+        self._finish(self._reducing)
+
+    def _finish(self, tickets: list[Callable[[], None]]) -> None:
+        for ticket in tickets:
+            ticket()
+        tickets.clear()
+
+
+class Step(NamedTuple):
+    """What hooks report: a module opens or the innermost one closes, or a gradient is complete."""
+
+    verb: Literal["open", "close", "grad"]
+    unit: int = -1
+
+
+class Pass(NamedTuple):
+    """A forward and its backward, a forward alone, or one more backward of the same forward."""
+
+    kind: str
+    steps: Sequence[Step]
+    begins: bool = True
+
+    @property
+    def trains(self) -> bool:
+        return self.kind != "forward"
+
+
+def forward_only(steps: Sequence[Step]) -> Pass:
+    return Pass("forward", [step for step in steps if step.verb != "grad"])
+
+
+@dataclass
+class Model:
+    """What all ranks have in common."""
+
+    sizes: Sequence[int]
+    budget: int | None = None
+    frozen: frozenset[int] = frozenset()
+    stays: bool = False
+
+
+@dataclass
+class Log:
+    """What one rank did, pass by pass."""
+
+    issued: list[list[Op]] = field(default_factory=list)
+    num_exchanges: list[int] = field(default_factory=list)
+
+
+class Rank:
+    """One rank: a schedule over fake units, driven as the hooks drive it."""
+
+    def __init__(self, rank: int, model: Model, world: World) -> None:
+        self.rank, self.world, self.model = rank, world, model
+        self.units = [
+            FakeUnit(index, size, world, rank, model.stays, self.check_memory)
+            for index, size in enumerate(model.sizes)
+        ]
+        self.trained = [unit for unit in self.units if unit.index not in model.frozen]
+        self.schedule = Schedule(self.units, Mesh(rank, world), model.budget)  # type: ignore[arg-type]
+        self.open: list[FakeUnit] = []
+        self.kept: set[FakeUnit] = set()
+        self.log = Log()
+
+    def check_memory(self) -> None:
+        """At most the budget is full before its time, or else one unit of any size."""
+        if self.model.stays:
+            return
+        early = [u for u in self.units if u.is_full and u not in self.open and u not in self.kept]
+        if self.model.budget is None:
+            assert len(early) <= 1, f"{[u.name for u in early]} are there before their time"
+        elif len(early) > 1:
+            assert sum(unit.nbytes_full for unit in early) <= self.model.budget
+
+    def run(self, passes: Sequence[Pass]) -> None:
+        for one in passes:
+            num_issued, num_shown = len(self.world.issued[self.rank]), self.num_shown
+            reductions = [unit.num_reductions for unit in self.units]
+            if one.begins:
+                self.schedule.begin(one.kind)
+            for step in one.steps:
+                self.do(step)
+            self.end(one)
+            assert not self.model.stays or not any(unit.num_gathers for unit in self.units)
+            assert self.model.stays or not any(unit.is_full for unit in self.units)
+            for unit, before in zip(self.units, reductions, strict=True):
+                trains = one.trains and unit in self.trained
+                assert not trains or unit.num_reductions > before, f"{unit.name} was not reduced"
+                assert not (one.trains and unit.has_gradient), f"{unit.name} lost a gradient"
+            self.log.issued.append(self.world.issued[self.rank][num_issued:])
+            self.log.num_exchanges.append(self.num_shown - num_shown)
+
+    @property
+    def num_shown(self) -> int:
+        return len(self.world.shown[self.rank])
+
+    def do(self, step: Step) -> None:
+        if step.verb == "open":
+            unit = self.units[step.unit]
+            self.open.append(unit)
+            self.kept.discard(unit)
+            self.schedule.need(unit)
+        elif step.verb == "close" and self.open:
+            self.close()
+        elif step.verb == "grad" and self.units[step.unit] in self.trained:
+            unit = self.units[step.unit]
+            unit.collect()
+            self.schedule.ready(unit)
+        for unit in self.open:
+            assert unit.is_full, f"{unit.name} was freed while it is in use"
+
+    def close(self) -> None:
+        unit = self.open.pop()
+        if unit in self.open:
+            return
+        if self.schedule.keeps(unit):  # type: ignore[arg-type]
+            self.kept.add(unit)
+        else:
+            unit.free()
+
+    def end(self, one: Pass) -> None:
+        while self.open:
+            self.close()
+        if one.trains:
+            for unit in self.units:
+                unit.free()
+            self.schedule.finish(self.trained)  # type: ignore[arg-type]
+        else:
+            self.schedule.end_forward(one.kind)
+        self.kept.clear()
+
+
+def simulate(model: Model, passes: Sequence[Sequence[Pass]]) -> list[Log]:
+    """Run each rank's passes and return what the ranks did; raise what the first to fail raised."""
+    world = World(len(passes))
+    ranks = [Rank(rank, model, world) for rank in range(len(passes))]
+    errors: list[BaseException] = []
+
+    def live(rank: Rank) -> None:
+        try:
+            rank.run(passes[rank.rank])
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            world.leave(failed=bool(errors))
+
+    threads = [threading.Thread(target=live, args=[rank], daemon=True) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    assert all(issued == world.issued[0] for issued in world.issued)
+    return [rank.log for rank in ranks]
+
+
+def steps_over(num_units: int, max_size: int) -> st.SearchStrategy[list[Step]]:
+    unit = st.integers(0, num_units - 1)
+    return st.lists(
+        st.one_of(
+            st.builds(Step, st.just("open"), unit),
+            st.just(Step("close")),
+            st.builds(Step, st.just("grad"), unit),
+        ),
+        max_size=max_size,
+    )
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Model:
+    all_sizes = draw(st.lists(st.integers(0, 9), min_size=1, max_size=5))
+    return Model(
+        sizes=all_sizes,
+        budget=draw(budgets),
+        frozen=draw(st.frozensets(st.integers(0, len(all_sizes) - 1), max_size=1)),
+        stays=draw(st.integers(0, 5)) == 0,
+    )
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[Model, list[list[Pass]]]:
+    """Ranks that differ in every pass: units skipped, repeated, nested or in another order.
+
+    All make the same number of backward passes. Between them each makes as many passes without
+    backward as it likes.
+    """
+    model = draw(models())
+    steps = steps_over(len(model.sizes), 10)
+    forwards = st.lists(steps.map(forward_only), max_size=2)
+    kinds = draw(st.lists(st.sampled_from(("boundary", "accumulation")), min_size=1, max_size=3))
+    favourites = draw(st.lists(steps, min_size=1, max_size=2))  # so that some passes repeat
+    ranks: list[list[Pass]] = []
+    for _ in range(draw(st.integers(1, 3))):
+        passes: list[Pass] = []
+        for kind in kinds:
+            passes += draw(forwards)
+            passes.append(Pass(kind, draw(st.one_of(st.sampled_from(favourites), steps))))
+        ranks.append(passes)
+    return model, ranks
+
+
+@given(worlds())
+def test_ranks_that_run_different_modules_issue_the_same_collectives_and_never_hang(
+    world: tuple[Model, list[list[Pass]]],
+) -> None:
+    simulate(*world)
+
+
+@given(models(), st.data())
+def test_ranks_may_stop_needing_what_they_expected_to_need(model: Model, data: Any) -> None:
+    """One long pass that is expected again, then passes that leave out parts of it."""
+    long = data.draw(steps_over(len(model.sizes), 20))
+    parts = st.lists(st.booleans(), min_size=len(long), max_size=len(long))
+    ranks = []
+    for _ in range(2):
+        passes = [Pass("boundary", long)] * 2
+        for _ in range(2):
+            chosen = zip(long, data.draw(parts), strict=True)
+            passes.append(Pass("boundary", [step for step, keep in chosen if keep]))
+        ranks.append(passes)
+    simulate(model, ranks)
+
+
+def chain(num_units: int) -> list[Step]:
+    """Forward through all units, then backward."""
+    forward = [step for unit in range(num_units) for step in (Step("open", unit), Step("close"))]
+    backward = [
+        step
+        for unit in reversed(range(num_units))
+        for step in (Step("open", unit), Step("close"), Step("grad", unit))
+    ]
+    return [*forward, *backward]
+
+
+def exchanges_at_most(num_ops: int) -> int:
+    """One at the start, one for each full window, one at the end."""
+    return 2 + num_ops // WINDOW
+
+
+@pytest.mark.parametrize("num_units", [1, 2, 5, 70])
+@pytest.mark.parametrize("budget", [None, 0, 30, 10**6])
+def test_ranks_that_repeat_a_pass_seldom_talk(num_units: int, budget: int | None) -> None:
+    model = Model([10] * num_units, budget)
+    for log in simulate(model, [[Pass("boundary", chain(num_units))] * 4] * 2):
+        for issued, num_exchanges in list(zip(log.issued, log.num_exchanges, strict=True))[1:]:
+            assert num_exchanges <= exchanges_at_most(len(issued))
+
+
+@pytest.mark.parametrize("num_units", [1, 2, 5, 70])
+@pytest.mark.parametrize("budget", [None, 0, 30, 10**6])
+def test_nothing_is_gathered_in_vain_when_a_pass_repeats(
+    num_units: int, budget: int | None
+) -> None:
+    model = Model([10] * num_units, budget)
+    (log, _) = simulate(model, [[Pass("boundary", chain(num_units))] * 4] * 2)
+    for issued in log.issued[1:]:
+        gathers = Counter(op.unit for op in issued if op.kind == "gather")
+        # The last unit's backward follows its forward at once, so it stays full in between.
+        assert gathers == {unit: 1 if unit == num_units - 1 else 2 for unit in range(num_units)}
+
+
+@st.composite
+def uniform(draw: st.DrawFn) -> tuple[Model, list[Step]]:
+    """Units in any order and nesting, and the gradient of each once or not at all."""
+    model = draw(models())
+    steps: list[Step] = []
+    for step in draw(steps_over(len(model.sizes), 20)):
+        if step.verb != "grad" or step not in steps:
+            steps.append(step)
+    return model, steps
+
+
+@given(uniform(), st.integers(1, 3))
+def test_a_pass_in_any_order_is_agreed_on_in_one_go_when_it_repeats(
+    case: tuple[Model, list[Step]], num_ranks: int
+) -> None:
+    model, steps = case
+    for log in simulate(model, [[Pass("boundary", steps)] * 3] * num_ranks):
+        for issued, num_exchanges in list(zip(log.issued, log.num_exchanges, strict=True))[1:]:
+            assert num_exchanges <= exchanges_at_most(len(issued))
+
+
+@given(uniform())
+def test_a_pass_that_repeats_gathers_no_more_than_the_first_time(
+    case: tuple[Model, list[Step]],
+) -> None:
+    model, steps = case
+    (log, _) = simulate(model, [[Pass("boundary", steps)] * 3] * 2)
+    counts = [sum(op.kind == "gather" for op in issued) for issued in log.issued]
+    assert max(counts[1:]) <= counts[0]
+
+
+def test_a_second_backward_through_one_forward_is_expected_when_it_repeats() -> None:
+    steps = chain(4)
+    passes = [Pass("boundary", steps), Pass("boundary", steps[8:], begins=False)]
+    for log in simulate(Model([10] * 4), [passes * 3] * 2):
+        for issued, num_exchanges in list(zip(log.issued, log.num_exchanges, strict=True))[2:]:
+            assert num_exchanges <= exchanges_at_most(len(issued))
+
+
+def test_kinds_of_passes_are_remembered_apart() -> None:
+    model = Model([10] * 4)
+    other = [Step("open", 3), Step("close"), Step("open", 0), Step("close")]
+    passes = [Pass("boundary", chain(4)), Pass("forward", other), Pass("accumulation", chain(3))]
+    for log in simulate(model, [passes * 3] * 2):
+        for issued, num_exchanges in list(zip(log.issued, log.num_exchanges, strict=True))[3:]:
+            assert num_exchanges <= exchanges_at_most(len(issued))
+
+
+def test_gathers_run_ahead_of_their_use_by_one_unit_of_any_size() -> None:
+    seen = prefetches(Model([10, 10, 90, 10]))
+    assert seen == {0: {1}, 1: {2}, 2: {3}, 3: {2}}
+
+
+def test_gathers_run_ahead_by_as_many_units_as_the_budget_holds() -> None:
+    seen = prefetches(Model([10] * 4, budget=20))
+    assert seen == {0: {1, 2}, 1: {2, 3}, 2: {3}, 3: {1, 2}}
+
+
+def prefetches(model: Model) -> dict[int, set[int]]:
+    """Which units are under way or there while a unit is first used, in a pass that repeats."""
+    rank = Rank(0, model, World(1))
+    seen: dict[int, set[int]] = defaultdict(set)
+    steps = chain(len(model.sizes))
+    rank.run([Pass("boundary", steps)])
+    rank.schedule.begin("boundary")
+    for step in steps[: 2 * len(model.sizes)]:
+        rank.do(step)
+        if step.verb == "open":
+            seen[step.unit] |= {u.index for u in rank.units if u.is_full} - {step.unit}
+    return dict(seen)
+
+
+def test_a_gradient_that_arrives_after_its_reduction_is_reduced_again() -> None:
+    """Rank 1 needs unit 2 before it has the gradient that both expected to reduce first."""
+    use_1, use_2 = [Step("open", 1), Step("close")], [Step("open", 2), Step("close")]
+    early = Pass("boundary", [*use_1, Step("grad", 0), *use_2])
+    late = Pass("boundary", [*use_1, *use_2, Step("grad", 0)])
+    for log in simulate(Model([1, 1, 1], budget=0), [[early, early], [early, late]]):
+        assert [issued.count(reduce(0)) for issued in log.issued] == [1, 2]
+
+
+def test_an_unused_unit_is_reduced_once_for_everyone() -> None:
+    logs = simulate(Model([1, 1]), [[Pass("boundary", [])] * 2] * 2)
+    for log in logs:
+        assert [Counter(issued) for issued in log.issued] == [{reduce(0): 1, reduce(1): 1}] * 2
+
+
+def test_a_reset_leaves_nothing_full_and_the_next_pass_works() -> None:
+    rank = Rank(0, Model([1] * 4, budget=9), World(1))
+    rank.run([Pass("boundary", chain(4))])
+    rank.schedule.begin("boundary")
+    rank.do(Step("open", 0))
+    assert sum(unit.is_full for unit in rank.units) > 1
+    rank.open.clear()
+    rank.units[0].free()
+    rank.schedule.reset()
+    assert not any(unit.is_full for unit in rank.units)
+    rank.run([Pass("boundary", chain(4))])
+
+
+def test_ranks_that_do_not_answer_are_reported_with_what_is_wanted() -> None:
+    rank = Rank(0, Model([1]), World(1))
+    with (
+        mock.patch.object(rank.world, "show", side_effect=RuntimeError("connection lost")),
+        pytest.raises(DistributedError, match="rank 0 wants to gather unit 0") as error,
+    ):
+        rank.run([Pass("boundary", chain(1))])
+    assert "connection lost" in str(error.value)
+    assert "\n\nhint: " in str(error.value)
+
+
+def test_the_simulation_notices_a_deadlock() -> None:
+    """A rank that makes a pass less than the others leaves them waiting."""
+    with pytest.raises(DeadlockError):
+        simulate(Model([1]), [[Pass("boundary", chain(1))], []])
