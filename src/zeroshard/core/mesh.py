@@ -81,12 +81,12 @@ def _new_group(ranks: list[int], **options: Any) -> dist.ProcessGroup | None:
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
-def _axis(grid: list[list[int]], rank: int) -> Axis:
+def _axis(grid: list[list[int]], rank: int, timeout: timedelta | None) -> Axis:
     """Make the groups of every row of ``grid``; all ranks call this with the same grid."""
     mine = next(row for row in grid if rank in row)
     if len(mine) == 1:
         return Axis(size=1, rank=0)
-    groups = [[_new_group(row) for row in grid] for _ in ("gather", "reduce")]
+    groups = [[_new_group(row, timeout=timeout) for row in grid] for _ in ("gather", "reduce")]
     gather, reduce = (next(group for group in row if group is not None) for row in groups)
     return Axis(len(mine), mine.index(rank), gather, reduce)
 
@@ -106,6 +106,6 @@ def build_mesh(shard_size: int, device: torch.device, timeout: timedelta | None 
     columns = [list(range(column, world, shard_size)) for column in range(shard_size)]
     control = _new_group(list(range(world)), backend="gloo", timeout=timeout)
     assert control is not None, "every rank is in the control group"
-    mesh = Mesh(_axis(rows, rank), _axis(columns, rank), control, device)
+    mesh = Mesh(_axis(rows, rank, timeout), _axis(columns, rank, timeout), control, device)
     atexit.register(_destroy_at_exit, weakref.ref(mesh))
     return mesh

@@ -36,6 +36,7 @@ __all__ = [
     "hosts",
     "init_distributed",
     "local_rank",
+    "patience",
     "rendezvous",
 ]
 
@@ -176,7 +177,7 @@ def init_distributed(  # noqa: PLR0913, PLR0917 - the arguments of deepspeed.ini
         found = rendezvous(env, distributed_port)
     if found.source in ("slurm", "openmpi"):
         _export(found)
-    backend = _join(found, dist_backend, init_method, timeout or _default_timeout(os.environ))
+    backend = _join(found, dist_backend, init_method, timeout or patience())
     if verbose:
         logger.info(
             "rank %d of %d (%s) joined over %s on %s",
@@ -192,6 +193,11 @@ def local_rank() -> int:
     """Return this process's number among those of its host, 0 where no launcher gave one."""
     known = _known_local_rank(os.environ)
     return 0 if known is None else known
+
+
+def patience() -> timedelta:
+    """Return how long to wait for other ranks where a call names no time."""
+    return _default_timeout(os.environ)
 
 
 def device() -> torch.device:

@@ -93,7 +93,8 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     trained = set(optimizer_parameters(inner)) if inner is not None else set[nn.Parameter]()
     _check_model(model, trained if inner is not None else None)
 
-    mesh = build_mesh(dist.get_world_size() if lifetime.sharded else 1, device)
+    shard_size = dist.get_world_size() if lifetime.sharded else 1
+    mesh = build_mesh(shard_size, device, timeout=world.patience())
     _place_buffers(model, mesh)
     groups = choose_groups(
         model, units=settings.zeroshard.units, is_trained=lambda p: p.requires_grad and p in trained
