@@ -160,25 +160,6 @@ def test_an_edit_of_gathered_weights_lasts(stage: int) -> None:
 
 
 @every_stage
-@pytest.mark.parametrize("name", ["plain", "depth_varies_by_rank"])
-def test_weights_may_be_gathered_between_forward_and_backward(name: str, stage: int) -> None:
-    case, setting = ZOO[name], Setting(stage, world=3, steps=4)
-
-    def work(rank: int, world: int) -> dict[str, Tensor]:
-        engine = make_engine(case, setting)
-        for step in range(setting.steps):
-            loss = case.loss(engine, case.batch(step, 0, rank))
-            start = full_weights(engine)
-            engine.backward(loss)
-            engine.step()
-            assert any(not torch.equal(start[n], w) for n, w in full_weights(engine).items())
-        return full_weights(engine)
-
-    want = reference_of(case, setting)
-    assert_same_weights(run_ranks(work, world=3, timeout=30), want.weights)
-
-
-@every_stage
 def test_param_groups_of_the_caller_are_respected(stage: int) -> None:
     case, setting = ZOO["frozen_weight_in_each_block"], Setting(stage)
 
@@ -245,18 +226,17 @@ class ReadsIntoBlock(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         weight = self.inner.blocks[1].up.weight
-        read = weight.sum() if self.how == "sum" else (weight.t() @ weight).mean()
-        return self.inner(ids) + read
+        return self.inner(ids) + (weight.sum() if self.how == "sum" else weight[0, 0])
 
 
-def reading_case(how: str = "matmul") -> Case:
+def reading_case(how: str = "index") -> Case:
     def build(seed: int, checkpointing: Checkpointing = "none") -> nn.Module:
         return ReadsIntoBlock(ZOO["plain"].build(seed, checkpointing), how)
 
     return replace(ZOO["plain"], build=build)
 
 
-@pytest.mark.parametrize("how", ["matmul", "sum"])
+@pytest.mark.parametrize("how", ["index", "sum"])
 def test_reading_a_freed_weight_of_a_block_says_what_to_do(how: str) -> None:
     """The sum over an empty tensor raises nothing by itself, and would be silently wrong."""
     case = reading_case(how)
@@ -670,17 +650,17 @@ def test_an_engine_may_follow_another_in_one_process(stage: int) -> None:
 # Ranks that differ ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lookahead_bytes", [None, 0, 1 << 30])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "block_skipped_on_some_ranks",
-        "depth_varies_by_rank",
-        "mixture_of_experts",
-        "order_varies_by_rank",
-        "used_on_some_ranks",
-    ],
+DIVERGENT = (
+    "block_skipped_on_some_ranks",
+    "depth_varies_by_rank",
+    "mixture_of_experts",
+    "order_varies_by_rank",
+    "used_on_some_ranks",
 )
+
+
+@pytest.mark.parametrize("lookahead_bytes", [None, 0, 1 << 30])
+@pytest.mark.parametrize("name", DIVERGENT)
 def test_ranks_that_run_different_blocks_do_not_hang(
     name: str, lookahead_bytes: int | None
 ) -> None:
@@ -689,11 +669,68 @@ def test_ranks_that_run_different_blocks_do_not_hang(
 
     def work(rank: int, world: int) -> dict[str, Tensor]:
         engine = make_engine(case, setting)
-        for step in range(setting.steps):
-            train(engine, case, setting, rank, steps=[step])
-            with torch.no_grad():
-                case.loss(engine, case.batch(step + 1, 7, rank))
+        train(engine, case, setting, rank)
         return full_weights(engine)
 
     want = reference_of(case, setting)
     assert_same_weights(run_ranks(work, world=4, timeout=60), want.weights)
+
+
+@every_stage
+@pytest.mark.parametrize("name", DIVERGENT)
+def test_ranks_that_evaluate_different_blocks_do_not_hang(name: str, stage: int) -> None:
+    """Whatever the ranks do together after an evaluation, none is left behind in it."""
+    case, setting = ZOO[name], Setting(stage, world=4, steps=4)
+
+    def work(rank: int, world: int) -> dict[str, Tensor]:
+        engine = make_engine(case, setting)
+        for step in range(setting.steps):
+            train(engine, case, setting, rank, steps=[step])
+            with torch.no_grad():
+                loss = case.loss(engine, case.batch(step + 1, 7, rank))
+            dist.all_reduce(loss)
+        with torch.no_grad():
+            case.loss(engine, case.batch(0, 7, rank))
+        return full_weights(engine)
+
+    want = reference_of(case, setting)
+    assert_same_weights(run_ranks(work, world=4, timeout=30), want.weights)
+
+
+@every_stage
+@pytest.mark.parametrize("name", ["plain", *DIVERGENT])
+def test_a_collective_of_the_caller_may_come_between_forward_and_backward(
+    name: str, stage: int
+) -> None:
+    case, setting = ZOO[name], Setting(stage, world=3, steps=4)
+
+    def work(rank: int, world: int) -> dict[str, Tensor]:
+        engine = make_engine(case, setting)
+        for step in range(setting.steps):
+            loss = case.loss(engine, case.batch(step, 0, rank))
+            dist.all_reduce(loss.detach().clone())
+            engine.backward(loss)
+            engine.step()
+        return full_weights(engine)
+
+    want = reference_of(case, setting)
+    assert_same_weights(run_ranks(work, world=3, timeout=30), want.weights)
+
+
+@every_stage
+@pytest.mark.parametrize("name", ["plain", "depth_varies_by_rank"])
+def test_weights_may_be_gathered_between_forward_and_backward(name: str, stage: int) -> None:
+    case, setting = ZOO[name], Setting(stage, world=3, steps=4)
+
+    def work(rank: int, world: int) -> dict[str, Tensor]:
+        engine = make_engine(case, setting)
+        for step in range(setting.steps):
+            loss = case.loss(engine, case.batch(step, 0, rank))
+            start = full_weights(engine)
+            engine.backward(loss)
+            engine.step()
+            assert any(not torch.equal(start[n], w) for n, w in full_weights(engine).items())
+        return full_weights(engine)
+
+    want = reference_of(case, setting)
+    assert_same_weights(run_ranks(work, world=3, timeout=30), want.weights)

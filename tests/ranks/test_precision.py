@@ -56,7 +56,7 @@ def rounded(case: Case) -> Case:
 def test_half_precision_trains_as_master_weights_in_plain_pytorch_do(
     name: str, stage: int, precision: Half
 ) -> None:
-    """Both sides round at the same places, so they are equal but for a weight rounded the other way.
+    """Both sides round at the same places, so they are equal but for a rounding gone the other way.
 
     World, accumulation and loss scale are powers of two, which multiply without rounding. Sums in
     another order may still tip a rounding, which costs a tensor a fraction of a unit in the last

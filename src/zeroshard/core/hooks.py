@@ -38,6 +38,7 @@ from torch.utils.hooks import RemovableHandle
 from zeroshard.core import tree
 from zeroshard.core.access import guard_state_dict
 from zeroshard.core.external import unwatch, watch
+from zeroshard.core.scaling import ScaledLoss, rescale
 from zeroshard.core.schedule import Schedule
 from zeroshard.core.unit import Unit, slot_of
 
@@ -69,7 +70,8 @@ class _Use:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.opened = self.closed = False
+        self.opened_in = -1  # the backward in which the bracket was opened last
+        self.closed = False
         self.aliases: list[Tensor] = []
 
 
@@ -113,7 +115,7 @@ class Runtime:
         ]
         self._counts = {unit: _Counts() for unit in units}
         self._training = False
-        self._finish_queued = False
+        self._finish_queued = self._is_listening = False
         self._active: list[Site] = []  # sites whose forward is running, innermost last
         self._handles: list[RemovableHandle] = []
         # Layers that are units of their own; a block's parameters are the block's own business.
@@ -136,12 +138,13 @@ class Runtime:
 
     def _attach_site(self, site: Site) -> None:
         @_eager
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._before_forward(site, args, kwargs)
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # A copy of the module has copies of its hooks, and parameters of its own.
+            return self._before_forward(site, args, kwargs) if module is site.module else None
 
         @_eager
-        def after(_: nn.Module, args: Any, output: Any) -> Any:
-            return self._after_forward(site, output)
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            return self._after_forward(site, output) if module is site.module else None
 
         module = site.module
         self._handles += [
@@ -205,6 +208,8 @@ class Runtime:
             self.schedule.need(unit)
         if use is None or not torch.is_grad_enabled():
             return args, kwargs
+        if site.module is self.root and self.loss_scale is not None:
+            args, kwargs = tree.replace((args, kwargs), lambda t: rescale(t, self._leaving))
         return tree.replace((args, kwargs), lambda tensor: self._alias(use, tensor))
 
     def _kind(self) -> str:
@@ -240,6 +245,8 @@ class Runtime:
         elif self._training:
             found = tree.find(output)
             keep = found.opaque
+            if outermost and keep:
+                self._listen_to_parameters()
             for tensor in found.tensors:
                 if tensor.requires_grad and not any(tensor is alias for alias in use.aliases):
                     tensor.register_hook(_eager(lambda grad: self._open(use)))
@@ -253,14 +260,17 @@ class Runtime:
         if outermost and not self._training:
             self.schedule.end_forward(self._kind())
         if site.module is self.root and self.loss_scale is not None and torch.is_grad_enabled():
-            return tree.replace(output, self._scale)
+            return tree.replace(output, lambda tensor: rescale(tensor, self._entering))
         return output
 
-    def _scale(self, tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        # Outside the model's graph, so an output computed from another one is not scaled twice.
-        return _ScaleGradient.apply(tensor, self)
+    def _entering(self) -> Tensor:
+        assert self.loss_scale is not None, "a scaled output outlived its loss scaler"
+        self.scaled = True
+        return self.loss_scale / ScaledLoss.factor
+
+    def _leaving(self) -> Tensor:
+        assert self.loss_scale is not None, "a scaled input outlived its loss scaler"
+        return ScaledLoss.factor / self.loss_scale
 
     # Backward
 
@@ -269,11 +279,24 @@ class Runtime:
             self._finish_queued = True
             Variable._execution_engine.queue_callback(self._finish)
 
+    def _listen_to_parameters(self) -> None:
+        """Notice a backward that enters through outputs that cannot be looked into."""
+        if not self._is_listening:
+            self._is_listening = True
+            hook = _eager(lambda _: self._queue_finish())
+            self._handles += [
+                member.param.register_post_accumulate_grad_hook(hook)
+                for unit in self.trained
+                for member in unit.members
+            ]
+
     def _open(self, use: _Use) -> None:
         self._queue_finish()
-        if use.opened:
+        backward = torch._C._current_graph_task_id()
+        if use.opened_in == backward:
             return
-        use.opened = True
+        # A graph that is kept runs backward again.
+        use.opened_in, use.closed = backward, False
         for unit in use.site.units:
             self._counts[unit].open += 1
             if use.site.reads_in_backward:
@@ -282,7 +305,7 @@ class Runtime:
                 unit.outline()
 
     def _close(self, use: _Use) -> None:
-        if use.closed or not use.opened:
+        if use.closed or use.opened_in < 0:
             return
         use.closed = True
         for unit in use.site.units:
@@ -337,23 +360,3 @@ class Runtime:
             unit.free()
             for member in unit.members:
                 member.param.grad = None
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by the runtime's loss scale.
-
-    An output that is edited in place afterwards would lose the scaling silently; autograd refuses
-    that for outputs of a custom function. A scalar is copied instead, so ``loss += ...`` works.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, runtime: Runtime) -> Tensor:
-        ctx.runtime = runtime
-        return tensor.clone() if tensor.numel() == 1 else tensor
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        runtime: Runtime = ctx.runtime
-        runtime.scaled = True
-        assert runtime.loss_scale is not None, "a scaled output outlived its loss scaler"
-        return grads[0] * runtime.loss_scale.to(grads[0].dtype), None

@@ -81,6 +81,13 @@ def _named_blocks(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
                     hint=f"name a module path or one of the classes {', '.join(classes)}.",
                 )
             )
+        if any(isinstance(module, _CONTAINERS) for module in found):
+            raise ConfigError(
+                compose(
+                    f'zeroshard.units names "{name}", a container that is never called itself.',
+                    hint="name the class of the modules inside it.",
+                )
+            )
         blocks += [module for module in found if not any(module is block for block in blocks)]
     return blocks
 

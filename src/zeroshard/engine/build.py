@@ -29,7 +29,12 @@ from zeroshard.engine.engine import Engine, Settings
 from zeroshard.errors import ConfigError, UsageError, compose
 from zeroshard.optim.factory import make_optimizer
 from zeroshard.optim.scaler import LossScaler, ScalePolicy
-from zeroshard.optim.sharded import ShardedOptimizer, StepPolicy, optimizer_parameters
+from zeroshard.optim.sharded import (
+    ShardedOptimizer,
+    StepPolicy,
+    check_optimizer,
+    optimizer_parameters,
+)
 
 __all__ = ["initialize", "register_external_parameter"]
 
@@ -79,8 +84,8 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         ConfigError: the configuration cannot be used.
         UsageError: the arguments do not fit together.
     """
-    if model is None:
-        raise UsageError("initialize() needs a model.")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"initialize() needs a model, a torch.nn.Module, not {model!r}.")
     if mpu is not None or mesh_param is not None:
         raise UsageError("initialize(): mpu and mesh_param are not supported; leave them out.")
     settings = configuration.load(_config_source(args, config, config_params))
@@ -94,11 +99,28 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     _check_model(model, trained if inner is not None else None)
 
     shard_size = dist.get_world_size() if lifetime.sharded else 1
-    mesh = build_mesh(shard_size, device, timeout=world.patience())
-    _place_buffers(model, mesh)
+    if inner is not None:
+        allowed = settings.zero_allow_untested_optimizer
+        check_optimizer(inner, model, shard_size, allow_untested=allowed)
+    scheduler = _resolve_scheduler(lr_scheduler, inner, settings)
+    loader = None
+    if training_data is not None:
+        loader = make_loader(
+            training_data,
+            batch_size=batch.micro,
+            rank=dist.get_rank(),
+            world=dist.get_world_size(),
+            collate_fn=collate_fn,
+            drop_last=settings.dataloader_drop_last,
+            pin_memory=device.type == "cuda",
+        )
     groups = choose_groups(
         model, units=settings.zeroshard.units, is_trained=lambda p: p.requires_grad and p in trained
     )
+
+    # From here on nothing is refused, and the model changes.
+    mesh = build_mesh(shard_size, device, timeout=world.patience())
+    _place_buffers(model, mesh)
     precision = _precision(settings)
     units = [
         build_unit(
@@ -124,21 +146,8 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
                 clip=settings.gradient_clipping,
                 skip_on_overflow=settings.fp16.enabled
                 or (settings.bf16.enabled and settings.bf16.check_grad_overflow),
-                allow_untested=settings.zero_allow_untested_optimizer,
             ),
             scaler=_make_scaler(settings),
-        )
-    scheduler = _resolve_scheduler(lr_scheduler, inner, settings)
-    loader = None
-    if training_data is not None:
-        loader = make_loader(
-            training_data,
-            batch_size=batch.micro,
-            rank=mesh.rank,
-            world=mesh.world,
-            collate_fn=collate_fn,
-            drop_last=settings.dataloader_drop_last,
-            pin_memory=device.type == "cuda",
         )
     engine = Engine(
         model,
@@ -193,10 +202,13 @@ def _resolve_optimizer(
         return optimizer
     params = list(model_parameters) if model_parameters is not None else list(model.parameters())
     params = [p for p in params if not isinstance(p, torch.Tensor) or p.requires_grad]
+    if optimizer is None and settings.optimizer is None:
+        return None
+    if not params:
+        raise UsageError("initialize() was asked for an optimizer, but no parameter is trainable.")
     if optimizer is not None:
         return optimizer(params)
-    if settings.optimizer is None:
-        return None
+    assert settings.optimizer is not None, "there is an optimizer, or a block that describes it"
     return make_optimizer(settings.optimizer.type, params, settings.optimizer.params)
 
 
@@ -218,7 +230,7 @@ def _resolve_scheduler(
         scheduler = partial(maker, **settings.scheduler.params)
     if optimizer is None:
         raise UsageError("initialize() was given a learning rate schedule but no optimizer.")
-    if not hasattr(scheduler, "step"):
+    if isinstance(scheduler, type) or not hasattr(scheduler, "step"):
         scheduler = scheduler(optimizer)
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise UsageError("the learning rate schedule belongs to another optimizer.")

@@ -24,7 +24,10 @@ class _EveryNth(IterableDataset[Any]):
         self.stream, self.rank, self.world = stream, rank, world
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.stream), self.rank, None, self.world)
+        samples = iter(self.stream)
+        # Only whole rounds: a rank with a sample more than the others would wait for ever.
+        while len(turn := list(islice(samples, self.world))) == self.world:
+            yield turn[self.rank]
 
 
 class ShardedLoader:
@@ -56,7 +59,7 @@ def make_loader(
     """Distribute a dataset over the ranks.
 
     A map-style dataset is shuffled anew each epoch and divided evenly. Of a stream each rank takes
-    every ``world``-th sample, which reads the whole stream on every rank.
+    every ``world``-th sample, which reads the whole stream on every rank; the same number on each.
 
     Raises:
         UsageError: ``data`` is not a torch dataset.

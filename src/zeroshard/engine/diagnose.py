@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 
 from torch import nn
@@ -9,7 +10,28 @@ from torch import nn
 from zeroshard.core.unit import slot_of
 from zeroshard.errors import UsageError, compose
 
-__all__ = ["explain_freed_read"]
+__all__ = ["explain_backward", "explain_freed_read"]
+
+# How torch's complaints about an empty operand look.
+_EMPTY = re.compile(r"\b0\b|must be a matrix|1-?D")
+
+
+def explain_backward(error: Exception) -> str | None:
+    """Say what to call instead, for the two mistakes that show in backward."""
+    text = str(error)
+    if "backward through the graph a second time" in text:
+        return compose(
+            "engine.backward() was called on a graph that an earlier backward used up.",
+            hint="call engine(...) again for a new graph, or keep the old one with "
+            "backward(loss, retain_graph=True).",
+        )
+    if "invalid gradient" in text and "[0]" in text:
+        return compose(
+            f"a parameter was read while its unit was freed, and elsewhere while full: {text}",
+            hint="wrap the read in zeroshard.gathered(...), or declare it after initialize(): "
+            "zeroshard.register_external_parameter(reading_module, parameter).",
+        )
+    return None
 
 
 def explain_freed_read(model: nn.Module, error: Exception) -> str | None:
@@ -18,9 +40,8 @@ def explain_freed_read(model: nn.Module, error: Exception) -> str | None:
     The innermost frame of the traceback is the code that failed; a freed parameter whose attribute
     name, and whose owner's, occur in it is the likely cause.
     """
-    if isinstance(error, UsageError) or not isinstance(
-        error, (RuntimeError, IndexError, ValueError)
-    ):
+    is_torchs = isinstance(error, (RuntimeError, IndexError, ValueError))
+    if isinstance(error, UsageError) or not is_torchs or not _EMPTY.search(str(error)):
         return None
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = set(frames[-1].f_code.co_names) if frames else set[str]()
@@ -29,8 +50,8 @@ def explain_freed_read(model: nn.Module, error: Exception) -> str | None:
         slot = slot_of(param)
         if slot is None or slot.unit.is_full:
             continue
-        words = [word for word in name.split(".")[-2:] if not word.isdigit()]
-        if names.issuperset(words):
+        words = [word for word in name.split(".") if not word.isdigit()][-2:]
+        if len(words) == 2 and names.issuperset(words):
             suspects.append(name)
     if not suspects:
         return None

@@ -15,8 +15,9 @@ from zeroshard.config import Batch
 from zeroshard.core import tree
 from zeroshard.core.hooks import Runtime
 from zeroshard.core.mesh import Mesh
+from zeroshard.core.scaling import ScaledLoss
 from zeroshard.engine.data import ShardedLoader
-from zeroshard.engine.diagnose import explain_freed_read
+from zeroshard.engine.diagnose import explain_backward, explain_freed_read
 from zeroshard.errors import UsageError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
 
@@ -151,19 +152,18 @@ class Engine(nn.Module):
                 )
             )
         steps = self.gradient_accumulation_steps()
-        weight = torch.full_like(loss, 1.0 if scale_wrt_gas else float(steps))
+        weight = 1.0 if scale_wrt_gas else float(steps)
         try:
-            loss.backward(weight, retain_graph=retain_graph)
+            with ScaledLoss.by(self.loss_scale):
+                self.runtime.scaled = True
+                root = loss.float() if self.loss_scale > 1 else loss
+                seed = torch.full_like(root, weight * self.loss_scale)
+                root.backward(seed, retain_graph=retain_graph)
         except Exception as error:
             self.reset()
-            if "backward through the graph a second time" in str(error):
-                raise UsageError(
-                    compose(
-                        "engine.backward() was called on a graph that an earlier backward used up.",
-                        hint="call engine(...) again for a new graph, or keep the old one with "
-                        "backward(loss, retain_graph=True).",
-                    )
-                ) from error
+            explanation = explain_backward(error)
+            if explanation is not None:
+                raise UsageError(explanation) from error
             raise
         return loss.detach() / (steps if scale_wrt_gas else 1)
 
@@ -285,6 +285,7 @@ class Engine(nn.Module):
         """Forget the gradients accumulated since the last optimizer step."""
         if self._sharded is not None:
             self._sharded.clear_gradients()
+            self._num_backwards_seen = self.runtime.num_backwards
 
     def was_step_applied(self) -> bool:
         """Whether the last call of ``step`` changed the weights."""

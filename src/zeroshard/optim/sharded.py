@@ -28,7 +28,7 @@ from zeroshard.errors import UsageError, compose
 from zeroshard.optim.factory import ELEMENTWISE
 from zeroshard.optim.scaler import LossScaler
 
-__all__ = ["ShardedOptimizer", "StepPolicy", "optimizer_parameters"]
+__all__ = ["ShardedOptimizer", "StepPolicy", "check_optimizer", "optimizer_parameters"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,38 @@ class StepPolicy:
 
     clip: float = 0.0
     skip_on_overflow: bool = False
-    allow_untested: bool = False
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    num_shards: int,
+    *,
+    allow_untested: bool = False,
+) -> None:
+    """Refuse an optimizer that cannot step slices of this model's parameters.
+
+    Raises:
+        UsageError: it holds other parameters, or its update is not known to be element-wise.
+    """
+    own = set(model.parameters())
+    for number, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            if param not in own:
+                raise UsageError(
+                    f"param group {number} of the optimizer holds a parameter of shape "
+                    f"{tuple(param.shape)} that is not a parameter of the model."
+                )
+    kind = type(optimizer)
+    if kind not in ELEMENTWISE and num_shards > 1 and not allow_untested:
+        raise UsageError(
+            compose(
+                f"{kind.__name__} is not known to update each element on its own, and every rank "
+                f"here steps 1/{num_shards} of each parameter: numbers could be wrong.",
+                hint='use "stage": 0, or set "zero_allow_untested_optimizer": true if the '
+                "update of an element depends on that element alone.",
+            )
+        )
 
 
 class ShardedOptimizer:
@@ -69,36 +100,19 @@ class ShardedOptimizer:
         self.norm: Tensor | None = None
         self._square = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._stepping = False
-        self._check_kind()
         self._adopt()
         inner.register_step_pre_hook(self._refuse_direct_step)
-
-    def _check_kind(self) -> None:
-        kind = type(self.inner)
-        if kind in ELEMENTWISE or self.mesh.shard.size == 1 or self.policy.allow_untested:
-            return
-        raise UsageError(
-            compose(
-                f"{kind.__name__} is not known to update each element on its own, and every rank "
-                f"here steps 1/{self.mesh.shard.size} of each parameter: numbers could be wrong.",
-                hint='use "stage": 0, or set "zero_allow_untested_optimizer": true if the '
-                "update of an element depends on that element alone.",
-            )
-        )
 
     def _adopt(self) -> None:
         """Exchange parameters for slices in every group, and slice the state they already have."""
         old_state = dict(self.inner.state)
         self.inner.state.clear()
-        for number, group in enumerate(self.inner.param_groups):
+        for group in self.inner.param_groups:
             slices: list[nn.Parameter] = []
             for param in group["params"]:
                 slot = slot_of(param)
-                if slot is None or slot.unit not in self.units:
-                    raise UsageError(
-                        f"param group {number} of the optimizer holds a parameter of shape "
-                        f"{tuple(param.shape)} that is not a trainable parameter of the model."
-                    )
+                if slot is None or not slot.unit.is_trained:
+                    continue  # a frozen parameter is never stepped
                 piece = slot.unit.slices[slot.index]
                 if piece.numel():
                     slices.append(piece)
