@@ -23,10 +23,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TINY = 2.0**-26  # the smallest number that fp16 has is 2**-24
 
 backwards = pytest.mark.parametrize("backward", BACKWARDS)
-SCALED_AT_OUTPUTS = pytest.mark.xfail(
-    raises=AssertionError,
-    reason="gradients are scaled where they pass an output of the engine, not at the loss",
-)
 
 
 class Weight(nn.Module):
@@ -238,7 +234,6 @@ def test_gradients_too_small_for_fp16_inside_the_model_reach_the_weights(stage: 
     assert run_ranks(work) == [[[-1.0]] * 2] * 2
 
 
-@SCALED_AT_OUTPUTS
 @every_stage
 def test_gradients_too_small_for_fp16_outside_the_model_reach_the_weights(stage: int) -> None:
     """The gradient of a mean over many tokens is that small where it enters the model."""
@@ -252,9 +247,6 @@ def test_gradients_too_small_for_fp16_outside_the_model_reach_the_weights(stage:
     assert run_ranks(work) == [[-1.0], [-1.0]]
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, reason="the scale itself is cast to fp16, where it is infinite"
-)
 @every_stage
 @backwards
 def test_a_loss_scale_beyond_the_range_of_fp16_works_where_the_gradient_is_within(
@@ -279,7 +271,6 @@ class Penalised(Weights):
         return self.layers[0](1.0).sum()
 
 
-@SCALED_AT_OUTPUTS
 @every_stage
 def test_a_loss_kept_on_a_module_is_scaled_like_the_one_returned(stage: int) -> None:
     def work(rank: int, world: int) -> list[float]:
@@ -333,7 +324,7 @@ class Affine(nn.Module):
 
 @every_stage
 @backwards
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=SCALED_AT_OUTPUTS)])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_result_that_is_the_next_input_is_scaled_once(
     precision: str, backward: str, stage: int
 ) -> None:
@@ -352,7 +343,7 @@ def test_a_result_that_is_the_next_input_is_scaled_once(
 
 @every_stage
 @backwards
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=SCALED_AT_OUTPUTS)])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_result_that_is_the_input_of_another_engine_is_scaled_once(
     precision: str, backward: str, stage: int
 ) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from forked import RankError
 from unit.engine.small import LR, STAGES, Net, batch, loss_of, make, on_ranks, weights_of
 from zeroshard import UsageError
 
@@ -89,12 +88,7 @@ def test_a_second_backward_of_one_graph_asks_for_a_new_one_or_retain_graph(stage
         0,
         1,
         2,
-        pytest.param(
-            3,
-            marks=pytest.mark.xfail(
-                raises=RankError, reason="the uses of a graph gather in its first backward only"
-            ),
-        ),
+        3,
     ],
 )
 @on_ranks(1)
@@ -170,7 +164,6 @@ def test_a_loss_that_has_nothing_to_do_with_the_model_is_no_step(stage: int) -> 
     assert_weights(engine, plain_weights([0]))
 
 
-@pytest.mark.xfail(raises=RankError, reason="the step trips over an assertion")
 @on_ranks(1, STAGES)
 def test_a_step_after_zero_grad_asks_for_a_backward(stage: int) -> None:
     engine = make(stage)

@@ -123,18 +123,14 @@ def by_a_function(engine: Any, x: Tensor) -> Tensor:
     return torch.func.functional_call(engine.module.head, {}, (x,))
 
 
-@pytest.mark.parametrize("backward", ["engine", "loss"])
 @pytest.mark.parametrize("forward", [directly, by_a_function])
 @on_ranks(1)
-def test_a_loss_that_bypasses_the_outputs_of_the_engine_is_refused(
-    forward: Callable[[Any, Tensor], Tensor], backward: str
+def test_a_plain_backward_that_bypasses_the_outputs_of_the_engine_is_refused(
+    forward: Callable[[Any, Tensor], Tensor],
 ) -> None:
     engine = start(0, Net(), **fp16())
     loss = forward(engine, torch.ones(2, 4, dtype=HALF)).float().sum()
-    if backward == "engine":
-        engine.backward(loss)
-    else:
-        loss.backward()
+    loss.backward()
     asks = r"without loss scaling(.|\n)*hint: compute the loss from the result of engine"
     with pytest.raises(UsageError, match=asks):
         engine.step()

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, StepLR
 
 import zeroshard
-from forked import RankError, run_ranks
+from forked import run_ranks
 from unit.engine.small import (
     LR,
     STAGES,
@@ -237,7 +237,6 @@ def test_a_parameter_of_another_engine_is_refused(stage: int) -> None:
     )
 
 
-@pytest.mark.xfail(raises=RankError, reason="a container is taken for a unit")
 @pytest.mark.parametrize("name", ["blocks", "ModuleList"])
 @on_ranks(1)
 def test_a_container_which_never_runs_is_refused_as_a_unit(name: str) -> None:
@@ -302,7 +301,6 @@ def mistakes() -> dict[str, Callable[[Net], Config]]:
     }
 
 
-@pytest.mark.xfail(raises=RankError, reason="the model is sharded before arguments are checked")
 @pytest.mark.parametrize("mistake", list(mistakes()))
 @on_ranks(1)
 def test_a_refused_call_leaves_the_model_as_it_was(mistake: str) -> None:

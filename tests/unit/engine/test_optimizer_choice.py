@@ -11,7 +11,6 @@ import torch
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, StepLR
 
 import zeroshard
-from forked import RankError
 from unit.engine.small import (
     LR,
     STAGES,
@@ -128,9 +127,6 @@ def test_param_groups_may_be_given_as_model_parameters(stage: int) -> None:
     )
 
 
-FROZEN_IN_GROUPS = pytest.mark.xfail(
-    raises=RankError, reason="a frozen parameter in a param group is refused"
-)
 WITH_FROZEN: dict[str, Callable[[Net], Config]] = {
     "nothing": lambda model: {},
     "model_parameters": lambda model: {"model_parameters": model.parameters()},
@@ -147,8 +143,8 @@ WITH_FROZEN: dict[str, Callable[[Net], Config]] = {
         "nothing",
         "model_parameters",
         "class",
-        pytest.param("groups", marks=FROZEN_IN_GROUPS),
-        pytest.param("object", marks=FROZEN_IN_GROUPS),
+        "groups",
+        "object",
     ],
 )
 @on_ranks(1)
@@ -236,7 +232,6 @@ def test_a_schedule_may_be_given_as(given: str) -> None:
     assert rates == [1.0, 0.5, 0.5, 0.25]
 
 
-@pytest.mark.xfail(raises=RankError, reason="a class has a `step` too, and is taken for an object")
 @on_ranks(1)
 def test_a_class_of_schedules_is_a_callable_that_makes_one() -> None:
     engine, _, _, schedule = zeroshard.initialize(

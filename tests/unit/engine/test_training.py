@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import zeroshard
-from forked import RankError
 from unit.engine.small import (
     LR,
     STAGES,
@@ -121,13 +120,7 @@ class NoLayers(nn.Module):
         (TwoLayers, as_object),
         (NoLayers, as_dict),
         (NoLayers, as_tuple),
-        pytest.param(
-            NoLayers,
-            as_object,
-            marks=pytest.mark.xfail(
-                raises=RankError, reason="no hook sees the backward of such a model"
-            ),
-        ),
+        (NoLayers, as_object),
     ],
 )
 @on_ranks(1, STAGES)
@@ -294,7 +287,6 @@ def test_zero_grad_of_the_optimizer_before_backward_is_harmless(stage: int) -> N
         torch.testing.assert_close(weights[name], param.detach())
 
 
-@pytest.mark.xfail(raises=RankError, reason="the hooks of the engine are copied with the module")
 @on_ranks(1, STAGES)
 def test_a_copy_of_the_module_is_an_ordinary_module(stage: int) -> None:
     engine = make(stage, fp16={"enabled": True, "loss_scale": 16})
