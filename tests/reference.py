@@ -11,6 +11,7 @@ and ranks do not agree on who used what.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import zeroshard
 from forked import run_ranks
 from zoo import Case, Checkpointing
 
@@ -234,8 +236,6 @@ def config_of(case: Case, setting: Setting) -> dict[str, Any]:
 
 def make_engine(case: Case, setting: Setting) -> Any:
     """A zeroshard engine around a fresh model of the case."""
-    import zeroshard
-
     model = case.build(SEED, setting.checkpointing)
     optimizer = None
     if setting.optimizer_from == "caller":
@@ -289,8 +289,6 @@ def train(
 
 def full_weights(engine: Any) -> dict[str, Tensor]:
     """Copies of all parameters in full; every rank calls it."""
-    import zeroshard
-
     with zeroshard.gathered(engine.module):
         return _copy(engine.module.named_parameters())
 
@@ -300,30 +298,31 @@ def full_weights(engine: Any) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the ranks and the reference made of one setting."""
+    """How training in one setting compares with the reference."""
 
     setting: Setting
-    ranks: list[Record]
-    reference: Record
+    differences: list[str]
+    """All deviations beyond the tolerance, and all deviations between ranks, in words."""
+    record: Record | None = None
+    """What rank 0 has, where that was asked for."""
 
-    def differences(self, tolerance: float = TOLERANCE) -> list[str]:
-        """All deviations beyond the tolerance, and all deviations between ranks."""
-        found = differences(self.ranks[0], self.reference, tolerance)
-        for rank, record in enumerate(self.ranks):
-            found += [
-                f"{name} on rank {rank} is not what rank 0 has"
-                for name, weight in record.weights.items()
-                if not torch.equal(weight, self.ranks[0].weights[name])
-            ]
-            found += _compare_tensors(
-                f"buffer of rank {rank}", record.buffers[0], self.reference.buffers[rank], tolerance
-            )
-        return [f"[{self.setting}] {text}" for text in found]
+
+@dataclass(frozen=True)
+class _Finding:
+    """What one rank reports of one setting; weights stay with it, since they are slow to send."""
+
+    differences: list[str]
+    fingerprint: str
+    buffers: list[dict[str, Tensor]]
+    record: Record | None
 
 
 def compare(
     case: Case,
     settings: Sequence[Setting],
+    *,
+    tolerance: float = TOLERANCE,
+    keep_records: bool = False,
     timeout: float = 60,
     **engine: Any,
 ) -> list[Comparison]:
@@ -331,25 +330,51 @@ def compare(
     worlds = {setting.world for setting in settings}
     assert len(worlds) == 1, f"settings of several worlds in one fork: {worlds}"
 
-    def work(rank: int, world: int) -> tuple[list[Record], list[Record]]:
+    def work(rank: int, world: int) -> list[_Finding]:
         references: dict[tuple[Any, ...], Record] = {}
-        records = []
+        findings = []
         for setting in settings:
             try:
                 if rank == 0 and setting.reference_key not in references:
                     references[setting.reference_key] = reference_run(case, setting)
-                records.append(engine_run(case, setting, rank, **engine))
+                record = engine_run(case, setting, rank, **engine)
             except Exception as error:
                 raise RuntimeError(f"{case.name} failed [{setting}]") from error
-        wanted = [references[s.reference_key] for s in settings] if rank == 0 else []
-        return records, wanted
+            want = references.get(setting.reference_key)
+            findings.append(
+                _Finding(
+                    differences(record, want, tolerance) if want else [],
+                    _fingerprint(record.weights),
+                    [*record.buffers, *(want.buffers if want else [])],
+                    record if rank == 0 and keep_records else None,
+                )
+            )
+        return findings
 
-    results = run_ranks(work, worlds.pop(), timeout)
-    wanted = results[0][1]
+    ranks = run_ranks(work, worlds.pop(), timeout)
     return [
-        Comparison(setting, [records[index] for records, _ in results], wanted[index])
-        for index, setting in enumerate(settings)
+        _comparison(setting, list(findings), tolerance)
+        for setting, *findings in zip(settings, *ranks, strict=True)
     ]
+
+
+def _comparison(setting: Setting, findings: list[_Finding], tolerance: float) -> Comparison:
+    first = findings[0]
+    found = list(first.differences)
+    for rank, finding in enumerate(findings):
+        if finding.fingerprint != first.fingerprint:
+            found.append(f"rank {rank} has other weights than rank 0")
+        what, want = f"buffer of rank {rank}", first.buffers[1 + rank]
+        found += _compare_tensors(what, finding.buffers[0], want, tolerance)
+    return Comparison(setting, [f"[{setting}] {text}" for text in found], first.record)
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def differences(got: Record, want: Record, tolerance: float = TOLERANCE) -> list[str]:

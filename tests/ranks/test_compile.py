@@ -50,7 +50,7 @@ def test_compiled_blocks_train_as_in_plain_pytorch(
         for checkpointing in ("none", "non_reentrant")
     ]
     for comparison in compare(case, settings, timeout=100):
-        assert comparison.differences() == []
+        assert comparison.differences == []
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -64,4 +64,4 @@ def test_a_whole_compiled_model_trains_as_in_plain_pytorch(stage: int) -> None:
 
     settings = [Setting(stage, world=2, accumulation=2)]
     for comparison in compare(replace(case, build=build), settings, timeout=100):
-        assert comparison.differences() == []
+        assert comparison.differences == []

@@ -131,7 +131,7 @@ def weights_of(engine: Replicas) -> dict[str, Tensor]:
 
 def failures_of(engine: type[Replicas], case: Case, setting: Setting) -> list[str]:
     (comparison,) = compare(case, [setting], make_engine=engine, weights_of=weights_of)
-    return comparison.differences()
+    return comparison.differences
 
 
 @pytest.mark.parametrize("case", ZOO.values(), ids=lambda case: case.name)
@@ -141,7 +141,7 @@ def test_averaging_replicas_pass_the_oracle_on_the_whole_zoo(case: Case) -> None
         for mode, optimizer in itertools.product(case.checkpointing, ("adamw", "sgd"))
     ]
     for comparison in compare(case, settings, make_engine=Replicas, weights_of=weights_of):
-        assert comparison.differences() == []
+        assert comparison.differences == []
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def gathered(
     units = _units(params)
     were_full = [unit.is_full for unit in units]
     for unit in units:
-        if not unit.is_full:
+        # Also where it is full here: between forward and backward other ranks may have freed it.
+        if not unit.lifetime.params_stay:
             unit.gather()
         unit.wait()
     try:

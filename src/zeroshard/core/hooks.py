@@ -257,7 +257,7 @@ class Runtime:
             self._counts[unit].open -= 1
             if not (keep or self._counts[unit].open or self.schedule.keeps(unit)):
                 unit.free()
-        if outermost and not self._training:
+        if outermost:
             self.schedule.end_forward(self._kind())
         if site.module is self.root and self.loss_scale is not None and torch.is_grad_enabled():
             return tree.replace(output, lambda tensor: rescale(tensor, self._entering))
@@ -353,9 +353,9 @@ class Runtime:
 
     def reset(self) -> None:
         """Return to the state between two passes after an exception in forward or backward."""
+        in_backward, self._finish_queued = self._finish_queued, False
         self._forget_calls()
-        self._finish_queued = False
-        self.schedule.reset()
+        self.schedule.reset(in_backward)
         for unit in self.units:
             unit.free()
             for member in unit.members:

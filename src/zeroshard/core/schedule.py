@@ -33,27 +33,31 @@ from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import Unit
 from zeroshard.errors import DistributedError, compose
 
-__all__ = ["END", "Op", "Schedule", "common_window", "look_ahead"]
+__all__ = ["ABORT", "END", "END_FORWARD", "Op", "Schedule", "common_window", "look_ahead"]
 
 _WINDOW = 64
 _LONGEST_RECORD = 100_000
 
 
 class Op(NamedTuple):
-    """A collective on a unit, or the wish for no more of them."""
+    """A collective on a unit, or a mark: what a rank shows that wants no more of them now."""
 
     kind: Literal["gather", "reduce", "end"]
     unit: int
 
 
 END = Op("end", -1)
+END_FORWARD = Op("end", -2)
+ABORT = Op("end", -3)
+_MARKS = {mark.unit: mark for mark in (END, END_FORWARD, ABORT)}
 
 
 def common_window(wishes: Sequence[Sequence[Op]]) -> list[Op]:
     """The operations that all ranks issue next, from what each would like to issue.
 
     The longest common prefix if there is one; else the first wish of every rank, gathers before
-    reductions because a rank that wants a gather cannot go on without it.
+    reductions because a rank that wants a gather cannot go on without it. Empty if all want none
+    but are at different marks.
     """
     prefix: list[Op] = []
     for ops in zip(*wishes, strict=False):
@@ -62,7 +66,7 @@ def common_window(wishes: Sequence[Sequence[Op]]) -> list[Op]:
         prefix.append(ops[0])
     if prefix:
         return prefix
-    heads = {wish[0] for wish in wishes if wish} - {END}
+    heads = {wish[0] for wish in wishes if wish}
     gathers = sorted(op for op in heads if op.kind == "gather")
     return gathers or sorted((op for op in heads if op.kind == "reduce"), reverse=True)
 
@@ -125,11 +129,14 @@ class Schedule:
         self._record: list[Op] = []
         self._kind = ""
         self._cursor: int | None = None
+        self._gathers = any(not unit.lifetime.params_stay for unit in units)
+        self._in_forward = self._is_aborting = False
 
     # What happened before, and what to expect from it
 
     def begin(self, kind: str) -> None:
-        """A pass of this kind starts, unless one is still open."""
+        """The outermost forward starts, and a pass of this kind unless one is still open."""
+        self._in_forward = self._gathers
         if not self._record:
             self._kind, self._cursor = kind, 0
 
@@ -151,11 +158,13 @@ class Schedule:
         self._cursor = next(later, self._cursor)
 
     def _expected(self) -> Iterator[Op]:
-        """What is still to come in this pass, gathers of kept units left out."""
+        """What is still to come until the next mark, gathers of kept units left out."""
         past = self._history.get(self._kind, [])
         start = len(past) if self._cursor is None else self._cursor
         before = self._record[-1] if self._record else None
         for op in (past[i] for i in range(start, len(past))):
+            if op.kind == "end":
+                return
             if op != before:
                 yield op
             before = op
@@ -187,11 +196,11 @@ class Schedule:
     def _exchange(self, wish: Sequence[Op]) -> list[Op]:
         count = len(self._units)
         numbers = [op.unit + (count if op.kind == "reduce" else 0) for op in wish]
-        padded = [len(numbers), *numbers, *([-1] * (_WINDOW - len(numbers)))]
+        padded = [len(numbers), *numbers, *([0] * (_WINDOW - len(numbers)))]
         try:
             answers = self._ask(padded)
         except RuntimeError as error:
-            wanted = self._describe(wish[0]) if wish else "the end of the pass"
+            wanted = self._describe(wish[0])
             raise DistributedError(
                 compose(
                     f"rank {self._mesh.rank} wants {wanted}, and others did not answer: {error}",
@@ -199,17 +208,30 @@ class Schedule:
                     "training loop, or waits in a collective of its own, answers no more.",
                 )
             ) from error
-        ops = (
-            [
-                END if n < 0 else Op("reduce", n - count) if n >= count else Op("gather", n)
-                for n in answer[1 : 1 + answer[0]]
-            ]
-            for answer in answers
-        )
-        return common_window(list(ops))
+        wishes = [[self._op(number) for number in answer[1 : 1 + answer[0]]] for answer in answers]
+        aborting = [rank for rank, other in enumerate(wishes) if ABORT in other]
+        if aborting and ABORT not in wish:
+            self._is_aborting = True
+            raise DistributedError(
+                compose(
+                    f"rank {self._mesh.rank} wants {self._describe(wish[0])}, but an exception "
+                    f"made rank {aborting[0]} leave its backward.",
+                    hint="see the error of that rank. To go on, catch this error on all ranks, "
+                    "call engine.reset() and continue with the next batch.",
+                )
+            )
+        return common_window(wishes)
+
+    def _op(self, number: int) -> Op:
+        count = len(self._units)
+        if number < 0:
+            return _MARKS[number]
+        return Op("gather", number) if number < count else Op("reduce", number - count)
 
     def _describe(self, op: Op) -> str:
-        return "the end of backward" if op == END else f"to {op.kind} {self._units[op.unit].name}"
+        return (
+            "its pass to end" if op.kind == "end" else f"to {op.kind} {self._units[op.unit].name}"
+        )
 
     # Issuing
 
@@ -327,15 +349,42 @@ class Schedule:
         self._close_record()
 
     def end_forward(self, kind: str) -> None:
-        """End of a pass without backward: leave nothing half done."""
-        if self._kind == kind:
-            self._complete_window()
+        """End of the outermost forward: serve the others until all of them are there.
+
+        The caller may go on to a collective of its own, and a rank that waits there serves nobody.
+        """
+        is_own = self._kind == kind  # else this forward runs inside a pass of another kind
+        expects_backward = is_own and kind != "forward"
+        if self._in_forward:
+            if expects_backward:
+                self._note(END_FORWARD)
+            due = self._expected() if expects_backward else ()
+            self._leave_forward([*look_ahead(due, self._sizes, self._ahead, self._budget)])
+        if is_own and not expects_backward:
             self._drop_ahead()
             self._close_record()
 
-    def reset(self) -> None:
-        """Give up the pass under way, in a way the other ranks can bear."""
+    def _leave_forward(self, next_wish: Sequence[Op]) -> None:
+        """Take part in windows until no rank wants more in forward; agree on the next one, too."""
+        self._in_forward = False
+        while True:
+            self._complete_window()
+            window = self._exchange([END_FORWARD, *next_wish][:_WINDOW])
+            at_end = not window or window[0] == END_FORWARD
+            self._window.extend(op for op in window if op != END_FORWARD)
+            if at_end:
+                return
+
+    def reset(self, in_backward: bool) -> None:
+        """Give up the pass under way, in a way that the other ranks can follow."""
         self._complete_window()
+        if in_backward or self._is_aborting:
+            # Gradients of this pass are lost on this rank, so they must be on all.
+            while self._exchange([ABORT]) != [ABORT]:
+                pass
+        elif self._in_forward:
+            self._leave_forward([])
+        self._in_forward = self._is_aborting = False
         self._drop_ahead()
         self._settle()
         self._ready.clear()

@@ -125,7 +125,7 @@ class Unit:
         self.master, self.precision = master, precision
         self._full, self._store, self._gradient = full, store, gradient
         self._params = [member.param for member in members]
-        self._shapes = [view.shape for view in full.views]
+        self.shapes = [view.shape for view in full.views]
         self._cut_sizes, self._cut_at = layout.cuts(mesh.shard.rank)
         self._mine = full.tensor[layout.shard(mesh.shard.rank).slice()]
         self._placeholder = full.tensor.new_empty(0)
@@ -146,7 +146,7 @@ class Unit:
         if self.mesh.shard.size > 1:
             return [parts[at] for at in self._cut_at]
         # Whole parameters keep their shape, so optimizers that need matrices work unsharded.
-        return [parts[at].view(shape) for at, shape in zip(self._cut_at, self._shapes, strict=True)]
+        return [parts[at].view(shape) for at, shape in zip(self._cut_at, self.shapes, strict=True)]
 
     def __repr__(self) -> str:
         kind = "trained" if self.is_trained else "frozen"
@@ -214,7 +214,7 @@ class Unit:
         if self.is_full:
             return
         nothing = torch.full_like(self._placeholder.new_empty(1), torch.nan)
-        for param, shape in zip(self._params, self._shapes, strict=True):
+        for param, shape in zip(self._params, self.shapes, strict=True):
             param.data = nothing.expand(shape)
         self._is_outlined = True
 
@@ -267,11 +267,11 @@ class Unit:
     def _checked(self, index: int, grad: Tensor) -> Tensor:
         if grad.layout != torch.strided:
             grad = grad.to_dense()
-        if grad.shape != self._shapes[index]:
+        if grad.shape != self.shapes[index]:
             raise UsageError(
                 compose(
                     f"{self.members[index].name} was read while its unit was freed: its gradient "
-                    f"has shape {tuple(grad.shape)}, the parameter {tuple(self._shapes[index])}.",
+                    f"has shape {tuple(grad.shape)}, the parameter {tuple(self.shapes[index])}.",
                     hint="wrap the read in zeroshard.gathered(...), or declare the module that "
                     "reads it: zeroshard.register_external_parameter(module, parameter).",
                 )

@@ -13,10 +13,11 @@ from zeroshard.errors import UsageError, compose
 __all__ = ["explain_backward", "explain_freed_read"]
 
 # How torch's complaints about an empty operand look.
-_EMPTY = re.compile(r"\b0\b|must be a matrix|1-?D")
+_EMPTY = re.compile(r"\b0\b|must be a matrix|1-?D|dimension 1")
+_EMPTY_GRADIENT = re.compile(r"invalid gradient .* got \[0\] .* \[([\d, ]*)\]")
 
 
-def explain_backward(error: Exception) -> str | None:
+def explain_backward(model: nn.Module, error: Exception) -> str | None:
     """Say what to call instead, for the two mistakes that show in backward."""
     text = str(error)
     if "backward through the graph a second time" in text:
@@ -25,9 +26,13 @@ def explain_backward(error: Exception) -> str | None:
             hint="call engine(...) again for a new graph, or keep the old one with "
             "backward(loss, retain_graph=True).",
         )
-    if "invalid gradient" in text and "[0]" in text:
+    if empty := _EMPTY_GRADIENT.search(text):
+        shape = tuple(int(size) for size in empty[1].split(",") if size.strip())
+        slots = ((name, slot_of(param)) for name, param in model.named_parameters())
+        names = [name for name, slot in slots if slot and slot.unit.shapes[slot.index] == shape]
         return compose(
-            f"a parameter was read while its unit was freed, and elsewhere while full: {text}",
+            f"a parameter of shape {shape} was read while its unit was freed, and elsewhere while "
+            f"it was full: {', '.join(names)}.",
             hint="wrap the read in zeroshard.gathered(...), or declare it after initialize(): "
             "zeroshard.register_external_parameter(reading_module, parameter).",
         )

@@ -161,7 +161,7 @@ class Engine(nn.Module):
                 root.backward(seed, retain_graph=retain_graph)
         except Exception as error:
             self.reset()
-            explanation = explain_backward(error)
+            explanation = explain_backward(self.module, error)
             if explanation is not None:
                 raise UsageError(explanation) from error
             raise

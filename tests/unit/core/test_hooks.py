@@ -20,6 +20,7 @@ from zeroshard.core.access import gathered
 from zeroshard.core.hooks import Runtime, Site
 from zeroshard.core.lifetime import STAGES
 from zeroshard.core.mesh import Axis, Mesh, build_mesh
+from zeroshard.core.scaling import ScaledLoss
 from zeroshard.core.schedule import Schedule
 from zeroshard.core.unit import Precision, Unit, build_unit
 from zeroshard.core.wrap import choose_groups
@@ -267,6 +268,36 @@ def test_gradients_are_scaled_once_through_outputs_derived_from_one_another(stag
     in_a_child(work)
 
 
+@every_stage
+def test_a_loss_that_is_scaled_already_is_only_brought_to_the_scale_of_the_model(
+    stage: int,
+) -> None:
+    def work() -> None:
+        model = ManyOutputs()
+        runtime = make_runtime(model, stage)
+        runtime.loss_scale = torch.tensor(8.0)
+        loss = sum_of_many(model(ids()))
+        with ScaledLoss.by(4.0):
+            (loss * 4).backward()
+        assert_close(gradients(runtime), plain_gradients(ManyOutputs(), sum_of_many), by=8)
+
+    in_a_child(work)
+
+
+def test_gradients_that_leave_through_the_inputs_are_not_scaled() -> None:
+    def work() -> None:
+        model = nn.Linear(3, 2)
+        runtime = make_runtime(model, 1)
+        weight = model.weight.detach().clone()
+        runtime.loss_scale = torch.tensor(8.0)
+        given = torch.ones(1, 3, requires_grad=True)
+        model(given).sum().backward()
+        torch.testing.assert_close(given.grad, weight.sum(0, keepdim=True))
+        assert gradients(runtime)["bias"].tolist() == [8.0, 8.0]
+
+    in_a_child(work)
+
+
 def test_a_loss_that_avoids_the_outputs_is_noticed_as_unscaled() -> None:
     def work() -> None:
         model = Net()
@@ -385,14 +416,33 @@ def test_a_parameter_read_outside_its_module_is_right_in_every_step(read_from_st
         assert num_sites == [1] * read_from_step + [2] * (4 - read_from_step)
 
 
-def test_a_copy_of_a_watched_module_is_an_ordinary_one() -> None:
+def test_a_copy_of_a_model_made_of_full_parameters_is_an_ordinary_one() -> None:
     def work() -> None:
-        model = Net()
-        make_runtime(model, 3)
+        model, want = Net(), Net()
+        runtime = make_runtime(model, 3)
         with gathered(model):
-            clone = copy.deepcopy(model.embedding)
-        assert type(vars(clone)["_parameters"]) is dict
-        assert torch.equal(clone.weight, Net().embedding.weight)
+            clone = copy.deepcopy(model)
+        assert type(vars(clone.embedding)["_parameters"]) is dict
+        torch.testing.assert_close(clone(ids()), want(ids()))
+        assert not any(unit.is_full for unit in runtime.units)
+        clone(ids()).square().sum().backward()
+        want(ids()).square().sum().backward()
+        torch.testing.assert_close(clone.norm.weight.grad, want.norm.weight.grad)
+        assert clone.state_dict().keys() == want.state_dict().keys()
+
+    in_a_child(work)
+
+
+def test_a_graph_that_is_kept_may_be_used_again() -> None:
+    def work() -> None:
+        model, want = Net(), Net()
+        runtime = make_runtime(model, 3)
+        for each in (model, want):
+            out = each(ids())
+            out.square().sum().backward(retain_graph=True)
+            out[..., 0].sum().backward()
+        named = want.named_parameters()
+        assert_close(gradients(runtime), {n: p.grad for n, p in named if p.grad is not None})
 
     in_a_child(work)
 

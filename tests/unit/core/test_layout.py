@@ -98,9 +98,12 @@ def test_parameters_and_shards_start_at_aligned_places(layout: Layout) -> None:
 
 
 @given(layouts())
-def test_padding_is_less_than_one_alignment_for_each_parameter_and_shard(layout: Layout) -> None:
-    padding = layout.full_numel - sum(layout.numels)
-    assert padding <= layout.align * (len(layout.numels) + layout.world)
+def test_no_more_is_padded_than_the_alignment_asks_for(layout: Layout) -> None:
+    ends = [0, *(layout.full(index).stop for index in range(len(layout.numels)))]
+    for end, start in zip(ends, layout.offsets, strict=False):
+        assert start - end < layout.align
+    smaller = layout.shard_numel - layout.align
+    assert smaller == 0 or smaller * layout.world < ends[-1]
 
 
 def test_a_scalar_belongs_to_one_rank() -> None:

@@ -8,7 +8,7 @@ deadlock is noticed the moment it arises: all threads wait and nothing any of th
 from __future__ import annotations
 
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -20,6 +20,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from zeroshard.core import schedule as schedule_module
+from zeroshard.core.lifetime import STAGES, Lifetime
 from zeroshard.core.schedule import END, Op, Schedule, common_window, look_ahead
 from zeroshard.errors import DistributedError
 
@@ -286,7 +287,7 @@ class FakeUnit:
     nbytes_full: int
     world: World
     rank: int
-    stays: bool
+    lifetime: Lifetime
     on_gather: Callable[[], None] = lambda: None
     is_full: bool = False
     has_gradient: bool = False
@@ -299,7 +300,7 @@ class FakeUnit:
 
     def __post_init__(self) -> None:
         self.name = f"unit {self.index}"
-        self.is_full = self.stays
+        self.is_full = self.lifetime.params_stay
 
     def gather(self) -> None:
         self._finish(self._gathering)
@@ -314,7 +315,7 @@ class FakeUnit:
 
     def free(self) -> None:
         self._finish(self._gathering)
-        self.is_full = self.stays
+        self.is_full = self.lifetime.params_stay
 
     def collect(self) -> None:
         self.has_gradient = True
@@ -337,26 +338,37 @@ class FakeUnit:
 
 
 class Step(NamedTuple):
-    """What hooks report: a module opens or the innermost one closes, or a gradient is complete."""
+    """What hooks report: a module opens or the innermost one closes, or a gradient is complete.
 
-    verb: Literal["open", "close", "grad"]
+    A late gradient is one that nobody knew to be complete before the end of backward.
+    """
+
+    verb: Literal["open", "close", "grad", "late"]
     unit: int = -1
 
 
-class Pass(NamedTuple):
-    """A forward and its backward, a forward alone, or one more backward of the same forward."""
+class Forward(NamedTuple):
+    """One call of the model; of kind "forward" if no backward follows from it."""
 
     kind: str
     steps: Sequence[Step]
-    begins: bool = True
-
-    @property
-    def trains(self) -> bool:
-        return self.kind != "forward"
 
 
-def forward_only(steps: Sequence[Step]) -> Pass:
-    return Pass("forward", [step for step in steps if step.verb != "grad"])
+class Pass(NamedTuple):
+    """Forwards and what they are for: one backward, or nothing more."""
+
+    forwards: Sequence[Forward]
+    backward: Sequence[Step] | None = None
+
+
+def evaluation(steps: Sequence[Step]) -> Pass:
+    return Pass([Forward("forward", steps)])
+
+
+def training(
+    forward: Sequence[Step], backward: Sequence[Step] = (), kind: str = "boundary"
+) -> Pass:
+    return Pass([Forward(kind, forward)], backward)
 
 
 @dataclass
@@ -383,7 +395,7 @@ class Rank:
     def __init__(self, rank: int, model: Model, world: World) -> None:
         self.rank, self.world, self.model = rank, world, model
         self.units = [
-            FakeUnit(index, size, world, rank, model.stays, self.check_memory)
+            FakeUnit(index, size, world, rank, STAGES[1 if model.stays else 3], self.check_memory)
             for index, size in enumerate(model.sizes)
         ]
         self.trained = [unit for unit in self.units if unit.index not in model.frozen]
@@ -406,23 +418,34 @@ class Rank:
         for one in passes:
             num_issued, num_shown = len(self.world.issued[self.rank]), self.num_shown
             reductions = [unit.num_reductions for unit in self.units]
-            if one.begins:
-                self.schedule.begin(one.kind)
-            for step in one.steps:
-                self.do(step)
-            self.end(one)
+            for forward in one.forwards:
+                self.schedule.begin(forward.kind)
+                self.do_all(forward.steps)
+                self.schedule.end_forward(forward.kind)
+            if one.backward is not None:
+                self.do_all(one.backward)
+                for unit in self.units:
+                    unit.free()
+                self.schedule.finish(self.trained)  # type: ignore[arg-type]
+                for unit, before in zip(self.units, reductions, strict=True):
+                    reduced = unit.num_reductions > before
+                    assert reduced or unit not in self.trained, f"{unit.name} was not reduced"
+                    assert not unit.has_gradient, f"{unit.name} lost a gradient"
+            self.kept.clear()
             assert not self.model.stays or not any(unit.num_gathers for unit in self.units)
             assert self.model.stays or not any(unit.is_full for unit in self.units)
-            for unit, before in zip(self.units, reductions, strict=True):
-                trains = one.trains and unit in self.trained
-                assert not trains or unit.num_reductions > before, f"{unit.name} was not reduced"
-                assert not (one.trains and unit.has_gradient), f"{unit.name} lost a gradient"
             self.log.issued.append(self.world.issued[self.rank][num_issued:])
             self.log.num_exchanges.append(self.num_shown - num_shown)
 
     @property
     def num_shown(self) -> int:
         return len(self.world.shown[self.rank])
+
+    def do_all(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            self.do(step)
+        while self.open:
+            self.close()
 
     def do(self, step: Step) -> None:
         if step.verb == "open":
@@ -432,10 +455,11 @@ class Rank:
             self.schedule.need(unit)
         elif step.verb == "close" and self.open:
             self.close()
-        elif step.verb == "grad" and self.units[step.unit] in self.trained:
+        elif step.verb in ("grad", "late") and self.units[step.unit] in self.trained:
             unit = self.units[step.unit]
             unit.collect()
-            self.schedule.ready(unit)
+            if step.verb == "grad":
+                self.schedule.ready(unit)
         for unit in self.open:
             assert unit.is_full, f"{unit.name} was freed while it is in use"
 
@@ -447,17 +471,6 @@ class Rank:
             self.kept.add(unit)
         else:
             unit.free()
-
-    def end(self, one: Pass) -> None:
-        while self.open:
-            self.close()
-        if one.trains:
-            for unit in self.units:
-                unit.free()
-            self.schedule.finish(self.trained)  # type: ignore[arg-type]
-        else:
-            self.schedule.end_forward(one.kind)
-        self.kept.clear()
 
 
 def simulate(model: Model, passes: Sequence[Sequence[Pass]]) -> list[Log]:
@@ -485,16 +498,22 @@ def simulate(model: Model, passes: Sequence[Sequence[Pass]]) -> list[Log]:
     return [rank.log for rank in ranks]
 
 
-def steps_over(num_units: int, max_size: int) -> st.SearchStrategy[list[Step]]:
+def steps_over(
+    num_units: int, max_size: int, *more: Literal["grad", "late"]
+) -> st.SearchStrategy[list[Step]]:
     unit = st.integers(0, num_units - 1)
-    return st.lists(
-        st.one_of(
-            st.builds(Step, st.just("open"), unit),
-            st.just(Step("close")),
-            st.builds(Step, st.just("grad"), unit),
-        ),
-        max_size=max_size,
-    )
+    kinds = [st.builds(Step, st.just("open"), unit), st.just(Step("close"))]
+    if more:
+        kinds.append(st.builds(Step, st.sampled_from(more), unit))
+    return st.lists(st.one_of(kinds), max_size=max_size)
+
+
+def passes_over(num_units: int, max_size: int) -> st.SearchStrategy[Pass]:
+    """A backward after one forward or several, with evaluations before and between them."""
+    kinds = st.sampled_from(("boundary", "boundary", "accumulation", "forward"))
+    forward = st.builds(Forward, kinds, steps_over(num_units, max_size))
+    backward = steps_over(num_units, max_size, "grad", "late")
+    return st.builds(Pass, st.lists(forward, max_size=3), backward)
 
 
 @st.composite
@@ -512,22 +531,15 @@ def models(draw: st.DrawFn) -> Model:
 def worlds(draw: st.DrawFn) -> tuple[Model, list[list[Pass]]]:
     """Ranks that differ in every pass: units skipped, repeated, nested or in another order.
 
-    All make the same number of backward passes. Between them each makes as many passes without
-    backward as it likes.
+    They even call the model another number of times. Only backward they run equally often.
     """
     model = draw(models())
-    steps = steps_over(len(model.sizes), 10)
-    forwards = st.lists(steps.map(forward_only), max_size=2)
-    kinds = draw(st.lists(st.sampled_from(("boundary", "accumulation")), min_size=1, max_size=3))
-    favourites = draw(st.lists(steps, min_size=1, max_size=2))  # so that some passes repeat
-    ranks: list[list[Pass]] = []
-    for _ in range(draw(st.integers(1, 3))):
-        passes: list[Pass] = []
-        for kind in kinds:
-            passes += draw(forwards)
-            passes.append(Pass(kind, draw(st.one_of(st.sampled_from(favourites), steps))))
-        ranks.append(passes)
-    return model, ranks
+    passes = passes_over(len(model.sizes), 7)
+    favourites = draw(st.lists(passes, min_size=1, max_size=2))  # so that some passes repeat
+    passes = st.one_of(st.sampled_from(favourites), passes)
+    count = draw(st.integers(1, 3))
+    ranks = st.lists(passes, min_size=count, max_size=count)
+    return model, draw(st.lists(ranks, min_size=1, max_size=3))
 
 
 @given(worlds())
@@ -537,44 +549,63 @@ def test_ranks_that_run_different_modules_issue_the_same_collectives_and_never_h
     simulate(*world)
 
 
-@given(models(), st.data())
-def test_ranks_may_stop_needing_what_they_expected_to_need(model: Model, data: Any) -> None:
+def leave_out(draw: st.DrawFn, steps: Sequence[Step]) -> list[Step]:
+    return [step for step in steps if draw(st.booleans())]
+
+
+@st.composite
+def worlds_with_gaps(draw: st.DrawFn) -> tuple[Model, list[list[Pass]]]:
     """One long pass that is expected again, then passes that leave out parts of it."""
-    long = data.draw(steps_over(len(model.sizes), 20))
-    parts = st.lists(st.booleans(), min_size=len(long), max_size=len(long))
-    ranks = []
-    for _ in range(2):
-        passes = [Pass("boundary", long)] * 2
-        for _ in range(2):
-            chosen = zip(long, data.draw(parts), strict=True)
-            passes.append(Pass("boundary", [step for step, keep in chosen if keep]))
-        ranks.append(passes)
-    simulate(model, ranks)
-
-
-def chain(num_units: int) -> list[Step]:
-    """Forward through all units, then backward."""
-    forward = [step for unit in range(num_units) for step in (Step("open", unit), Step("close"))]
-    backward = [
-        step
-        for unit in reversed(range(num_units))
-        for step in (Step("open", unit), Step("close"), Step("grad", unit))
+    model = draw(models())
+    forward = draw(steps_over(len(model.sizes), 12))
+    backward = draw(steps_over(len(model.sizes), 12, "grad", "late"))
+    long = [training(forward, backward)] * 2
+    return model, [
+        long + [training(leave_out(draw, forward), leave_out(draw, backward)) for _ in range(2)]
+        for _ in range(2)
     ]
-    return [*forward, *backward]
 
 
-def exchanges_at_most(num_ops: int) -> int:
-    """One at the start, one for each full window, one at the end."""
-    return 2 + num_ops // WINDOW
+@given(worlds_with_gaps())
+def test_ranks_may_stop_needing_what_they_expected_to_need(
+    world: tuple[Model, list[list[Pass]]],
+) -> None:
+    simulate(*world)
+
+
+def use(unit: int) -> list[Step]:
+    return [Step("open", unit), Step("close")]
+
+
+def chain(num_units: int) -> Pass:
+    """Forward through all units, then backward."""
+    units = range(num_units)
+    forward = [step for unit in units for step in use(unit)]
+    backward = [step for unit in reversed(units) for step in (*use(unit), Step("grad", unit))]
+    return training(forward, backward)
+
+
+def exchanges_at_most(one: Pass, num_ops: int) -> int:
+    """One at the start and end of each forward, at the end of backward, and for each full window.
+
+    The one at the end of forward is about the start of backward, too.
+    """
+    return max(2 * len(one.forwards), 1) + (one.backward is not None) + num_ops // WINDOW
+
+
+def assert_seldom_talks(log: Log, passes: Sequence[Pass], num_first: int) -> None:
+    """After so many passes, in which everything was new."""
+    counts = zip(passes, log.issued, log.num_exchanges, strict=True)
+    for one, issued, num_exchanges in list(counts)[num_first:]:
+        assert num_exchanges <= exchanges_at_most(one, len(issued))
 
 
 @pytest.mark.parametrize("num_units", [1, 2, 5, 70])
 @pytest.mark.parametrize("budget", [None, 0, 30, 10**6])
 def test_ranks_that_repeat_a_pass_seldom_talk(num_units: int, budget: int | None) -> None:
-    model = Model([10] * num_units, budget)
-    for log in simulate(model, [[Pass("boundary", chain(num_units))] * 4] * 2):
-        for issued, num_exchanges in list(zip(log.issued, log.num_exchanges, strict=True))[1:]:
-            assert num_exchanges <= exchanges_at_most(len(issued))
+    passes = [chain(num_units)] * 4
+    for log in simulate(Model([10] * num_units, budget), [passes] * 2):
+        assert_seldom_talks(log, passes, num_first=1)
 
 
 @pytest.mark.parametrize("num_units", [1, 2, 5, 70])
@@ -583,7 +614,7 @@ def test_nothing_is_gathered_in_vain_when_a_pass_repeats(
     num_units: int, budget: int | None
 ) -> None:
     model = Model([10] * num_units, budget)
-    (log, _) = simulate(model, [[Pass("boundary", chain(num_units))] * 4] * 2)
+    (log, _) = simulate(model, [[chain(num_units)] * 4] * 2)
     for issued in log.issued[1:]:
         gathers = Counter(op.unit for op in issued if op.kind == "gather")
         # The last unit's backward follows its forward at once, so it stays full in between.
@@ -591,103 +622,139 @@ def test_nothing_is_gathered_in_vain_when_a_pass_repeats(
 
 
 @st.composite
-def uniform(draw: st.DrawFn) -> tuple[Model, list[Step]]:
+def uniform(draw: st.DrawFn) -> tuple[Model, Pass]:
     """Units in any order and nesting, and the gradient of each once or not at all."""
     model = draw(models())
-    steps: list[Step] = []
-    for step in draw(steps_over(len(model.sizes), 20)):
-        if step.verb != "grad" or step not in steps:
-            steps.append(step)
-    return model, steps
+    backward: list[Step] = []
+    for step in draw(steps_over(len(model.sizes), 12, "grad", "late")):
+        if step.verb in ("open", "close") or step not in backward:
+            backward.append(step)
+    return model, training(draw(steps_over(len(model.sizes), 12)), backward)
 
 
 @given(uniform(), st.integers(1, 3))
 def test_a_pass_in_any_order_is_agreed_on_in_one_go_when_it_repeats(
-    case: tuple[Model, list[Step]], num_ranks: int
+    case: tuple[Model, Pass], num_ranks: int
 ) -> None:
-    model, steps = case
-    for log in simulate(model, [[Pass("boundary", steps)] * 3] * num_ranks):
-        for issued, num_exchanges in list(zip(log.issued, log.num_exchanges, strict=True))[1:]:
-            assert num_exchanges <= exchanges_at_most(len(issued))
+    model, one = case
+    for log in simulate(model, [[one] * 3] * num_ranks):
+        assert_seldom_talks(log, [one] * 3, num_first=1)
 
 
 @given(uniform())
-def test_a_pass_that_repeats_gathers_no_more_than_the_first_time(
-    case: tuple[Model, list[Step]],
-) -> None:
-    model, steps = case
-    (log, _) = simulate(model, [[Pass("boundary", steps)] * 3] * 2)
+def test_a_pass_that_repeats_gathers_no_more_than_the_first_time(case: tuple[Model, Pass]) -> None:
+    model, one = case
+    (log, _) = simulate(model, [[one] * 3] * 2)
     counts = [sum(op.kind == "gather" for op in issued) for issued in log.issued]
     assert max(counts[1:]) <= counts[0]
 
 
 def test_a_second_backward_through_one_forward_is_expected_when_it_repeats() -> None:
-    steps = chain(4)
-    passes = [Pass("boundary", steps), Pass("boundary", steps[8:], begins=False)]
-    for log in simulate(Model([10] * 4), [passes * 3] * 2):
-        for issued, num_exchanges in list(zip(log.issued, log.num_exchanges, strict=True))[2:]:
-            assert num_exchanges <= exchanges_at_most(len(issued))
+    first = chain(4)
+    passes = [first, Pass([], first.backward)] * 3
+    for log in simulate(Model([10] * 4), [passes] * 2):
+        assert_seldom_talks(log, passes, num_first=2)
+
+
+def test_a_pass_of_two_forwards_with_an_evaluation_between_is_expected_when_it_repeats() -> None:
+    (forward,), backward = chain(4)
+    passes = [Pass([forward, Forward("forward", use(2)), forward], backward)] * 3
+    for log in simulate(Model([10] * 4), [passes] * 2):
+        assert_seldom_talks(log, passes, num_first=1)
 
 
 def test_kinds_of_passes_are_remembered_apart() -> None:
-    model = Model([10] * 4)
-    other = [Step("open", 3), Step("close"), Step("open", 0), Step("close")]
-    passes = [Pass("boundary", chain(4)), Pass("forward", other), Pass("accumulation", chain(3))]
-    for log in simulate(model, [passes * 3] * 2):
-        for issued, num_exchanges in list(zip(log.issued, log.num_exchanges, strict=True))[3:]:
-            assert num_exchanges <= exchanges_at_most(len(issued))
+    (forward,), backward = chain(3)
+    accumulation = training(forward.steps, backward, "accumulation")
+    passes = [chain(4), evaluation([*use(3), *use(0)]), accumulation] * 3
+    for log in simulate(Model([10] * 4), [passes] * 2):
+        assert_seldom_talks(log, passes, num_first=3)
 
 
-def test_gathers_run_ahead_of_their_use_by_one_unit_of_any_size() -> None:
-    seen = prefetches(Model([10, 10, 90, 10]))
-    assert seen == {0: {1}, 1: {2}, 2: {3}, 3: {2}}
-
-
-def test_gathers_run_ahead_by_as_many_units_as_the_budget_holds() -> None:
-    seen = prefetches(Model([10] * 4, budget=20))
-    assert seen == {0: {1, 2}, 1: {2, 3}, 2: {3}, 3: {1, 2}}
-
-
-def prefetches(model: Model) -> dict[int, set[int]]:
-    """Which units are under way or there while a unit is first used, in a pass that repeats."""
-    rank = Rank(0, model, World(1))
-    seen: dict[int, set[int]] = defaultdict(set)
-    steps = chain(len(model.sizes))
-    rank.run([Pass("boundary", steps)])
+@pytest.mark.parametrize(
+    ("budget", "seen"),
+    [
+        (None, [{0, 1}, {1, 2}, {2, 3}, {3}, {3, 2}]),
+        (0, [{0}, {1}, {2}, {3}, {3}]),
+        (100, [{0, 1, 2}, {1, 2, 3}, {2, 3}, {3}, {3, 2, 1}]),
+        (200, [{0, 1, 2, 3}, {1, 2, 3}, {2, 3}, {3}, {3, 2, 1, 0}]),
+    ],
+)
+def test_gathers_run_ahead_of_their_use_as_far_as_the_budget_allows(
+    budget: int | None, seen: list[set[int]]
+) -> None:
+    """What is there or under way while each unit runs, and after forward for what comes next."""
+    rank = Rank(0, Model([10, 10, 90, 10], budget), World(1))
+    one = chain(4)
+    rank.run([one])
     rank.schedule.begin("boundary")
-    for step in steps[: 2 * len(model.sizes)]:
+    found: list[set[int]] = []
+    for step in one.forwards[0].steps:
         rank.do(step)
         if step.verb == "open":
-            seen[step.unit] |= {u.index for u in rank.units if u.is_full} - {step.unit}
-    return dict(seen)
+            found.append({unit.index for unit in rank.units if unit.is_full})
+    rank.schedule.end_forward("boundary")
+    assert [*found, {unit.index for unit in rank.units if unit.is_full}] == seen
 
 
 def test_a_gradient_that_arrives_after_its_reduction_is_reduced_again() -> None:
     """Rank 1 needs unit 2 before it has the gradient that both expected to reduce first."""
-    use_1, use_2 = [Step("open", 1), Step("close")], [Step("open", 2), Step("close")]
-    early = Pass("boundary", [*use_1, Step("grad", 0), *use_2])
-    late = Pass("boundary", [*use_1, *use_2, Step("grad", 0)])
+    early = training([], [*use(1), Step("grad", 0), *use(2)])
+    late = training([], [*use(1), *use(2), Step("grad", 0)])
     for log in simulate(Model([1, 1, 1], budget=0), [[early, early], [early, late]]):
         assert [issued.count(reduce(0)) for issued in log.issued] == [1, 2]
 
 
+def test_a_gradient_is_reduced_as_soon_as_it_is_complete_even_in_the_first_pass() -> None:
+    (log,) = simulate(Model([1] * 3), [[chain(3)]])
+    assert "".join(f"{op.kind[0]}{op.unit}" for op in log.issued[0]) == "g0g1g2g2r2g1r1g0r0"
+
+
+def test_a_unit_kept_for_a_use_that_does_not_come_is_freed_by_the_next_gather() -> None:
+    rank = Rank(0, Model([1, 1]), World(1))
+    rank.run([training([*use(0), *use(0), *use(1)])])
+    rank.schedule.begin("boundary")
+    for step in use(0):
+        rank.do(step)
+    assert rank.units[0].is_full
+    rank.do(Step("open", 1))
+    assert not rank.units[0].is_full
+
+
+def test_a_rank_that_ends_a_pass_early_leaves_no_other_waiting() -> None:
+    whole = evaluation([step for unit in range(4) for step in use(unit)])
+    part = evaluation(use(0))
+    simulate(Model([1] * 4), [[whole, whole], [whole, part]])
+
+
+def test_what_is_expected_after_a_unit_that_was_left_out_stays_right() -> None:
+    (forward,), backward = long = chain(70)
+    shorter = training(
+        [step for step in forward.steps if step.unit != 5],
+        [step for step in backward or () if step.unit != 5],
+    )
+    for log in simulate(Model([10] * 70), [[long, long, shorter]] * 2):
+        assert log.num_exchanges[2] <= exchanges_at_most(shorter, len(log.issued[2])) + 1
+        assert len(log.issued[2]) <= len(log.issued[1])
+
+
 def test_an_unused_unit_is_reduced_once_for_everyone() -> None:
-    logs = simulate(Model([1, 1]), [[Pass("boundary", [])] * 2] * 2)
-    for log in logs:
+    for log in simulate(Model([1, 1]), [[training([])] * 2] * 2):
         assert [Counter(issued) for issued in log.issued] == [{reduce(0): 1, reduce(1): 1}] * 2
 
 
-def test_a_reset_leaves_nothing_full_and_the_next_pass_works() -> None:
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_reset_leaves_nothing_full_and_the_next_pass_works(in_backward: bool) -> None:
     rank = Rank(0, Model([1] * 4, budget=9), World(1))
-    rank.run([Pass("boundary", chain(4))])
+    rank.run([chain(4)])
     rank.schedule.begin("boundary")
     rank.do(Step("open", 0))
     assert sum(unit.is_full for unit in rank.units) > 1
     rank.open.clear()
     rank.units[0].free()
-    rank.schedule.reset()
+    rank.schedule.reset(in_backward)
     assert not any(unit.is_full for unit in rank.units)
-    rank.run([Pass("boundary", chain(4))])
+    rank.run([chain(4)])
 
 
 def test_ranks_that_do_not_answer_are_reported_with_what_is_wanted() -> None:
@@ -696,7 +763,7 @@ def test_ranks_that_do_not_answer_are_reported_with_what_is_wanted() -> None:
         mock.patch.object(rank.world, "show", side_effect=RuntimeError("connection lost")),
         pytest.raises(DistributedError, match="rank 0 wants to gather unit 0") as error,
     ):
-        rank.run([Pass("boundary", chain(1))])
+        rank.run([chain(1)])
     assert "connection lost" in str(error.value)
     assert "\n\nhint: " in str(error.value)
 
@@ -704,4 +771,4 @@ def test_ranks_that_do_not_answer_are_reported_with_what_is_wanted() -> None:
 def test_the_simulation_notices_a_deadlock() -> None:
     """A rank that makes a pass less than the others leaves them waiting."""
     with pytest.raises(DeadlockError):
-        simulate(Model([1]), [[Pass("boundary", chain(1))], []])
+        simulate(Model([1]), [[chain(1)], []])

@@ -175,6 +175,12 @@ def test_small_layers_outside_blocks_share_a_unit_of_the_whole_model() -> None:
     assert len(rest.members) == 6
 
 
+def test_a_weight_tied_between_small_layers_needs_no_second_place() -> None:
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(2, 2), nn.Linear(2, 2))
+    model[2].weight = model[1].weight
+    assert rows(model)[1] == Row([""], ["1.weight", "1.bias", "2.bias"])
+
+
 def test_small_layers_of_a_large_model_are_cut_into_several_units(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -193,12 +199,13 @@ def test_a_model_without_parameters_has_no_units() -> None:
     assert rows(nn.Sequential(nn.ReLU())) == []
 
 
-def test_parameters_in_a_parameter_list_are_gathered_where_forward_can_run() -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    model[0].extra = nn.ParameterList([nn.Parameter(torch.zeros(100))])
-    assert {"0.extra.0"} <= {name for row in rows(model) for name in row.members}
-    for group in groups_of(model):
-        assert not any(isinstance(site, nn.ParameterList) for site in group.sites)
+def test_what_a_module_of_several_layers_holds_itself_is_gathered_at_the_whole_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    model[1].table = nn.Parameter(torch.zeros(100))
+    model[1].extra = nn.ParameterList([nn.Parameter(torch.zeros(100))])
+    (row,) = (row for row in rows(model) if "1.extra.0" in row.members)
+    assert "1.table" in row.members
+    assert row.sites == [""]
 
 
 # Uniform units ----------------------------------------------------------------------------------
@@ -277,8 +284,8 @@ def test_the_whole_model_may_be_named_as_one_unit() -> None:
 
 
 def test_a_name_that_matches_nothing_is_refused_with_the_classes_there_are() -> None:
-    with pytest.raises(ConfigError, match=r'zeroshard\.units names "Blok"') as error:
-        groups_of(Net(), ["Blok"])
+    with pytest.raises(ConfigError, match=r'zeroshard\.units names "Layer"') as error:
+        groups_of(Net(), ["Layer"])
     assert "hint: " in str(error.value)
     assert "Block, Embedding, LayerNorm, Linear" in str(error.value)
 

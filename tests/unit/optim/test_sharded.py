@@ -20,7 +20,12 @@ from zeroshard.core.unit import Member, Precision, Unit, build_unit
 from zeroshard.errors import LossScaleError, UsageError
 from zeroshard.optim.factory import ELEMENTWISE
 from zeroshard.optim.scaler import LossScaler, ScalePolicy
-from zeroshard.optim.sharded import ShardedOptimizer, StepPolicy, optimizer_parameters
+from zeroshard.optim.sharded import (
+    ShardedOptimizer,
+    StepPolicy,
+    check_optimizer,
+    optimizer_parameters,
+)
 
 CPU = torch.device("cpu")
 # Two units; the small parameters lie on one of two ranks only.
@@ -295,48 +300,47 @@ def test_it_is_refused_after_a_step_of_ours_that_failed_too() -> None:
 
 
 def test_a_parameter_of_another_model_is_refused_with_its_group() -> None:
-    params = make_params()
+    model = nn.Linear(2, 2)
     stranger = nn.Parameter(torch.ones(2, 3))
-    inner = torch.optim.SGD([{"params": params}, {"params": [stranger]}], lr=1.0)
+    inner = torch.optim.SGD([{"params": model.parameters()}, {"params": [stranger]}], lr=1.0)
     with pytest.raises(UsageError, match=r"param group 1 .* shape \(2, 3\)"):
-        ShardedOptimizer(inner, make_units(params), alone(), policy=PLAIN)
+        check_optimizer(inner, model, 1)
 
 
-def test_a_frozen_parameter_is_refused() -> None:
+def test_a_frozen_parameter_in_a_param_group_is_never_stepped() -> None:
     params = make_params()
-    inner = torch.optim.SGD(params, lr=1.0)
-    with pytest.raises(UsageError, match="not a trainable parameter"):
-        ShardedOptimizer(inner, make_units(params, frozen=1), alone(), policy=PLAIN)
+    before = [param.detach().clone() for param in params]
+    inner = torch.optim.SGD(params, lr=1.0, weight_decay=0.5)
+    units = make_units(params, frozen=1)
+    sharded = ShardedOptimizer(inner, units, alone(), policy=PLAIN)
+    give(units[:1], make_grads(0)[:3])
+    sharded.step(divide_by=1)
+    after = read(units)
+    assert not any(torch.equal(a, b) for a, b in zip(after[:3], before[:3], strict=True))
+    assert_close(after[3:], before[3:])
 
 
 class MyAdam(torch.optim.Adam):
     """A subclass may do anything."""
 
 
-def try_untested(rank: int, world: int) -> None:
-    for cls in (torch.optim.Adafactor, MyAdam):
-        for stage in STAGES:
-            params = make_params()[1:3] * 1
-            mesh = mesh_for(stage, world)
-            unit = build_unit(
-                [Member(f"p{index}", param) for index, param in enumerate(params)],
-                trained=True,
-                lifetime=STAGES[stage],
-                mesh=mesh,
-                precision=Precision(),
-            )
-            make = partial(ShardedOptimizer, cls(params, lr=0.1), [unit], mesh)
-            if STAGES[stage].sharded:
-                with pytest.raises(UsageError, match=cls.__name__) as error:
-                    make(policy=PLAIN)
-                assert '"zero_allow_untested_optimizer": true' in str(error.value)
-                make(policy=StepPolicy(allow_untested=True))
-            else:
-                make(policy=PLAIN)
+@pytest.mark.parametrize("cls", [torch.optim.Adafactor, MyAdam])
+def test_an_optimizer_that_may_look_at_whole_matrices_is_refused_on_shards(
+    cls: type[torch.optim.Optimizer],
+) -> None:
+    model = nn.Linear(2, 2)
+    inner = cls(model.parameters(), lr=0.1)
+    with pytest.raises(UsageError, match=rf"{cls.__name__} is not known .* 1/2 of each") as error:
+        check_optimizer(inner, model, 2)
+    assert '"zero_allow_untested_optimizer": true' in str(error.value)
+    check_optimizer(inner, model, 2, allow_untested=True)
+    check_optimizer(inner, model, 1)
 
 
-def test_an_optimizer_that_may_look_at_whole_matrices_is_refused_on_shards() -> None:
-    on_two_ranks(try_untested)
+@pytest.mark.parametrize("cls", sorted(ELEMENTWISE, key=lambda cls: cls.__name__))
+def test_an_elementwise_optimizer_is_accepted_on_shards(cls: type[torch.optim.Optimizer]) -> None:
+    model = nn.Linear(2, 2)
+    check_optimizer(cls(model.parameters(), lr=0.1), model, 2)
 
 
 def test_an_optimizer_that_looks_at_whole_matrices_is_right_on_one_rank() -> None:
