@@ -137,8 +137,8 @@ def failures_of(engine: type[Replicas], case: Case, setting: Setting) -> list[st
 @pytest.mark.parametrize("case", ZOO.values(), ids=lambda case: case.name)
 def test_averaging_replicas_pass_the_oracle_on_the_whole_zoo(case: Case) -> None:
     settings = [
-        Setting(world=3, accumulation=2, clip=TIGHT_CLIP, checkpointing=mode, optimizer=optimizer)
-        for mode, optimizer in itertools.product(case.checkpointing, ("adamw", "sgd"))
+        Setting(world=3, accumulation=2, clip=TIGHT_CLIP, checkpointing=mode, steps=2)
+        for mode in case.checkpointing
     ]
     for comparison in compare(case, settings, make_engine=Replicas, weights_of=weights_of):
         assert comparison.differences == []

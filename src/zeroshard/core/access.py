@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,30 +65,30 @@ def gathered(
                 unit.free()
 
 
-def guard_state_dict(model: nn.Module) -> list[RemovableHandle]:
+def guard_state_dict(model: nn.Module, on_load: Callable[[Unit], object]) -> list[RemovableHandle]:
     """Refuse to save or load a state dict of freed parameters, which would be empty tensors.
 
-    Weights loaded into full parameters are kept, also as master weights.
+    ``on_load`` is told each unit whose full parameters are overwritten.
     """
 
     def before_save(module: nn.Module, *_: object) -> None:
         _refuse_freed(module, "state_dict()", "with zeroshard.gathered(model):")
 
-    def before_load(module: nn.Module, *_: object) -> None:
-        _refuse_freed(
-            module, "load_state_dict()", "with zeroshard.gathered(model, modifier_rank=0):"
-        )
-
-    def after_load(module: nn.Module, _: object) -> None:
-        with torch.no_grad():
-            for unit in _units(module):
-                unit.adopt(lambda full: full)
+    def before_load(
+        module: nn.Module, state: object, prefix: object, metadata: dict[str, Any], *_: object
+    ) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise UsageError("load_state_dict(assign=True) would replace parameters of the engine.")
+        hint = "with zeroshard.gathered(model, modifier_rank=0):"
+        _refuse_freed(module, "load_state_dict()", hint)
+        for unit in _units(list(module.parameters(recurse=False))):
+            on_load(unit)
 
     handles: list[RemovableHandle] = []
     for module in model.modules():
         handles.append(module.register_state_dict_pre_hook(before_save))
         handles.append(module.register_load_state_dict_pre_hook(before_load))
-    return [*handles, model.register_load_state_dict_post_hook(after_load)]
+    return handles
 
 
 def _refuse_freed(module: nn.Module, call: str, hint: str) -> None:

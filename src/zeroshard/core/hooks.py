@@ -41,6 +41,7 @@ from zeroshard.core.external import unwatch, watch
 from zeroshard.core.scaling import ScaledLoss, rescale
 from zeroshard.core.schedule import Schedule
 from zeroshard.core.unit import Unit, slot_of
+from zeroshard.errors import UsageError, compose
 
 __all__ = ["Runtime", "Site"]
 
@@ -117,6 +118,7 @@ class Runtime:
         self._training = False
         self._finish_queued = self._is_listening = False
         self._active: list[Site] = []  # sites whose forward is running, innermost last
+        self._edited: set[Unit] = set()
         self._handles: list[RemovableHandle] = []
         # Layers that are units of their own; a block's parameters are the block's own business.
         self._watched = [
@@ -132,7 +134,7 @@ class Runtime:
         for site in self.sites:
             self._attach_site(site)
         watch(self._watched, self._on_read)
-        self._handles += guard_state_dict(self.root)
+        self._handles += guard_state_dict(self.root, self._edited.add)
         for unit in self.units:
             unit.add_use = partial(self.add_use, unit=unit)
 
@@ -149,7 +151,7 @@ class Runtime:
         module = site.module
         self._handles += [
             module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-            module.register_forward_hook(after),
+            module.register_forward_hook(after, always_call=True),
         ]
 
     def detach(self) -> None:
@@ -195,6 +197,7 @@ class Runtime:
             if site.module is self.root and self._active:
                 self._forget_calls()  # an earlier forward was left by an exception
             if not self._active:
+                self._begin_forward()
                 # Reentrant checkpointing turns gradients off inside; the outermost module knows.
                 self._training = torch.is_grad_enabled()
                 self.schedule.begin(self._kind())
@@ -211,6 +214,24 @@ class Runtime:
         if site.module is self.root and self.loss_scale is not None:
             args, kwargs = tree.replace((args, kwargs), lambda t: rescale(t, self._leaving))
         return tree.replace((args, kwargs), lambda tensor: self._alias(use, tensor))
+
+    def _begin_forward(self) -> None:
+        if self._finish_queued:
+            raise UsageError(
+                compose(
+                    "the last backward ended in an exception, and its gradients are incomplete.",
+                    hint="call engine.reset() on every rank, then go on with the next batch.",
+                )
+            )
+        self.keep_edits()
+
+    def keep_edits(self) -> None:
+        """Take over weights that were loaded into full parameters since the last pass."""
+        while self._edited:
+            unit = self._edited.pop()
+            if unit.is_full:
+                with torch.no_grad():
+                    unit.adopt(lambda full: full)
 
     def _kind(self) -> str:
         if not self._training:
@@ -234,7 +255,11 @@ class Runtime:
         return alias
 
     def _after_forward(self, site: Site, output: Any) -> Any:
-        if _in_backward() or not site.calls:
+        if _in_backward():
+            # A segment of several sites is recomputed at once; backward gathers each again.
+            self._free_unused(site)
+            return output
+        if not site.calls:
             return output
         use = site.calls.pop()
         self._active.pop()
@@ -243,8 +268,10 @@ class Runtime:
         if self._training and not torch.is_grad_enabled():
             site.unhooked += 1
         elif self._training:
+            site.unhooked = 0  # earlier calls without gradients were not for recomputation
             found = tree.find(output)
-            keep = found.opaque
+            # Backward may enter through what cannot be looked into, without opening the bracket.
+            keep = found.opaque and not any(tensor.requires_grad for tensor in found.tensors)
             if outermost and keep:
                 self._listen_to_parameters()
             for tensor in found.tensors:
@@ -255,8 +282,8 @@ class Runtime:
         use.aliases.clear()
         for unit in site.units:
             self._counts[unit].open -= 1
-            if not (keep or self._counts[unit].open or self.schedule.keeps(unit)):
-                unit.free()
+        if not keep:
+            self._free_unused(site)
         if outermost:
             self.schedule.end_forward(self._kind())
         if site.module is self.root and self.loss_scale is not None and torch.is_grad_enabled():
@@ -271,6 +298,11 @@ class Runtime:
     def _leaving(self) -> Tensor:
         assert self.loss_scale is not None, "a scaled input outlived its loss scaler"
         return ScaledLoss.factor / self.loss_scale
+
+    def _free_unused(self, site: Site) -> None:
+        for unit in site.units:
+            if self._counts[unit].open <= 0 and not self.schedule.keeps(unit):
+                unit.free()
 
     # Backward
 
@@ -312,8 +344,9 @@ class Runtime:
             counts = self._counts[unit]
             counts.open -= 1
             counts.uses -= 1
-            if counts.open <= 0 and not self.schedule.keeps(unit):
-                unit.free()
+        self._free_unused(use.site)
+        for unit in use.site.units:
+            counts = self._counts[unit]
             if counts.uses <= 0 and unit.is_trained and unit.collect() and self._reduces(unit):
                 self.schedule.ready(unit)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import Tensor
 
 __all__ = ["Found", "find", "replace"]
 
-_PLAIN = (int, float, str, bytes, bool, complex, type(None), torch.dtype, torch.device, torch.Size)
+_PLAIN = (
+    *(int, float, complex, str, bytes, bool, type(None), range, slice, enum.Enum),
+    *(torch.dtype, torch.device, torch.Size),
+)
 
 
 @dataclasses.dataclass(slots=True)

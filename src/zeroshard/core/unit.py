@@ -3,12 +3,12 @@
 [Note: flat units]
 Five tensors, and no others, hold a unit on a rank:
 
-    full          the whole flat buffer in the compute dtype; the parameters are views into it shard
-    this rank's range of it, kept by the store; a part of ``full`` where parameters stay master
-    this rank's range in the master dtype; what the optimizer steps. The same memory as
-                  ``shard`` where the two dtypes are equal
-    full gradient a flat buffer like ``full``; exists only while gradients are full
-    grad shard    the average over ranks of this rank's range, summed over micro-steps
+    full           the whole flat buffer in the compute dtype; the parameters are views into it
+    shard          this rank's range of it, kept by the store; part of ``full`` where that stays
+    master         this rank's range in the master dtype, which the optimizer steps; the memory of
+                   ``shard`` itself where the two dtypes are equal
+    full gradient  a flat buffer like ``full``; exists only while gradients are full
+    grad shard     the average over ranks of this rank's range, summed over micro-steps
 
 ``full`` and the full gradient own one storage for ever and give its memory back by resizing it to
 zero. Views of it, those that autograd saved included, become valid again when the storage is
@@ -29,6 +29,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,63 @@ class FlatBuffer:
         self.tensor.untyped_storage().resize_(0)
 
 
+class FreedParameter(nn.Parameter):
+    """What a parameter is while its unit is freed: an empty tensor that refuses to be read.
+
+    A parameter changes its class, never its identity, and changes back when it is gathered.
+    """
+
+    _harmless = frozenset(
+        {
+            Tensor.__hash__,
+            Tensor.__repr__,
+            Tensor.data_ptr,
+            Tensor.detach,
+            Tensor.dim,
+            Tensor.element_size,
+            Tensor.is_complex,
+            Tensor.is_contiguous,
+            Tensor.is_floating_point,
+            Tensor.numel,
+            Tensor.register_hook,
+            Tensor.register_post_accumulate_grad_hook,
+            Tensor.requires_grad_,
+            Tensor.size,
+            Tensor.stride,
+            Tensor.to,
+            Tensor.untyped_storage,
+        }
+    )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        # Attributes are read and set through method wrappers.
+        if func in cls._harmless or type(func).__name__ == "method-wrapper":
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        freed = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, cls)]
+        slot = slot_of(freed[0]) if freed else None
+        if slot is None:
+            what, where = "a parameter", ""
+        else:
+            what = slot.unit.members[slot.index].name
+            shape, shards = tuple(slot.unit.shapes[slot.index]), slot.unit.mesh.shard.size
+            where = f" Its shape is {shape}; its data lives in {shards} shards."
+        raise UsageError(
+            compose(
+                f"{what} was read while its unit is freed.{where}",
+                hint="wrap the read in zeroshard.gathered(...); if a module reads it in its forward, "
+                "declare that: zeroshard.register_external_parameter(module, parameter).",
+            )
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Reduction:
     """An averaging under way; keeps its two ends alive."""
@@ -125,6 +183,8 @@ class Unit:
         self.master, self.precision = master, precision
         self._full, self._store, self._gradient = full, store, gradient
         self._params = [member.param for member in members]
+        self._classes = [type(param) for param in self._params]
+        self._require_grad = [param.requires_grad for param in self._params]
         self.shapes = [view.shape for view in full.views]
         self._cut_sizes, self._cut_at = layout.cuts(mesh.shard.rank)
         self._mine = full.tensor[layout.shard(mesh.shard.rank).slice()]
@@ -190,8 +250,7 @@ class Unit:
         self._gathering.wait()
         self._gathering = DONE
         if not self._is_readable:
-            for param, view in zip(self._params, self._full.views, strict=True):
-                param.data = view
+            self._show(self._full.views)
             self._is_readable = True
 
     def free(self) -> None:
@@ -201,8 +260,10 @@ class Unit:
         self._gathering.wait()
         self._gathering = DONE
         placeholder = self._placeholder
-        for param in self._params:
+        for param, own_class in zip(self._params, self._classes, strict=True):
             param.data = placeholder
+            if own_class is nn.Parameter:
+                param.__class__ = FreedParameter
         self._is_readable = self._is_outlined = False
         self._full.release()
 
@@ -214,9 +275,13 @@ class Unit:
         if self.is_full:
             return
         nothing = torch.full_like(self._placeholder.new_empty(1), torch.nan)
-        for param, shape in zip(self._params, self.shapes, strict=True):
-            param.data = nothing.expand(shape)
+        self._show([nothing.expand(shape) for shape in self.shapes])
         self._is_outlined = True
+
+    def _show(self, tensors: Sequence[Tensor]) -> None:
+        for param, own_class, tensor in zip(self._params, self._classes, tensors, strict=True):
+            param.__class__ = own_class
+            param.data = tensor
 
     def publish(self) -> None:
         """Put the stepped master weights where gathers read; start one where parameters stay."""
@@ -226,6 +291,26 @@ class Unit:
             self.gather()
         else:
             self.free()
+
+    def check_untouched(self) -> None:
+        """Refuse to go on with parameters that were moved, cast, frozen or unfrozen meanwhile.
+
+        Raises:
+            UsageError: one was; what training does would not reach it.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            changed = [param.requires_grad for param in self._params] != self._require_grad
+            first, view = self._params[0], self._full.views[0]
+            moved = self._is_readable and first.data_ptr() != view.data_ptr()
+        if changed or moved:
+            what = "requires_grad was changed" if changed else "data was replaced"
+            raise UsageError(
+                compose(
+                    f"{self.name}: {what} after initialize(), and training would not follow.",
+                    hint="move, cast, freeze or unfreeze the model before initialize(), or "
+                    "initialize a new engine.",
+                )
+            )
 
     def adopt(self, edit: Callable[[Tensor], object]) -> None:
         """Edit the full parameters in place and keep the result in shard and master weights."""
@@ -242,13 +327,15 @@ class Unit:
 
     def collect(self) -> bool:
         """Add the gradients that arrived to the full gradient; say whether there were any."""
-        grads = [param.grad for param in self._params]
+        with torch._C.DisableTorchFunctionSubclass():
+            grads = [param.grad for param in self._params]
         arrived = [index for index, grad in enumerate(grads) if grad is not None]
         if not arrived:
             return False
         given = [self._checked(index, grad) for index, grad in enumerate(grads) if grad is not None]
-        for index in arrived:
-            self._params[index].grad = None
+        with torch._C.DisableTorchFunctionSubclass():
+            for index in arrived:
+                self._params[index].grad = None
         if self.has_gradient:
             torch._foreach_add_([self._buffer.views[index] for index in arrived], given)
             return True
@@ -267,15 +354,8 @@ class Unit:
     def _checked(self, index: int, grad: Tensor) -> Tensor:
         if grad.layout != torch.strided:
             grad = grad.to_dense()
-        if grad.shape != self.shapes[index]:
-            raise UsageError(
-                compose(
-                    f"{self.members[index].name} was read while its unit was freed: its gradient "
-                    f"has shape {tuple(grad.shape)}, the parameter {tuple(self.shapes[index])}.",
-                    hint="wrap the read in zeroshard.gathered(...), or declare the module that "
-                    "reads it: zeroshard.register_external_parameter(module, parameter).",
-                )
-            )
+        name, shape = self.members[index].name, self.shapes[index]
+        assert grad.shape == shape, f"{name}: gradient {tuple(grad.shape)}, weight {tuple(shape)}"
         return grad
 
     @property
@@ -329,8 +409,9 @@ class Unit:
         self.has_gradient = False
         for piece in self.slices:
             piece.grad = None
-        for param in self._params:
-            param.grad = None
+        with torch._C.DisableTorchFunctionSubclass():
+            for param in self._params:
+                param.grad = None
         if self._gradient is not None:
             self._gradient.release()
 

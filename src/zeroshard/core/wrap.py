@@ -13,7 +13,7 @@ weights) becomes another place where its unit is gathered.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -92,29 +92,27 @@ def _named_blocks(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return blocks
 
 
-class _Tree:
-    """Ancestors of modules, and who holds which parameter."""
+_Path = tuple[nn.Module, ...]
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.parent: dict[nn.Module, nn.Module] = {}
-        self.holders: dict[nn.Parameter, list[nn.Module]] = {}
-        for module in model.modules():
-            for child in module.children():
-                self.parent.setdefault(child, module)
-            for param in module.parameters(recurse=False):
-                self.holders.setdefault(param, []).append(module)
 
-    def above(self, module: nn.Module) -> Iterator[nn.Module]:
-        """The module and its ancestors, innermost first."""
-        at: nn.Module | None = module
-        while at is not None:
-            yield at
-            at = self.parent.get(at)
+def _holders(model: nn.Module) -> dict[nn.Parameter, list[_Path]]:
+    """For each parameter every way down to it: the module that holds it, then those around."""
+    holders: dict[nn.Parameter, list[_Path]] = {}
 
-    def callable_above(self, module: nn.Module) -> nn.Module:
-        """The innermost module around this one that has a forward of its own."""
-        return next((m for m in self.above(module) if not isinstance(m, _CONTAINERS)), self.model)
+    def visit(module: nn.Module, around: _Path) -> None:
+        path = (module, *around)
+        for param in module.parameters(recurse=False):
+            holders.setdefault(param, []).append(path)
+        for child in module.children():
+            visit(child, path)
+
+    visit(model, ())
+    return holders
+
+
+def _callable_in(path: _Path) -> nn.Module:
+    """The innermost module of a path that has a forward of its own."""
+    return next((m for m in path if not isinstance(m, _CONTAINERS)), path[-1])
 
 
 def choose_groups(
@@ -130,13 +128,13 @@ def choose_groups(
     Raises:
         ConfigError: a name in ``units`` matches nothing.
     """
-    tree = _Tree(model)
+    holders = _holders(model)
     blocks = set(_named_blocks(model, units) if units else find_blocks(model))
     total = sum(param.nbytes for param in model.parameters())
     groups: dict[tuple[object, ...], Group] = {}
     open_bytes: Counter[tuple[object, ...]] = Counter()
     for name, param in model.named_parameters():
-        primary = _primary_site(param, tree, blocks, total)
+        primary = _primary_site(holders[param][0], blocks, total)
         key: tuple[object, ...] = (primary, param.dtype, is_trained(param))
         if primary is model and model not in blocks:
             # Left-overs of all layers meet here: cut them into units of moderate size.
@@ -144,45 +142,25 @@ def choose_groups(
             open_bytes[key[:3]] += param.nbytes
         group = groups.setdefault(key, Group(trained=is_trained(param)))
         group.members.append(Member(name, param))
-        for site in _sites(param, primary, tree, blocks):
+        for site in _sites(holders[param], primary, blocks):
             if not any(site is known for known in group.sites):
                 group.sites.append(site)
     return list(groups.values())
 
 
-def _primary_site(
-    param: nn.Parameter, tree: _Tree, blocks: set[nn.Module], total_bytes: int
-) -> nn.Module:
-    holder = tree.holders[param][0]
-    for module in tree.above(holder):
+def _primary_site(path: _Path, blocks: set[nn.Module], total_bytes: int) -> nn.Module:
+    for module in path:
         if module in blocks:
             return module
-    layer = tree.callable_above(holder)
+    layer = _callable_in(path)
     layer_bytes = sum(p.nbytes for p in layer.parameters(recurse=False))
     is_leaf = not any(True for _ in layer.children())
-    if is_leaf and layer_bytes > total_bytes * _LARGE_SHARE:
-        return layer
-    return tree.model
+    return layer if is_leaf and layer_bytes > total_bytes * _LARGE_SHARE else path[-1]
 
 
-def _sites(
-    param: nn.Parameter, primary: nn.Module, tree: _Tree, blocks: set[nn.Module]
-) -> Iterable[nn.Module]:
-    """The primary site, and one for every holder outside it."""
+def _sites(paths: list[_Path], primary: nn.Module, blocks: set[nn.Module]) -> Iterable[nn.Module]:
+    """The primary site, and one for every other way to the parameter that does not lead by it."""
     yield primary
-    for holder in tree.holders[param][1:]:
-        path = list(tree.above(holder))
+    for path in paths[1:]:
         if primary not in path:
-            yield next((m for m in path if m in blocks), tree.callable_above(holder))
-
-
-def describe(groups: Sequence[Group], names: dict[nn.Module, str]) -> str:
-    """One line per unit: where it is gathered, how many parameters and bytes it has."""
-    lines: list[str] = []
-    for group in groups:
-        sites = ", ".join(names.get(site) or "(model)" for site in group.sites)
-        numel = sum(member.param.numel() for member in group.members)
-        kind = "trained" if group.trained else "frozen"
-        dtype = str(group.members[0].param.dtype).removeprefix("torch.")
-        lines.append(f"{sites}: {len(group.members)} parameters, {numel} elements, {dtype}, {kind}")
-    return "\n".join(lines)
+            yield next((m for m in path if m in blocks), _callable_in(path))

@@ -17,7 +17,7 @@ from zeroshard.core.hooks import Runtime
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
 from zeroshard.engine.data import ShardedLoader
-from zeroshard.engine.diagnose import explain_backward, explain_freed_read
+from zeroshard.engine.diagnose import explain_backward
 from zeroshard.errors import UsageError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
 
@@ -84,6 +84,9 @@ class Engine(nn.Module):
         self._is_in_no_sync = False
         self._num_backwards_seen = 0
         self._was_step_applied = False
+        if sharded is not None:
+            # The gradients are here, so forgetting them is, too.
+            sharded.inner.zero_grad = self.zero_grad
         self._refresh()
 
     def __getattr__(self, name: str) -> Any:
@@ -102,11 +105,8 @@ class Engine(nn.Module):
             args, kwargs = tree.replace((args, kwargs), lambda t: _cast(t, dtype))
         try:
             return self.module(*args, **kwargs)
-        except Exception as error:
-            explanation = explain_freed_read(self.module, error)
+        except Exception:
             self._recover()
-            if explanation is not None:
-                raise UsageError(explanation) from error
             raise
 
     def backward(
@@ -161,7 +161,7 @@ class Engine(nn.Module):
                 root.backward(seed, retain_graph=retain_graph)
         except Exception as error:
             self.reset()
-            explanation = explain_backward(self.module, error)
+            explanation = explain_backward(error)
             if explanation is not None:
                 raise UsageError(explanation) from error
             raise
@@ -191,6 +191,8 @@ class Engine(nn.Module):
                 )
             )
         self._check_scaled()
+        for unit in self.runtime.units:
+            unit.check_untouched()
         self._num_backwards_seen = self.runtime.num_backwards
         self._was_step_applied = False
         if self.is_gradient_accumulation_boundary():
@@ -199,6 +201,7 @@ class Engine(nn.Module):
         self._refresh()
 
     def _take_step(self, sharded: ShardedOptimizer) -> None:
+        self.runtime.keep_edits()
         self.runtime.flush()
         self._was_step_applied = sharded.step(divide_by=self.gradient_accumulation_steps())
         if not self._was_step_applied:

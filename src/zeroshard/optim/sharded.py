@@ -101,6 +101,7 @@ class ShardedOptimizer:
         self._square = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._stepping = False
         self._adopt()
+        self._num_slices = sum(len(group["params"]) for group in inner.param_groups)
         inner.register_step_pre_hook(self._refuse_direct_step)
 
     def _adopt(self) -> None:
@@ -127,7 +128,8 @@ class ShardedOptimizer:
         numel, piece = unit.layout.numels[index], unit.slices[index]
         sliced: dict[str, Any] = {}
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim() and value.numel() == numel:
+            is_count = key == "step"  # a scalar whatever the parameter's shape
+            if isinstance(value, Tensor) and not is_count and value.numel() == numel:
                 value = value.reshape(-1)[owned.slice()].to(piece.device).view(piece.shape).clone()
             sliced[key] = value
         return sliced
@@ -176,6 +178,13 @@ class ShardedOptimizer:
                 shard.mul_(factor)
         elif divisor != 1.0:
             torch._foreach_mul_(shards, 1.0 / divisor)
+        if sum(len(group["params"]) for group in self.inner.param_groups) != self._num_slices:
+            raise UsageError(
+                compose(
+                    "the optimizer's param groups were changed after initialize().",
+                    hint="add parameters to the optimizer before initialize().",
+                )
+            )
         self._stepping = True
         try:
             self.inner.step()

@@ -194,6 +194,10 @@ def test_a_unit_that_exceeds_the_budget_waits_for_its_turn_and_holds_up_later_on
 # Simulated ranks --------------------------------------------------------------------------------
 
 
+class InjectedError(Exception):
+    """What a step of a rank may raise."""
+
+
 class DeadlockError(Exception):
     """All ranks wait, and nothing that any of them waits for holds."""
 
@@ -340,10 +344,11 @@ class FakeUnit:
 class Step(NamedTuple):
     """What hooks report: a module opens or the innermost one closes, or a gradient is complete.
 
-    A late gradient is one that nobody knew to be complete before the end of backward.
+    A late gradient is one that nobody knew to be complete before the end of backward. An error
+    makes the rank give up the pass; so does a skip, before backward begins.
     """
 
-    verb: Literal["open", "close", "grad", "late"]
+    verb: Literal["open", "close", "grad", "late", "error", "skip"]
     unit: int = -1
 
 
@@ -387,6 +392,7 @@ class Log:
 
     issued: list[list[Op]] = field(default_factory=list)
     num_exchanges: list[int] = field(default_factory=list)
+    given_up: list[int] = field(default_factory=list)
 
 
 class Rank:
@@ -402,6 +408,7 @@ class Rank:
         self.schedule = Schedule(self.units, Mesh(rank, world), model.budget)  # type: ignore[arg-type]
         self.open: list[FakeUnit] = []
         self.kept: set[FakeUnit] = set()
+        self.in_backward = False
         self.log = Log()
 
     def check_memory(self) -> None:
@@ -415,27 +422,45 @@ class Rank:
             assert sum(unit.nbytes_full for unit in early) <= self.model.budget
 
     def run(self, passes: Sequence[Pass]) -> None:
-        for one in passes:
+        for number, one in enumerate(passes):
             num_issued, num_shown = len(self.world.issued[self.rank]), self.num_shown
-            reductions = [unit.num_reductions for unit in self.units]
-            for forward in one.forwards:
-                self.schedule.begin(forward.kind)
-                self.do_all(forward.steps)
-                self.schedule.end_forward(forward.kind)
-            if one.backward is not None:
-                self.do_all(one.backward)
-                for unit in self.units:
-                    unit.free()
-                self.schedule.finish(self.trained)  # type: ignore[arg-type]
-                for unit, before in zip(self.units, reductions, strict=True):
-                    reduced = unit.num_reductions > before
-                    assert reduced or unit not in self.trained, f"{unit.name} was not reduced"
-                    assert not unit.has_gradient, f"{unit.name} lost a gradient"
+            try:
+                self.run_one(one)
+            except (InjectedError, DistributedError):
+                self.give_up()
+                self.log.given_up.append(number)
             self.kept.clear()
             assert not self.model.stays or not any(unit.num_gathers for unit in self.units)
             assert self.model.stays or not any(unit.is_full for unit in self.units)
             self.log.issued.append(self.world.issued[self.rank][num_issued:])
             self.log.num_exchanges.append(self.num_shown - num_shown)
+
+    def run_one(self, one: Pass) -> None:
+        self.in_backward = False
+        reductions = [unit.num_reductions for unit in self.units]
+        for forward in one.forwards:
+            self.schedule.begin(forward.kind)
+            self.do_all(forward.steps)
+            self.schedule.end_forward(forward.kind)
+        if one.backward is None:
+            return
+        self.in_backward = True
+        self.do_all(one.backward)
+        for unit in self.units:
+            unit.free()
+        self.schedule.finish(self.trained)  # type: ignore[arg-type]
+        for unit, before in zip(self.units, reductions, strict=True):
+            reduced = unit.num_reductions > before
+            assert reduced or unit not in self.trained, f"{unit.name} was not reduced"
+            assert not unit.has_gradient, f"{unit.name} lost a gradient"
+
+    def give_up(self) -> None:
+        self.open.clear()
+        self.kept.clear()
+        self.schedule.reset(self.in_backward)
+        for unit in self.units:
+            unit.free()
+            unit.gradient, unit.has_gradient = 0, False
 
     @property
     def num_shown(self) -> int:
@@ -460,6 +485,9 @@ class Rank:
             unit.collect()
             if step.verb == "grad":
                 self.schedule.ready(unit)
+        elif step.verb in ("error", "skip"):
+            self.in_backward = self.in_backward and step.verb == "error"
+            raise InjectedError
         for unit in self.open:
             assert unit.is_full, f"{unit.name} was freed while it is in use"
 
@@ -571,6 +599,40 @@ def test_ranks_may_stop_needing_what_they_expected_to_need(
     world: tuple[Model, list[list[Pass]]],
 ) -> None:
     simulate(*world)
+
+
+@st.composite
+def worlds_with_an_error(draw: st.DrawFn) -> tuple[Model, list[list[Pass]], int]:
+    """Ranks that differ, one of which makes an error in some pass.
+
+    An error in backward ends the backward of the others. An error in forward is the caller's to
+    spread: the others end their forwards, of which all ranks make as many, and skip backward.
+    """
+    model, ranks = draw(worlds())
+    number = draw(st.integers(0, len(ranks[0]) - 1))
+    failing = draw(st.integers(0, len(ranks) - 1))
+    if draw(st.booleans()):
+        forwards, backward = ranks[failing][number]
+        backward = (backward or ())[: draw(st.integers(0, 7))]
+        ranks[failing][number] = Pass(forwards, [*backward, Step("error")])
+        return model, ranks, number
+    steps = steps_over(len(model.sizes), 7)
+    count = draw(st.integers(1, 2))
+    for rank, passes in enumerate(ranks):
+        forwards = [Forward("boundary", draw(steps)) for _ in range(count)]
+        if rank == failing:
+            forwards[-1] = Forward("boundary", [*forwards[-1].steps, Step("error")])
+        passes[number] = Pass(forwards, [Step("skip")])
+    return model, ranks, number
+
+
+@given(worlds_with_an_error())
+def test_after_an_error_on_one_rank_all_give_up_the_same_pass_and_go_on(
+    case: tuple[Model, list[list[Pass]], int],
+) -> None:
+    model, ranks, number = case
+    for log in simulate(model, ranks):
+        assert log.given_up == [number]
 
 
 def use(unit: int) -> list[Step]:
