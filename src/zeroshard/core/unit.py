@@ -143,7 +143,7 @@ class FreedParameter(nn.Parameter):
         raise UsageError(
             compose(
                 f"{what} was read while its unit is freed.{where}",
-                hint="wrap the read in zeroshard.gathered(...); if a module reads it in its forward, "
+                hint="wrap the read in zeroshard.gathered(...); if a module reads it in forward, "
                 "declare that: zeroshard.register_external_parameter(module, parameter).",
             )
         )

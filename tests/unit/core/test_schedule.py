@@ -825,7 +825,7 @@ def test_ranks_that_do_not_answer_are_reported_with_what_is_wanted() -> None:
         mock.patch.object(rank.world, "show", side_effect=RuntimeError("connection lost")),
         pytest.raises(DistributedError, match="rank 0 wants to gather unit 0") as error,
     ):
-        rank.run([chain(1)])
+        rank.run_one(chain(1))
     assert "connection lost" in str(error.value)
     assert "\n\nhint: " in str(error.value)
 
