@@ -47,7 +47,8 @@ def loss_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def fsdp2_step(model: nn.Module, on_gpu: bool) -> Callable[[Tensor], None]:
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else None
+    dtypes = (torch.bfloat16, torch.float32)
+    policy = MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False) if on_gpu else None
     options = {"mp_policy": policy} if policy else {}
     for block in model.blocks:
         fully_shard(block, **options)

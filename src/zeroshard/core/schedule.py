@@ -125,7 +125,9 @@ class Schedule:
         self._ready: list[int] = []  # gradients complete, reduction not issued
         self._reducing: Unit | None = None
         self._issued: set[int] = set()  # reduced since the last end of backward
-        self._history: dict[str, list[Op]] = {}
+        # By kind of pass and, where several backwards follow one forward, by their number.
+        self._history: dict[tuple[str, int], list[Op]] = {}
+        self._num_backwards = 0
         self._record: list[Op] = []
         self._kind = ""
         self._cursor: int | None = None
@@ -138,16 +140,21 @@ class Schedule:
         """The outermost forward starts, and a pass of this kind unless one is still open."""
         self._in_forward = self._gathers
         if not self._record:
-            self._kind, self._cursor = kind, 0
+            self._kind, self._num_backwards, self._cursor = kind, 0, 0
 
     def _close_record(self) -> None:
-        self._history[self._kind] = self._record
-        self._record, self._cursor = [], None
+        self._history[self._kind, self._num_backwards] = self._record
+        self._num_backwards += 1
+        self._record, self._cursor = [], 0
+
+    @property
+    def _past(self) -> Sequence[Op]:
+        return self._history.get((self._kind, self._num_backwards), ())
 
     def _note(self, op: Op) -> None:
         if len(self._record) < _LONGEST_RECORD:
             self._record.append(op)
-        past = self._history.get(self._kind, ())
+        past = self._past
         if self._cursor is None:
             return
         if self._cursor < len(past) and past[self._cursor] == op:
@@ -159,9 +166,9 @@ class Schedule:
 
     def _expected(self) -> Iterator[Op]:
         """What is still to come until the next mark, gathers of kept units left out."""
-        past = self._history.get(self._kind, [])
+        past = self._past
         start = len(past) if self._cursor is None else self._cursor
-        before = self._record[-1] if self._record else None
+        before = next((op for op in reversed(self._record) if op != END_FORWARD), None)
         for op in (past[i] for i in range(start, len(past))):
             if op.kind == "end":
                 return
@@ -171,9 +178,10 @@ class Schedule:
 
     def keeps(self, unit: Unit) -> bool:
         """Whether the pass goes on with this very unit, so that freeing it would be in vain."""
-        past = self._history.get(self._kind, [])
+        past = self._past
         op = Op("gather", self._index[unit])
-        if self._cursor is None or past[self._cursor : self._cursor + 1] != [op]:
+        start = len(past) if self._cursor is None else self._cursor
+        if next((past[i] for i in range(start, len(past)) if past[i] != END_FORWARD), None) != op:
             return False
         if op.unit not in self._kept:
             self._kept.append(op.unit)
@@ -278,7 +286,11 @@ class Schedule:
         """Issue what may start now: gathers within the budget, reductions that are ready."""
         while self._window:
             op = self._window[0]
-            if not (self._fits(op.unit) if op.kind == "gather" else op.unit in self._ready):
+            if op.kind == "reduce":
+                may_start = op.unit in self._ready
+            else:  # a unit in use is freed and gathered again, not gathered now
+                may_start = self._fits(op.unit) and not self._units[op.unit].is_full
+            if not may_start:
                 return
             self._issue(self._window.popleft())
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -133,20 +133,29 @@ class FreedParameter(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         freed = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, cls)]
-        slot = slot_of(freed[0]) if freed else None
-        if slot is None:
-            what, where = "a parameter", ""
-        else:
-            what = slot.unit.members[slot.index].name
-            shape, shards = tuple(slot.unit.shapes[slot.index]), slot.unit.mesh.shard.size
-            where = f" Its shape is {shape}; its data lives in {shards} shards."
-        raise UsageError(
-            compose(
-                f"{what} was read while its unit is freed.{where}",
-                hint="wrap the read in zeroshard.gathered(...); if a module reads it in forward, "
-                "declare that: zeroshard.register_external_parameter(module, parameter).",
-            )
+        raise _freed_read(freed[0] if freed else None)
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise _freed_read(self)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise _freed_read(self)
+
+
+def _freed_read(param: Tensor | None) -> UsageError:
+    slot = slot_of(param) if param is not None else None
+    what, where = "a parameter", ""
+    if slot is not None:
+        what = slot.unit.members[slot.index].name
+        shape, shards = tuple(slot.unit.shapes[slot.index]), slot.unit.mesh.shard.size
+        where = f" Its shape is {shape}; its data lives in {shards} shards."
+    return UsageError(
+        compose(
+            f"{what} was read while its unit is freed.{where}",
+            hint="wrap the read in zeroshard.gathered(...); if a module reads it in forward, "
+            "declare that: zeroshard.register_external_parameter(module, parameter).",
         )
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +283,7 @@ class Unit:
         """
         if self.is_full:
             return
-        nothing = torch.full_like(self._placeholder.new_empty(1), torch.nan)
+        nothing = torch.full_like(self._placeholder.new_empty(()), torch.nan)
         self._show([nothing.expand(shape) for shape in self.shapes])
         self._is_outlined = True
 

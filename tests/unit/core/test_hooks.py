@@ -238,6 +238,28 @@ def test_a_model_works_again_after_an_exception_in_its_forward() -> None:
     in_a_child(work)
 
 
+def test_after_an_exception_in_backward_a_reset_is_due() -> None:
+    def work() -> None:
+        model = Net()
+        runtime = make_runtime(model, 3)
+
+        out = model(ids())
+        handle = out.grad_fn.next_functions[0][0].register_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            out.sum().backward()
+        handle.remove()
+        with pytest.raises(UsageError, match="the last backward ended in an exception"):
+            model(ids())
+        runtime.reset()
+        for unit in runtime.units:
+            unit.clear_gradients()
+        assert not any(unit.is_full for unit in runtime.units)
+        model(ids()).square().sum().backward()
+        assert_close(gradients(runtime), plain_gradients(Net(), lambda out: out.square().sum()))
+
+    in_a_child(work)
+
+
 # Loss scale -------------------------------------------------------------------------------------
 
 

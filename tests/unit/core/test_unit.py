@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,12 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from forked import run_ranks
 from zeroshard.core.collectives import broadcast_
 from zeroshard.core.lifetime import STAGES, Lifetime
 from zeroshard.core.mesh import Axis, Mesh, build_mesh
-from zeroshard.core.unit import Member, Precision, Unit, build_unit, slot_of
+from zeroshard.core.unit import FreedParameter, Member, Precision, Unit, build_unit, slot_of
 from zeroshard.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -190,6 +193,92 @@ def test_an_outlined_parameter_has_a_shape_but_no_values_and_no_memory() -> None
     assert_equal(params, before)
 
 
+READS: dict[str, Callable[[nn.Parameter], object]] = {
+    "arithmetic": lambda param: param + 1,
+    "arithmetic from the right": lambda param: torch.ones(3) @ param,
+    "a function": lambda param: F.linear(torch.ones(2), param),
+    "a keyword": lambda param: F.linear(torch.ones(2), weight=param),
+    "a method": lambda param: param.sum(),
+    "an index": lambda param: param[0],
+    "a comparison": lambda param: torch.equal(param, param),
+    "an edit": lambda param: param.add_(1),
+    "a copy": copy.deepcopy,
+    "a pickle": pickle.dumps,
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_reading_a_freed_parameter_is_refused_with_its_name_and_shape(
+    read: Callable[[nn.Parameter], object],
+) -> None:
+    params = make_params([(4,), (3, 2)])
+    unit = make_unit(params, freeing)
+    with pytest.raises(UsageError, match=r"p1 was read while .* shape is \(3, 2\)") as error:
+        read(params[1])
+    assert "zeroshard.gathered(...)" in str(error.value)
+    make_full(unit)
+    read(params[1].detach().requires_grad_(False))
+
+
+def test_reading_a_freed_parameter_among_others_is_refused() -> None:
+    params = make_params([(4,), (4,)])
+    make_unit(params, freeing)
+    with pytest.raises(UsageError, match="was read while its unit is freed"):
+        torch.cat(params)
+
+
+def test_a_freed_parameter_can_be_looked_at_without_being_read() -> None:
+    params = make_params([(3, 2)])
+    make_unit(params, freeing)
+    (param,) = params
+    assert isinstance(param, nn.Parameter)
+    assert param in {param: 1}
+    assert (param.shape, param.numel(), param.ndim, param.dtype) == ((0,), 0, 1, torch.float32)
+    assert (param.requires_grad, param.is_leaf, param.grad, param.device) == (True, True, None, CPU)
+    assert "FreedParameter" in repr(param)
+
+
+def test_a_gathered_parameter_has_the_class_it_had() -> None:
+    class Own(nn.Parameter):
+        pass
+
+    params = [*make_params([(2,)]), Own(torch.ones(3))]
+    unit = make_unit(params, freeing)
+    for _ in range(2):
+        make_full(unit)
+        assert [type(param) for param in params] == [nn.Parameter, Own]
+        unit.free()
+        assert [type(param) for param in params] == [FreedParameter, Own]
+
+
+@every_lifetime
+def test_parameters_that_are_left_alone_count_as_untouched(life: Lifetime) -> None:
+    params = make_params()
+    unit = make_unit(params, life, precision=BF16)
+    for verb in (unit.gather, unit.wait, unit.check_untouched, unit.free, unit.outline):
+        verb()
+        unit.check_untouched()
+
+
+@every_lifetime
+def test_freezing_a_parameter_behind_the_back_of_its_unit_is_noticed(life: Lifetime) -> None:
+    params = make_params()
+    unit = make_unit(params, life)
+    params[2].requires_grad_(False)
+    with pytest.raises(UsageError, match=r"requires_grad was changed after initialize\(\)"):
+        unit.check_untouched()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_moving_parameters_behind_the_back_of_their_unit_is_noticed(stage: int) -> None:
+    params = make_params()
+    unit = make_unit(params, STAGES[stage])
+    params[0].data = params[0].data.half()
+    with pytest.raises(UsageError, match=r"data was replaced after initialize\(\)") as error:
+        unit.check_untouched()
+    assert "hint: " in str(error.value)
+
+
 # Gradients --------------------------------------------------------------------------------------
 
 
@@ -322,15 +411,6 @@ def test_sparse_gradients_are_added_up_as_dense_ones() -> None:
     unit.collect()
     unit.reduce()
     assert_reduced(unit, [dense])
-
-
-def test_a_gradient_of_another_shape_is_refused_with_the_name_of_its_parameter() -> None:
-    params = make_params([(4,), (2,)])
-    unit = make_unit(params, freeing)
-    params[1].grad = torch.zeros(0)  # what backward makes of a parameter that is freed
-    with pytest.raises(UsageError, match=r"p1 was read while its unit was freed") as error:
-        unit.collect()
-    assert "zeroshard.gathered(...)" in str(error.value)
 
 
 def test_gradients_are_added_up_in_the_dtype_for_that_and_not_in_that_of_the_wire() -> None:

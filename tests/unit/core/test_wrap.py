@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from zeroshard.core import wrap
-from zeroshard.core.wrap import Group, choose_groups, describe, find_blocks
+from zeroshard.core.wrap import Group, choose_groups, find_blocks
 from zeroshard.errors import ConfigError
 
 WIDTH = 8
@@ -293,15 +293,3 @@ def test_a_name_that_matches_nothing_is_refused_with_the_classes_there_are() -> 
 def test_a_container_that_is_never_called_cannot_be_a_unit() -> None:
     with pytest.raises(ConfigError, match="blocks"):
         groups_of(Net(), ["blocks"])
-
-
-def test_a_description_names_the_place_and_size_of_each_unit() -> None:
-    net = Net(num_blocks=2, tied=True)
-    next(net.blocks.children()).requires_grad_(False)
-    names = {module: name for name, module in net.named_modules()}
-    assert describe(groups_of(net), names).splitlines() == [
-        "embedding, head: 1 parameters, 400 elements, float32, trained",
-        "blocks.0: 4 parameters, 280 elements, float32, frozen",
-        "blocks.1: 4 parameters, 280 elements, float32, trained",
-        "(model): 2 parameters, 16 elements, float32, trained",
-    ]

@@ -96,14 +96,11 @@ def test_reading_a_weight_of_another_block_says_what_to_do(
     engine = start(build)
     with torch.set_grad_enabled(train), pytest.raises(UsageError) as raised:
         engine(batch(0))
-    assert isinstance(raised.value.__cause__, RuntimeError)
     fact, hint = str(raised.value).split("\n\nhint: ")
-    assert re.match(
-        r"blocks\.0\.(up|down)\.weight.* was probably read while its unit was freed", fact
-    )
-    assert "test_freed_reads.py" in fact
+    assert re.match(r"blocks\.0\.(up|down)\.weight was read while its unit is freed", fact)
+    assert "its data lives in 2 shards" in fact
     assert "zeroshard.gathered(...)" in hint
-    assert re.search(r"zeroshard\.register_external_parameter\(\w+, model\.blocks\.0\.", hint)
+    assert "zeroshard.register_external_parameter(module, parameter)" in hint
 
 
 @pytest.mark.parametrize("build", [Reader, BlockReader])
@@ -136,30 +133,12 @@ def test_where_parameters_stay_any_module_may_read_them(
     train_and_compare(make(stage, build()), build)
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        SilentReader,
-        SilentUser,
-    ],
-)
-@on_ranks(2)
-def test_the_gradient_of_a_silently_read_weight_is_refused(build: Callable[[], Net]) -> None:
-    engine = start(build)
-    loss = loss_of(engine)
-    asks = r"was read while its unit was freed(.|\n)*hint: wrap the read"
-    with pytest.raises(UsageError, match=asks):
-        engine.backward(loss)
-
-
 @pytest.mark.parametrize("build", [SilentReader, SilentUser])
 @on_ranks(2)
-def test_training_with_a_silently_read_weight_ends_before_the_step(
-    build: Callable[[], Net],
-) -> None:
-    engine = start(build)
-    with pytest.raises(RuntimeError, match=r"\[0\] but expected|was read while its unit was freed"):
-        loss_of(engine).backward()
+def test_a_read_that_an_empty_tensor_would_survive_is_refused_too(build: Callable[[], Net]) -> None:
+    asks = r"blocks\.0\.up\.weight was read while its unit is freed(.|\n)*hint: wrap the read"
+    with pytest.raises(UsageError, match=asks):
+        loss_of(start(build))
 
 
 @on_ranks(2)
