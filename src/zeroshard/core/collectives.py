@@ -1,12 +1,13 @@
 """The only file that calls torch.distributed collectives.
 
-[Note: streams] A buffer is allocated and freed on the compute stream only. A collective is started
-from the compute stream: it runs on its process group's own stream, after everything the compute
-stream was given so far, and the compute stream goes on at once. Waiting on the returned ticket
-makes the compute stream (for gloo: the host) wait for the collective. So every use of a buffer by
-another stream lies between two events on the compute stream; no ``record_stream`` is needed and no
-block of memory can be handed out while a collective still touches it. Gathers and reductions have
-process groups, and therefore streams, of their own and overlap each other and the computation.
+[Note: streams]
+A buffer is allocated and freed on the compute stream only. A collective is started from the compute
+stream: it runs on its process group's own stream, after everything the compute stream was given so
+far, and the compute stream goes on at once. Waiting on the returned ticket makes the compute stream
+(for gloo: the host) wait for the collective. So every use of a buffer by another stream lies
+between two events on the compute stream; no ``record_stream`` is needed and no block of memory can
+be handed out while a collective still touches it. Gathers and reductions have process groups, and
+therefore streams, of their own and overlap each other and the computation.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """In which order the ranks gather and reduce, and how they agree on it.
 
-[Note: agreed windows] Collectives of one group must be issued in the same order by all ranks, but
-ranks may run different modules: experts, a vision tower, another order of blocks. So no collective
-of a step is issued because one rank's module asked for it. The ranks agree on a *window*, a short
-list of operations, and each issues exactly these. A rank that turns out not to need one of them
-issues it all the same and drops the result; a rank that needs something else first issues the rest
-of the window, then asks for a new one. Any rank can complete a window alone, without running a
-module, so
+[Note: agreed windows]
+Collectives of one group must be issued in the same order by all ranks, but ranks may run different
+modules: experts, a vision tower, another order of blocks. So no collective of a step is issued
+because one rank's module asked for it. The ranks agree on a *window*, a short list of operations,
+and each issues exactly these. A rank that turns out not to need one of them issues it all the same
+and drops the result; a rank that needs something else first issues the rest of the window, then
+asks for a new one. Any rank can complete a window alone, without running a module, so
 
-* no rank ever waits for a module that another one does not run, and
+* no rank waits for a module that another one does not run, unless the caller's own collectives
+  inside forward make it, and
 * whatever one rank waits for, every other rank issues before it waits for anything itself.
 
 A window comes from what ranks expect to need, which is what they needed in the last pass of the
