@@ -38,9 +38,16 @@ def compiled(case: Case, compile_block: Callable[[nn.Module], None]) -> Case:
 
 # aot_eager runs the same kernels, but it cuts the joint graph where it likes and adds gradients up
 # in its own order, so the comparison is with the compiled model in plain PyTorch.
-@pytest.mark.parametrize("compile_block", [compile_forward, compile_call])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", ["block_called_twice", "frozen_weight_in_each_block"])
+@pytest.mark.parametrize(
+    ("name", "compile_block"),
+    [
+        ("block_called_twice", compile_forward),
+        ("frozen_weight_in_each_block", compile_call),
+        ("low_rank_adapters", compile_forward),
+        ("tied_head", compile_call),
+    ],
+)
 def test_compiled_blocks_train_as_in_plain_pytorch(
     name: str, stage: int, compile_block: Callable[[nn.Module], None]
 ) -> None:

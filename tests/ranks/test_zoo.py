@@ -24,7 +24,7 @@ def selection(case: Case) -> dict[int, list[Setting]]:
     """By world, settings in which every two values of different factors meet at least once.
 
     Four ranks on two cores are slow, and hardly differ from three; so they meet stage 3 and one
-    other stage, which varies with the case.
+    other stage, which varies with the case. For the same reason only two ranks take a third step.
     """
     factors: dict[str, Sequence[Any]] = {
         "stage": STAGES,
@@ -40,11 +40,11 @@ def selection(case: Case) -> dict[int, list[Setting]]:
     }
     by_world: dict[int, list[Setting]] = defaultdict(list)
     for row in pairwise(factors):
-        by_world[row["world"]].append(Setting(**row))
+        by_world[row["world"]].append(Setting(**row, steps=3 if row["world"] == 2 else 2))
     number = list(ZOO).index(case.name)
     for turn, stage in enumerate((3, STAGES[number % 3])):
         chosen = {name: values[(number + turn) % len(values)] for name, values in factors.items()}
-        by_world[4].append(Setting(**{**chosen, "stage": stage, "world": 4}))
+        by_world[4].append(Setting(**{**chosen, "stage": stage, "world": 4}, steps=2))
     return by_world
 
 
