@@ -255,11 +255,7 @@ class Runtime:
         return alias
 
     def _after_forward(self, site: Site, output: Any) -> Any:
-        if _in_backward():
-            # A segment of several sites is recomputed at once; backward gathers each again.
-            self._free_unused(site)
-            return output
-        if not site.calls:
+        if _in_backward() or not site.calls:
             return output
         use = site.calls.pop()
         self._active.pop()

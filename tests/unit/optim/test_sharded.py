@@ -232,6 +232,7 @@ def slice_states(rank: int, world: int) -> list[dict[str, list[float]]]:
     mesh = build_mesh(world, CPU)
     units = make_units(params, 3, mesh)
     ShardedOptimizer(inner, units, mesh, policy=PLAIN)
+    assert {state["step"].shape for state in inner.state.values()} == {torch.Size([])}
     return [
         {
             key: value.tolist()
