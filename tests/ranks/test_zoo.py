@@ -63,8 +63,11 @@ def test_awkward_models_train_as_in_plain_pytorch(
     assert failures(case, selection(case)[world]) == []
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("stage", STAGES)
+# Stages 1 and 2 lie between their neighbours in all that four ranks could bring to light.
+@pytest.mark.parametrize(
+    ("stage", "world"),
+    [pair for pair in itertools.product(STAGES, WORLDS) if pair not in {(1, 4), (2, 4)}],
+)
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_every_combination_trains_as_in_plain_pytorch(name: str, stage: int, world: int) -> None:
     case = ZOO[name]
