@@ -178,6 +178,58 @@ class Stack(Awkward):
         return self.head(h)
 
 
+@awkward
+class CheckpointedSegments(Stack):
+    """Activation checkpointing recomputes two blocks at a time."""
+
+    num_blocks = 4
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embedding(ids)
+        for start in range(0, self.num_blocks, 2):
+            h = self.run(nn.Sequential(*self.blocks[start : start + 2]), h)
+        return self.head(h)
+
+
+@awkward
+class CheckpointedTwice(Stack):
+    """Activation checkpointing around all blocks, and around each inside that."""
+
+    checkpointing_modes = NON_REENTRANT  # the other kind warns about itself
+    num_blocks = 4
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.run(self.all_blocks, self.embedding(ids)))
+
+    def all_blocks(self, h: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = self.run(block, h)
+        return h
+
+
+@awkward
+class CheckpointedWhole(Stack):
+    """The caller checkpoints the whole model."""
+
+    @staticmethod
+    def losses(model: Model, batch: Batch) -> Iterator[Tensor]:
+        (ids,) = batch
+        if model.checkpointing == "none":
+            yield cross_entropy(model(ids), ids)
+            return
+        reentrant = model.checkpointing == "reentrant"
+        # Reentrant checkpointing wants an input that takes a gradient.
+        start = torch.zeros((), requires_grad=True)
+        logits = checkpoint(lambda x: model(ids) + x, start, use_reentrant=reentrant)
+        yield cross_entropy(logits, ids)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embedding(ids)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h)
+
+
 # Sharing ----------------------------------------------------------------------------------------
 
 

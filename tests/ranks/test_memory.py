@@ -46,7 +46,25 @@ def build(seed: int, checkpointing: Checkpointing = "none") -> Wide:
     return model
 
 
+class Segmented(Wide):
+    """Checkpoints several blocks at a time."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embedding(ids)
+        for start in range(0, NUM_BLOCKS, 3):
+            h = self.run(nn.Sequential(*self.blocks[start : start + 3]), h)
+        return self.head(h)
+
+
+def build_segmented(seed: int, checkpointing: Checkpointing = "none") -> Segmented:
+    torch.manual_seed(seed)
+    model = Segmented()
+    model.checkpointing = checkpointing
+    return model
+
+
 WIDE = replace(ZOO["plain"], name="wide", build=build, num_blocks=NUM_BLOCKS)
+SEGMENTED = replace(WIDE, name="segmented", build=build_segmented)
 
 
 @dataclass(frozen=True)
@@ -175,8 +193,21 @@ def peak_of(case: Case, setting: Setting, world: int) -> Peak:
 def test_at_most_three_units_are_full_at_once(
     checkpointing: Checkpointing, units: Literal["named", "chosen"]
 ) -> None:
+    """The root's own, the block in use, and the one gathered ahead."""
     setting = Setting(checkpointing=checkpointing, units=units, accumulation=2)
     assert 1 <= len(peak_of(WIDE, setting, world=2).units) <= 3
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "limit"), [("none", 3), ("reentrant", 3), ("non_reentrant", 4)]
+)
+@pytest.mark.parametrize("units", ["named", "chosen"])
+def test_recomputing_several_blocks_at_once_frees_each_after_its_use(
+    checkpointing: Checkpointing, limit: int, units: Literal["named", "chosen"]
+) -> None:
+    """Non-reentrant recomputation starts inside the backward of the last of the blocks."""
+    setting = Setting(checkpointing=checkpointing, units=units, accumulation=2)
+    assert 1 <= len(peak_of(SEGMENTED, setting, world=2).units) <= limit
 
 
 @pytest.mark.parametrize(

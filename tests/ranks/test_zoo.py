@@ -54,12 +54,7 @@ def failures(case: Case, settings: list[Setting]) -> list[str]:
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", ZOO.values(), ids=lambda case: case.name)
-def test_awkward_models_train_as_in_plain_pytorch(
-    case: Case, world: int, request: pytest.FixtureRequest
-) -> None:
-    if case.name == "inplace_on_input":
-        reason = "at stage 3 an operation in place on a block's input hides the block before it"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_awkward_models_train_as_in_plain_pytorch(case: Case, world: int) -> None:
     assert failures(case, selection(case)[world]) == []
 
 

@@ -14,9 +14,10 @@ of backward. A unit's gradient is complete when the last of its uses has closed;
 (a module used in two graphs, say) is reduced at the end of backward, so completeness is only a
 matter of memory and overlap, never of right numbers.
 
-Checkpointing runs forward again inside backward. Non-reentrant: the original call's hooks are still
-there, the recomputation only needs the units full. Reentrant: the original call ran without
-gradients and left no hooks, so the recomputation opens the bracket itself.
+Checkpointing runs forward again inside backward. That is a forward like any other, with brackets of
+its own. Reentrant: the original call ran without gradients and left no hooks, so the hooks of the
+recomputed graph are those that fire. Non-reentrant: gradients take the original graph, and the
+recomputed one is dropped with its hooks.
 
 Hooks are invisible to torch.compile, which compiles what lies between them.
 """
@@ -43,16 +44,31 @@ from zeroshard.core.schedule import Schedule
 from zeroshard.core.unit import Unit, slot_of
 from zeroshard.errors import UsageError, compose
 
-__all__ = ["Runtime", "Site"]
+__all__ = ["Runtime", "Site", "in_backward"]
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether this thread is inside a backward, as a forward that recomputes activations is."""
     return torch._C._current_graph_task_id() != -1
 
 
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Keep a hook out of compiled regions."""
     return torch._dynamo.disable(hook)
+
+
+def _on_gradient(tensor: Tensor, act: Callable[[], object]) -> None:
+    """Call ``act`` when the gradient of a tensor arrives.
+
+    An operation in place on a view, or on another view of its base, gives the view a new node and
+    leaves the old one, hooks and all, out of the graph. The node of the base stays in it; its
+    gradient arrives somewhat later.
+    """
+    hook = _eager(lambda grad: act())
+    tensor.register_hook(hook)
+    base = tensor._base
+    if base is not None and base.grad_fn is not None:
+        base.register_hook(hook)
 
 
 class Site:
@@ -63,7 +79,6 @@ class Site:
         # The gradient of an embedding is made of indices alone.
         self.reads_in_backward = type(module) is not nn.Embedding
         self.calls: list[_Use] = []  # calls in forward now, innermost last
-        self.unhooked = 0  # calls of this pass that ran without gradients: reentrant checkpointing
 
 
 class _Use:
@@ -175,7 +190,7 @@ class Runtime:
 
     def _on_read(self, param: nn.Parameter) -> None:
         """A parameter was looked up; if it is freed, the module that runs uses it from now on."""
-        if not self._active or _in_backward():
+        if not self._active or in_backward():
             return
         slot = slot_of(param)
         site = self._active[-1]
@@ -191,9 +206,8 @@ class Runtime:
     def _before_forward(
         self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if _in_backward():
-            use = self._before_recomputation(site)
-        else:
+        recomputes = in_backward()
+        if not recomputes:
             if site.module is self.root and self._active:
                 self._forget_calls()  # an earlier forward was left by an exception
             if not self._active:
@@ -201,15 +215,15 @@ class Runtime:
                 # Reentrant checkpointing turns gradients off inside; the outermost module knows.
                 self._training = torch.is_grad_enabled()
                 self.schedule.begin(self._kind())
-            use = _Use(site)
-            site.calls.append(use)
-            self._active.append(site)
-            for unit in site.units:
-                self._counts[unit].open += 1
-                self._counts[unit].uses += self._training
+        use = _Use(site)
+        site.calls.append(use)
+        self._active.append(site)
         for unit in site.units:
+            self._counts[unit].open += 1
+            # A recomputation belongs to a use that was counted in forward.
+            self._counts[unit].uses += self._training and not recomputes
             self.schedule.need(unit)
-        if use is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return args, kwargs
         if site.module is self.root and self.loss_scale is not None:
             args, kwargs = tree.replace((args, kwargs), lambda t: rescale(t, self._leaving))
@@ -238,41 +252,33 @@ class Runtime:
             return "forward"
         return "boundary" if self.boundary else "accumulation"
 
-    def _before_recomputation(self, site: Site) -> _Use | None:
-        if not site.unhooked:
-            return None
-        site.unhooked -= 1
-        use = _Use(site)
-        self._open(use)
-        return use
-
     def _alias(self, use: _Use, tensor: Tensor) -> Tensor:
         if not tensor.requires_grad or tensor.layout != torch.strided:
             return tensor
         alias = tensor.view_as(tensor)
-        alias.register_hook(_eager(lambda grad: self._close(use)))
+        _on_gradient(alias, lambda: self._close(use))
         use.aliases.append(alias)
         return alias
 
     def _after_forward(self, site: Site, output: Any) -> Any:
-        if _in_backward() or not site.calls:
+        if not site.calls:
             return output
         use = site.calls.pop()
         self._active.pop()
-        outermost = not self._active
-        keep = False
-        if self._training and not torch.is_grad_enabled():
-            site.unhooked += 1
-        elif self._training:
-            site.unhooked = 0  # earlier calls without gradients were not for recomputation
+        recomputes = in_backward()
+        outermost = not self._active and not recomputes
+        # A recomputation that is cut short has all that backward, which goes on here, wants of it.
+        keep = recomputes and output is None
+        if torch.is_grad_enabled():
             found = tree.find(output)
             # Backward may enter through what cannot be looked into, without opening the bracket.
-            keep = found.opaque and not any(tensor.requires_grad for tensor in found.tensors)
-            if outermost and keep:
+            hidden = found.opaque and not any(tensor.requires_grad for tensor in found.tensors)
+            keep = keep or hidden
+            if outermost and hidden:
                 self._listen_to_parameters()
             for tensor in found.tensors:
                 if tensor.requires_grad and not any(tensor is alias for alias in use.aliases):
-                    tensor.register_hook(_eager(lambda grad: self._open(use)))
+                    _on_gradient(tensor, lambda: self._open(use))
                     # The outermost module is the first that backward needs.
                     keep = keep or outermost
         use.aliases.clear()
@@ -377,14 +383,13 @@ class Runtime:
             counts.open = counts.uses = 0
         for site in self.sites:
             site.calls.clear()
-            site.unhooked = 0
         self._active.clear()
 
     def reset(self) -> None:
         """Return to the state between two passes after an exception in forward or backward."""
-        in_backward, self._finish_queued = self._finish_queued, False
+        was_in_backward, self._finish_queued = self._finish_queued, False
         self._forget_calls()
-        self.schedule.reset(in_backward)
+        self.schedule.reset(was_in_backward)
         for unit in self.units:
             unit.free()
             for member in unit.members:

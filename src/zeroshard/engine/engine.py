@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zeroshard.config import Batch
 from zeroshard.core import tree
-from zeroshard.core.hooks import Runtime
+from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
 from zeroshard.engine.data import ShardedLoader
@@ -106,7 +106,9 @@ class Engine(nn.Module):
         try:
             return self.module(*args, **kwargs)
         except Exception:
-            self._recover()
+            # Recomputation ends in an exception of torch's own once it has what it needs.
+            if not in_backward():
+                self._recover()
             raise
 
     def backward(
