@@ -214,10 +214,11 @@ class CheckpointedWhole(Stack):
     @staticmethod
     def losses(model: Model, batch: Batch) -> Iterator[Tensor]:
         (ids,) = batch
-        if model.checkpointing == "none":
+        mode = getattr(model, "module", model).checkpointing
+        if mode == "none":
             yield cross_entropy(model(ids), ids)
             return
-        reentrant = model.checkpointing == "reentrant"
+        reentrant = mode == "reentrant"
         # Reentrant checkpointing wants an input that takes a gradient.
         start = torch.zeros((), requires_grad=True)
         logits = checkpoint(lambda x: model(ids) + x, start, use_reentrant=reentrant)

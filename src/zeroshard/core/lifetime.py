@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["STAGES", "Lifetime", "StateBytes", "state_bytes"]
+__all__ = ["STAGES", "Lifetime", "StateBytes", "lifetime", "state_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,15 @@ STAGES = {
     2: Lifetime("never", "every_backward"),
     3: Lifetime("after_use", "every_backward"),
 }
+
+
+def lifetime(stage: int, world: int) -> Lifetime:
+    """The lifetime of a stage's units over ``world`` ranks.
+
+    On one rank a shard is as large as its unit, so freeing the unit and keeping the shard would
+    cost memory as well as time: nothing is sharded, whatever the stage.
+    """
+    return STAGES[stage] if world > 1 else STAGES[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,6 +196,7 @@ class Unit:
         self._require_grad = [param.requires_grad for param in self._params]
         self.shapes = [view.shape for view in full.views]
         self._cut_sizes, self._cut_at = layout.cuts(mesh.shard.rank)
+        self._cut_shapes = self._shape_cuts() if mesh.shard.size == 1 else None
         self._mine = full.tensor[layout.shard(mesh.shard.rank).slice()]
         self._placeholder = full.tensor.new_empty(0)
         self._gathering: Ticket = DONE
@@ -209,13 +210,21 @@ class Unit:
     def _make_slices(self, master: Tensor) -> tuple[nn.Parameter, ...]:
         return tuple(nn.Parameter(part) for part in self._cut(master))
 
+    def _shape_cuts(self) -> list[Tensor]:
+        """What the pieces of an uncut shard look like, gaps included."""
+        shapes = [torch.Size([size]) for size in self._cut_sizes]
+        for at, shape in zip(self._cut_at, self.shapes, strict=True):
+            shapes[at] = shape
+        return [torch.empty(shape, device="meta") for shape in shapes]
+
     def _cut(self, shard: Tensor) -> list[Tensor]:
         """Views of a shard, one for each parameter's slice."""
-        parts = shard.split_with_sizes(self._cut_sizes)
-        if self.mesh.shard.size > 1:
-            return [parts[at] for at in self._cut_at]
-        # Whole parameters keep their shape, so optimizers that need matrices work unsharded.
-        return [parts[at].view(shape) for at, shape in zip(self._cut_at, self.shapes, strict=True)]
+        if self._cut_shapes is None:
+            parts = shard.split_with_sizes(self._cut_sizes)
+        else:
+            # Whole parameters keep their shape, so optimizers that need matrices work unsharded.
+            parts = torch._C._nn.unflatten_dense_tensors(shard, self._cut_shapes)
+        return [parts[at] for at in self._cut_at]
 
     def __repr__(self) -> str:
         kind = "trained" if self.is_trained else "frozen"

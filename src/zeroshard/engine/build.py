@@ -19,7 +19,7 @@ from zeroshard import config as configuration
 from zeroshard.core import world
 from zeroshard.core.collectives import broadcast_
 from zeroshard.core.hooks import Runtime, Site
-from zeroshard.core.lifetime import STAGES
+from zeroshard.core.lifetime import lifetime
 from zeroshard.core.mesh import Mesh, build_mesh
 from zeroshard.core.schedule import Schedule
 from zeroshard.core.unit import Precision, Unit, build_unit, slot_of
@@ -92,13 +92,13 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     world.init_distributed(distributed_port=distributed_port)
     device = world.device()
     batch = settings.batch(dist.get_world_size())
-    lifetime = STAGES[settings.zero_optimization.stage]
+    life = lifetime(settings.zero_optimization.stage, dist.get_world_size())
 
     inner = _resolve_optimizer(optimizer, model, model_parameters, settings)
     trained = set(optimizer_parameters(inner)) if inner is not None else set[nn.Parameter]()
     _check_model(model, trained if inner is not None else None)
 
-    shard_size = dist.get_world_size() if lifetime.sharded else 1
+    shard_size = dist.get_world_size() if life.sharded else 1
     if inner is not None:
         allowed = settings.zero_allow_untested_optimizer
         check_optimizer(inner, model, shard_size, allow_untested=allowed)
@@ -126,7 +126,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         build_unit(
             group.members,
             trained=group.trained,
-            lifetime=lifetime,
+            lifetime=life,
             mesh=mesh,
             precision=precision,
         )

@@ -457,7 +457,8 @@ def test_master_weights_of_the_same_dtype_take_no_memory_of_their_own() -> None:
     unit = make_unit(params, staying)
     assert unit.master_bytes == 0
     full = params[0].untyped_storage().data_ptr()
-    assert {piece.untyped_storage().data_ptr() for piece in unit.slices} == {full}
+    memory = {piece.untyped_storage().data_ptr() for piece in unit.slices if piece.numel()}
+    assert memory == {full}
     assert make_unit(make_params(), staying, precision=BF16).master_bytes > 0
 
 
