@@ -50,7 +50,7 @@ def assert_weights(engine: Any, want: dict[str, Tensor]) -> None:
 # Errors name the call to make -------------------------------------------------------------------
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_a_step_without_a_backward_asks_for_one(stage: int) -> None:
     engine = make(stage)
     asks = r"number {} came without a backward(.|\n)*hint: call engine\.backward\(loss\)"
@@ -69,7 +69,7 @@ def test_a_step_without_a_backward_asks_for_one(stage: int) -> None:
     assert_weights(engine, plain_weights([0, 1]))
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_a_second_backward_of_one_graph_asks_for_a_new_one_or_retain_graph(stage: int) -> None:
     engine = make(stage)
     loss = loss_of(engine)
@@ -91,7 +91,7 @@ def test_a_second_backward_of_one_graph_asks_for_a_new_one_or_retain_graph(stage
         3,
     ],
 )
-@on_ranks(1)
+@on_ranks(2)
 def test_a_graph_that_is_retained_may_be_used_twice(stage: int) -> None:
     engine = make(stage, gradient_accumulation_steps=2)
     for _ in range(2):
@@ -153,7 +153,7 @@ def test_a_loss_without_a_graph_asks_for_one_outside_no_grad(
         engine.backward(make_loss(engine))
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_a_loss_that_has_nothing_to_do_with_the_model_is_no_step(stage: int) -> None:
     engine = make(stage)
     engine.backward(torch.ones((), requires_grad=True) * 2)
@@ -164,7 +164,7 @@ def test_a_loss_that_has_nothing_to_do_with_the_model_is_no_step(stage: int) -> 
     assert_weights(engine, plain_weights([0]))
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_a_step_after_zero_grad_asks_for_a_backward(stage: int) -> None:
     engine = make(stage)
     engine.backward(loss_of(engine, 5))
@@ -179,7 +179,7 @@ def test_a_step_after_zero_grad_asks_for_a_backward(stage: int) -> None:
 # Exceptions in between --------------------------------------------------------------------------
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_an_exception_in_backward_arrives_as_it_is_and_drops_the_accumulation(stage: int) -> None:
     engine = make(stage, gradient_accumulation_steps=2)
     engine.backward(loss_of(engine, 5))
@@ -195,7 +195,7 @@ def test_an_exception_in_backward_arrives_as_it_is_and_drops_the_accumulation(st
     assert_weights(engine, plain_weights([0, 1], micro_steps=2))
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_reset_after_an_exception_in_a_plain_backward_starts_anew(stage: int) -> None:
     engine = make(stage, gradient_accumulation_steps=2)
     loss_of(engine, 5).backward()
@@ -209,7 +209,7 @@ def test_reset_after_an_exception_in_a_plain_backward_starts_anew(stage: int) ->
     assert_weights(engine, plain_weights([0, 1], micro_steps=2))
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_reset_between_steps_changes_nothing(stage: int) -> None:
     engine = make(stage)
     for number in (0, 1):
@@ -221,7 +221,7 @@ def test_reset_between_steps_changes_nothing(stage: int) -> None:
     assert_weights(engine, plain_weights([0, 1]))
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_an_exception_in_forward_arrives_as_it_is_and_keeps_the_accumulation(stage: int) -> None:
     engine = make(stage, gradient_accumulation_steps=2)
     engine.backward(loss_of(engine, 0))

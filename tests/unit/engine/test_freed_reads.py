@@ -126,7 +126,7 @@ def test_a_reader_may_be_declared_after_the_first_failure(build: Callable[[], Ne
 
 
 @pytest.mark.parametrize("build", [Reader, BlockReader, SilentReader, SilentUser])
-@on_ranks(1, STAGES[:3])
+@on_ranks(2, STAGES[:3])
 def test_where_parameters_stay_any_module_may_read_them(
     build: Callable[[], Net], stage: int
 ) -> None:
@@ -187,7 +187,7 @@ def sequence_of_blocks() -> nn.Module:
         sequential,
     ],
 )
-@on_ranks(1)
+@on_ranks(2)
 def test_another_mistake_is_not_blamed_on_a_freed_parameter(
     build: Callable[[], nn.Module], mistake: Callable[[Any], None]
 ) -> None:

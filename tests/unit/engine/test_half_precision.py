@@ -67,7 +67,7 @@ def test_on_overflow_the_scale_halves_and_neither_weights_nor_schedule_move(stag
     assert weights_of(engine)["weight"].tolist() == [1 - 1.0 - 0.5] * 3
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_the_norm_of_a_skipped_step_is_not_finite(stage: int) -> None:
     engine = start(stage, **fp16())
     micro_step(engine, INF)
@@ -76,7 +76,7 @@ def test_the_norm_of_a_skipped_step_is_not_finite(stage: int) -> None:
     torch.testing.assert_close(engine.get_global_grad_norm(), torch.tensor(12.0).sqrt())
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_a_skipped_step_leaves_no_gradient_to_the_next(stage: int) -> None:
     engine = start(stage, gradient_accumulation_steps=2, **fp16())
     for gradient in (1.0, INF, 0.25, 0.25):
@@ -105,7 +105,7 @@ def test_overflow_at_the_smallest_scale_ends_training_with_an_error(stage: int) 
     assert weights_of(engine)["weight"].tolist() == [1.0] * 3
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_a_static_scale_stays_whatever_happens(stage: int) -> None:
     engine = start(stage, **fp16(loss_scale=64, loss_scale_window=1))
     for gradient in (0.25, INF, INF, 0.25, 0.25):
@@ -141,7 +141,7 @@ def test_a_plain_backward_that_bypasses_the_outputs_of_the_engine_is_refused(
 
 
 @pytest.mark.parametrize("backward", ["engine", "loss"])
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_the_gradient_is_the_same_at_every_scale(backward: str, stage: int) -> None:
     for scale in (1, 64, 1024):
         engine = start(stage, gradient_accumulation_steps=2, **fp16(loss_scale=scale))
@@ -180,7 +180,7 @@ def test_bf16_without_check_grad_overflow_makes_every_step() -> None:
 # What is cast -----------------------------------------------------------------------------------
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_auto_cast_casts_floating_point_inputs_wherever_they_are(stage: int) -> None:
     class Nested(Weight):
         def forward(self, batch: dict[str, Any], *, scale: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ def test_model_parallel_groups_are_refused(argument: str) -> None:
         zeroshard.initialize(model=Net(), config=config_of(), **{argument: object()})
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_a_parameter_on_the_meta_device_is_refused(stage: int) -> None:
     model = Net()
     model.blocks[1] = model.blocks[1].to("meta")
@@ -224,7 +224,7 @@ def test_a_parameter_on_the_meta_device_is_refused(stage: int) -> None:
         make(stage, model)
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_a_parameter_of_another_engine_is_refused(stage: int) -> None:
     first, second = Net(seed=0), Net(seed=1)
     second.head.weight = first.head.weight
@@ -244,7 +244,7 @@ def test_a_container_which_never_runs_is_refused_as_a_unit(name: str) -> None:
         make(3, zeroshard={"units": [name]})
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_parameters_that_no_optimizer_steps_are_warned_about_and_stay(
     stage: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -327,7 +327,7 @@ def test_a_parser_with_the_arguments_of_deepspeed_knows_both_of_them() -> None:
     assert vars(given) == {"deepspeed": True, "deepspeed_config": "ds.json"}
 
 
-@on_ranks(1)
+@on_ranks(2)
 def test_a_model_that_is_one_layer_trains() -> None:
     model = nn.Linear(4, 3)
     engine = make(3, model)

@@ -48,7 +48,7 @@ GIVEN: dict[str, Callable[[Net], Config]] = {
 
 
 @pytest.mark.parametrize("given", list(GIVEN))
-@on_ranks(1, (0, 3))
+@on_ranks(2, (0, 3))
 def test_an_optimizer_may_be_given_as(given: str, stage: int) -> None:
     model = Net()
     arguments = GIVEN[given](model)
@@ -107,7 +107,7 @@ def test_an_optimizer_block_that_cannot_be_honoured_is_refused(block: Config, te
         make(optimizer=block)
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_param_groups_may_be_given_as_model_parameters(stage: int) -> None:
     def groups(model: Net) -> list[dict[str, Any]]:
         matrices = [p for p in model.parameters() if p.ndim > 1]

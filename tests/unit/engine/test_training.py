@@ -55,7 +55,7 @@ def test_fp32_on_one_rank_is_plain_pytorch_to_the_last_bit(stage: int, accumulat
             assert torch.equal(weights[name], param), f"{name} after step {step}"
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_the_backward_of_the_engine_is_the_backward_of_the_loss(stage: int) -> None:
     weights = []
     for backward in (lambda engine, loss: engine.backward(loss), lambda _, loss: loss.backward()):
@@ -123,7 +123,7 @@ class NoLayers(nn.Module):
         (NoLayers, as_object),
     ],
 )
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_a_model_may_return(kind: Any, pack: Callable[..., Any], stage: int) -> None:
     engine = make(stage, kind(pack))
     before = weights_of(engine)
@@ -148,7 +148,7 @@ def test_the_returned_loss_is_the_share_of_the_micro_step_and_has_no_graph() -> 
     assert engine.backward(loss, scale_wrt_gas=False).item() == loss.item()
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_the_gradient_norm_is_that_of_the_mean_before_clipping(stage: int) -> None:
     engine = make(stage, gradient_accumulation_steps=2, gradient_clipping=1e-3)
     assert engine.get_global_grad_norm() is None
@@ -256,7 +256,7 @@ def test_attributes_that_the_engine_lacks_are_those_of_the_module() -> None:
         _ = engine.absent
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_the_optimizer_cannot_be_stepped_behind_the_engine(stage: int) -> None:
     engine = make(stage)
     before = weights_of(engine)
@@ -269,7 +269,7 @@ def test_the_optimizer_cannot_be_stepped_behind_the_engine(stage: int) -> None:
     assert engine.was_step_applied()
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_zero_grad_of_the_optimizer_before_backward_is_harmless(stage: int) -> None:
     engine, model = make(stage), Net()
     for number in range(2):
@@ -287,7 +287,7 @@ def test_zero_grad_of_the_optimizer_before_backward_is_harmless(stage: int) -> N
         torch.testing.assert_close(weights[name], param.detach())
 
 
-@on_ranks(1, STAGES)
+@on_ranks(2, STAGES)
 def test_a_copy_of_the_module_is_an_ordinary_module(stage: int) -> None:
     engine = make(stage, fp16={"enabled": True, "loss_scale": 16})
     with zeroshard.gathered(engine.module):
