@@ -1,4 +1,8 @@
-"""Settings every test shares: one thread per rank, quick properties, no GPU tests without a GPU."""
+"""Settings every test shares: CPU ranks of one thread each, and quick properties.
+
+On a host with GPUs, too, all ranks are CPU ranks, but for those of the tests marked ``gpu``: these
+start processes of their own and give them back what ``CUDA_VISIBLE_DEVICES`` was.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,12 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
+# The processes of xdist run this again, with the environment that the first one left.
+if "TEST_GPUS" not in os.environ:
+    os.environ["TEST_GPUS"] = str(torch.cuda.device_count())
+    os.environ["TEST_GPUS_VISIBLE"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 settings.register_profile(
     "ci",
     deadline=None,
@@ -26,7 +36,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    if int(os.environ["TEST_GPUS"]):
         return
     skip = pytest.mark.skip(reason="no CUDA device is visible")
     for item in items:

@@ -175,8 +175,6 @@ def _join(rank: int, world: _World) -> None:
         LOCAL_RANK=str(rank),
         LOCAL_WORLD_SIZE=str(world.size),
         OMP_NUM_THREADS="1",
-        # These are CPU ranks, also on a host with GPUs; a forked child could not use one anyway.
-        CUDA_VISIBLE_DEVICES="",
     )
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

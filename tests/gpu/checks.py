@@ -270,7 +270,8 @@ def check_checkpointing(ctx: Context) -> dict[str, Any]:
         engine.destroy()
     peak = max(peaks)
     same = all(torch.equal(w[k], weights[0][k]) for w in weights for k in w)
-    return {"ok": same and peak <= 3, "same": same, "most_units_full": peak}
+    within = peak <= 3 or ctx.world == 1  # one rank keeps all units full
+    return {"ok": same and within, "same": same, "most_units_full": peak}
 
 
 def check_compile(ctx: Context) -> dict[str, Any]:
