@@ -1261,6 +1261,46 @@ class GraphUsedTwice(Stack):
         yield logits.square().mean()
 
 
+class OfFeatures(Stack):
+    """Blocks and a head on features, whose gradient is asked for."""
+
+    checkpointing_modes = NON_REENTRANT  # the other kind knows no torch.autograd.grad
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(WIDTH, WIDTH)
+
+    @staticmethod
+    def batch(step: int, micro: int, rank: int) -> Batch:
+        return (features(step, micro, rank, BATCH, LENGTH, WIDTH),)
+
+
+@awkward
+class GradientPenalty(OfFeatures):
+    """The loss depends on the gradient of the output by the input."""
+
+    @staticmethod
+    def losses(model: Model, batch: Batch) -> Iterator[Tensor]:
+        x = batch[0].clone().requires_grad_()
+        out = model(x)
+        (slope,) = torch.autograd.grad(out.sigmoid().mean(), x, create_graph=True)
+        yield out.sigmoid().mean() + 100 * slope.square().mean()
+
+
+@awkward
+class ForceField(OfFeatures):
+    """The model's forward itself differentiates, and the loss depends on the result alone."""
+
+    @staticmethod
+    def losses(model: Model, batch: Batch) -> Iterator[Tensor]:
+        yield (100 * model(*batch) - 1).square().mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        energy = super().forward(x).sigmoid().mean()
+        return torch.autograd.grad(energy, x, create_graph=torch.is_grad_enabled())[0]
+
+
 @awkward
 class ForwardWithoutGradient(Stack):
     """The model first runs without gradients, and what it said then is a target."""

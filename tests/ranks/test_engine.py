@@ -732,3 +732,37 @@ def test_weights_may_be_gathered_between_forward_and_backward(name: str, stage: 
 
     want = reference_of(case, setting)
     assert_same_weights(run_ranks(work, world=3, timeout=30), want.weights)
+
+
+@pytest.mark.parametrize("missing", ["forward", "backward", "step"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_rank_that_leaves_its_loop_is_reported_by_the_others(stage: int, missing: str) -> None:
+    case = ZOO["plain"]
+    setting = Setting(stage)
+
+    def work(rank: int, world: int) -> str:
+        engine = make_engine(case, setting)
+        train(engine, case, setting, rank, steps=range(1))
+
+        def leaves_before(part: str) -> bool:
+            if rank == 1 and missing == part:
+                engine.destroy()  # as it does when its process ends
+                return True
+            return False
+
+        try:
+            if leaves_before("forward"):
+                return ""
+            loss = case.loss(engine, case.batch(1, 0, rank))
+            if leaves_before("backward"):
+                return ""
+            engine.backward(loss)
+            if leaves_before("step"):
+                return ""
+            engine.step()
+        except zeroshard.DistributedError as error:
+            return str(error)
+        return "no error"
+
+    said, _ = run_ranks(work, 2)
+    assert "rank 0" in said and "hint: look at the first error" in said

@@ -19,9 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zeroshard.core.mesh import Axis, Mesh
+from zeroshard.errors import DistributedError, Error, compose
 
 __all__ = [
     "DONE",
+    "Answered",
     "Exchange",
     "Ticket",
     "all_gather",
@@ -60,6 +62,32 @@ class _Both:
 
 
 DONE: Ticket = _Done()
+
+
+class Answered:
+    """Around a collective or a wait for one: if it fails, say what this rank wanted.
+
+    Raises:
+        DistributedError: the others ended, went elsewhere, or took longer than the timeout.
+    """
+
+    __slots__ = ("_rank", "_wanted")
+
+    def __init__(self, rank: int, wanted: str) -> None:
+        self._rank, self._wanted = rank, wanted
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, Error):
+            raise DistributedError(
+                compose(
+                    f"rank {self._rank} wants {self._wanted}, and others did not answer: {error}",
+                    hint="look at the first error of the other ranks; a rank that left its "
+                    "training loop, or waits in a collective of its own, answers no more.",
+                )
+            ) from error
 
 
 def all_gather(full: Tensor, shard: Tensor, axis: Axis) -> Ticket:

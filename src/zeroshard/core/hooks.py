@@ -19,6 +19,9 @@ its own. Reentrant: the original call ran without gradients and left no hooks, s
 recomputed graph are those that fire. Non-reentrant: gradients take the original graph, and the
 recomputed one is dropped with its hooks.
 
+A backward that is to be differentiated itself (a gradient penalty) is a graph as well. Backward
+through it enters at what was the gradient of a call's input, so there the bracket opens again.
+
 Hooks are invisible to torch.compile, which compiles what lies between them.
 """
 
@@ -57,14 +60,20 @@ def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
     return torch._dynamo.disable(hook)
 
 
-def _on_gradient(tensor: Tensor, act: Callable[[], object]) -> None:
-    """Call ``act`` when the gradient of a tensor arrives.
+def _on_gradient(tensor: Tensor, act: Callable[[Tensor], object]) -> None:
+    """Call ``act`` with the gradient of a tensor when it arrives.
 
     An operation in place on a view, or on another view of its base, gives the view a new node and
     leaves the old one, hooks and all, out of the graph. The node of the base stays in it; its
     gradient arrives somewhat later.
     """
-    hook = _eager(lambda grad: act())
+
+    @_eager
+    def hook(grad: Tensor) -> None:
+        # Gradients are enabled in a backward that is itself to be differentiated.
+        with torch.no_grad():
+            act(grad)
+
     tensor.register_hook(hook)
     base = tensor._base
     if base is not None and base.grad_fn is not None:
@@ -255,8 +264,16 @@ class Runtime:
     def _alias(self, use: _Use, tensor: Tensor) -> Tensor:
         if not tensor.requires_grad or tensor.layout != torch.strided:
             return tensor
+
+        def arrived(grad: Tensor) -> None:
+            self._close(use)
+            if grad.requires_grad:
+                # The backward of this call is a graph, too, whose backward enters it here and
+                # goes on into the call.
+                _on_gradient(grad, lambda _: self._open(use))
+
         alias = tensor.view_as(tensor)
-        _on_gradient(alias, lambda: self._close(use))
+        _on_gradient(alias, arrived)
         use.aliases.append(alias)
         return alias
 
@@ -278,7 +295,7 @@ class Runtime:
                 self._listen_to_parameters()
             for tensor in found.tensors:
                 if tensor.requires_grad and not any(tensor is alias for alias in use.aliases):
-                    _on_gradient(tensor, lambda: self._open(use))
+                    _on_gradient(tensor, lambda _: self._open(use))
                     # The outermost module is the first that backward needs.
                     keep = keep or outermost
         use.aliases.clear()
@@ -355,8 +372,12 @@ class Runtime:
     def _reduces(self, unit: Unit) -> bool:
         return self.boundary or not unit.lifetime.grads_stay
 
+    @torch.no_grad()
     def _finish(self) -> None:
         """End of backward: nothing is open, every gradient is collected and, if due, reduced."""
+        self._finish_queued = False
+        if self._active:
+            return  # inside forward; the backward that follows forward ends the pass
         for unit in self.units:
             if unit.is_trained:
                 unit.collect()
@@ -364,7 +385,6 @@ class Runtime:
         for param in self._stray:
             param.grad = None
         self._forget_calls()
-        self._finish_queued = False
         reducible = [unit for unit in self.trained if self._reduces(unit)]
         self._unreduced = len(reducible) < len(self.trained)
         if reducible or any(not unit.lifetime.params_stay for unit in self.units):

@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from zeroshard.core.collectives import Exchange
+from zeroshard.core.collectives import Answered, Exchange
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import Unit
 from zeroshard.errors import DistributedError, compose
@@ -133,7 +133,7 @@ class Schedule:
         self._kind = ""
         self._cursor: int | None = None
         self._gathers = any(not unit.lifetime.params_stay for unit in units)
-        self._in_forward = self._is_aborting = False
+        self._in_forward = self._is_aborting = self._is_cut_off = False
 
     # What happened before, and what to expect from it
 
@@ -206,17 +206,10 @@ class Schedule:
         count = len(self._units)
         numbers = [op.unit + (count if op.kind == "reduce" else 0) for op in wish]
         padded = [len(numbers), *numbers, *([0] * (_WINDOW - len(numbers)))]
-        try:
+        self._is_cut_off = True  # until the others have answered
+        with Answered(self._mesh.rank, self._describe(wish[0])):
             answers = self._ask(padded)
-        except RuntimeError as error:
-            wanted = self._describe(wish[0])
-            raise DistributedError(
-                compose(
-                    f"rank {self._mesh.rank} wants {wanted}, and others did not answer: {error}",
-                    hint="look at the first error of the other ranks; a rank that left its "
-                    "training loop, or waits in a collective of its own, answers no more.",
-                )
-            ) from error
+        self._is_cut_off = False
         wishes = [[self._op(number) for number in answer[1 : 1 + answer[0]]] for answer in answers]
         aborting = [rank for rank, other in enumerate(wishes) if ABORT in other]
         if aborting and ABORT not in wish:
@@ -368,7 +361,7 @@ class Schedule:
         """
         is_own = self._kind == kind  # else this forward runs inside a pass of another kind
         expects_backward = is_own and kind != "forward"
-        if self._in_forward:
+        if self._in_forward and not self._is_cut_off:
             if expects_backward:
                 self._note(END_FORWARD)
             due = self._expected() if expects_backward else ()
@@ -390,8 +383,12 @@ class Schedule:
 
     def reset(self, in_backward: bool) -> None:
         """Give up the pass under way, in a way that the other ranks can follow."""
+        if self._is_cut_off:
+            self._window.clear()
         self._complete_window()
-        if in_backward or self._is_aborting:
+        if self._is_cut_off:
+            pass  # nobody is there to be told
+        elif in_backward or self._is_aborting:
             # Gradients of this pass are lost on this rank, so they must be on all.
             while self._exchange([ABORT]) != [ABORT]:
                 pass

@@ -36,7 +36,15 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.weak import WeakIdKeyDictionary
 
-from zeroshard.core.collectives import DONE, Ticket, all_gather, broadcast_, reduce_mean
+from zeroshard.core import tree
+from zeroshard.core.collectives import (
+    DONE,
+    Answered,
+    Ticket,
+    all_gather,
+    broadcast_,
+    reduce_mean,
+)
 from zeroshard.core.layout import Layout
 from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
@@ -132,8 +140,8 @@ class FreedParameter(nn.Parameter):
         if func in cls._harmless or type(func).__name__ == "method-wrapper":
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        freed = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, cls)]
-        raise _freed_read(freed[0] if freed else None)
+        given = tree.find((args, kwargs or {})).tensors
+        raise _freed_read(next((tensor for tensor in given if isinstance(tensor, cls)), None))
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise _freed_read(self)
@@ -199,6 +207,7 @@ class Unit:
         self._cut_shapes = self._shape_cuts() if mesh.shard.size == 1 else None
         self._mine = full.tensor[layout.shard(mesh.shard.rank).slice()]
         self._placeholder = full.tensor.new_empty(0)
+        self._wants_gather, self._wants_reduce = f"to gather {self.name}", f"to reduce {self.name}"
         self._gathering: Ticket = DONE
         self._is_readable = self._is_outlined = False
         self._reducing: _Reduction | None = None
@@ -257,16 +266,22 @@ class Unit:
 
     def gather(self) -> None:
         """Start making the parameters full. A collective over the shard axis."""
-        self._gathering.wait()
+        self._end_gather()
         with record_function(f"zeroshard::gather ({self.name})"):
             self._full.allocate()
             shard = self._store.read(self._mine)
-            self._gathering = all_gather(self._full.tensor, shard, self.mesh.shard)
+            with Answered(self.mesh.rank, self._wants_gather):
+                self._gathering = all_gather(self._full.tensor, shard, self.mesh.shard)
+
+    def _end_gather(self) -> None:
+        if self._gathering is not DONE:
+            gathering, self._gathering = self._gathering, DONE
+            with Answered(self.mesh.rank, self._wants_gather):
+                gathering.wait()
 
     def wait(self) -> None:
         """Make the parameters readable; the unit must be full or on the way."""
-        self._gathering.wait()
-        self._gathering = DONE
+        self._end_gather()
         if not self._is_readable:
             self._show(self._full.views)
             self._is_readable = True
@@ -275,8 +290,7 @@ class Unit:
         """Give the memory of full parameters back, where the lifetime says so."""
         if self.lifetime.params_stay or not (self.is_full or self._is_outlined):
             return
-        self._gathering.wait()
-        self._gathering = DONE
+        self._end_gather()
         placeholder = self._placeholder
         for param, own_class in zip(self._params, self._classes, strict=True):
             param.data = placeholder
@@ -402,7 +416,8 @@ class Unit:
             # A gradient that stays is reduced in place; one that goes leaves its shard behind.
             in_place = wire is full and self.lifetime.grads_stay
             out = mine if in_place else torch.empty_like(mine)
-            self._reducing = _Reduction(reduce_mean(out, wire, self.mesh), out, wire)
+            with Answered(self.mesh.rank, self._wants_reduce):
+                self._reducing = _Reduction(reduce_mean(out, wire, self.mesh), out, wire)
         self.has_gradient = False
 
     def _wide(self, dtype: torch.dtype) -> torch.dtype:
@@ -414,7 +429,8 @@ class Unit:
         if self._reducing is None:
             return
         reduction, self._reducing = self._reducing, None
-        reduction.ticket.wait()
+        with Answered(self.mesh.rank, self._wants_reduce):
+            reduction.ticket.wait()
         out = reduction.out.to(self._wide(self.precision.accumulate))
         self.grad_shard = out if self.grad_shard is None else self.grad_shard.add_(out)
         if not self.lifetime.grads_stay:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
+from zeroshard.core.unit import Unit
 from zeroshard.errors import compose
 
 __all__ = ["explain_backward"]
 
 
-def explain_backward(error: Exception) -> str | None:
+def explain_backward(error: Exception, units: Iterable[Unit]) -> str | None:
     """Say what to do instead, for the mistakes that only show in backward; None for others."""
     text = str(error)
     if "backward through the graph a second time" in text:
@@ -19,9 +23,27 @@ def explain_backward(error: Exception) -> str | None:
     if "storage of size 0" in text:
         return compose(
             "backward entered a module before the gradient of any of its outputs, while its "
-            f"parameters were freed: {text}",
+            f"parameters were freed{_candidates(text, units)}.",
             hint="return what the loss needs as an output of the module that computes it, instead "
-            "of keeping it as an attribute. Double backward is not supported while parameters are "
-            "freed after use.",
+            "of keeping it as an attribute.",
         )
     return None
+
+
+def _candidates(text: str, units: Iterable[Unit]) -> str:
+    """The freed parameters that a complaint about a tensor of some shape can mean."""
+    found = re.search(r"sizes \[([\d, ]*)\]", text)
+    if found is None:
+        return ""
+    shape = sorted(int(size) for size in found.group(1).split(",") if size.strip())
+    names = [
+        member.name
+        for unit in units
+        if not unit.is_full
+        for member, own_shape in zip(unit.members, unit.shapes, strict=True)
+        if sorted(own_shape) == shape
+    ]
+    if not names:
+        return ""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f" (by its shape, one of: {', '.join(names[:5])}{more})"

@@ -162,8 +162,8 @@ class Engine(nn.Module):
                 seed = torch.full_like(root, weight * self.loss_scale)
                 root.backward(seed, retain_graph=retain_graph)
         except Exception as error:
+            explanation = explain_backward(error, self.runtime.units)
             self.reset()
-            explanation = explain_backward(error)
             if explanation is not None:
                 raise UsageError(explanation) from error
             raise

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zeroshard.core.collectives import all_reduce_
+from zeroshard.core.collectives import Answered, all_reduce_
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import Unit, slot_of
 from zeroshard.errors import UsageError, compose
@@ -208,7 +208,9 @@ class ShardedOptimizer:
         self._square.zero_()
         if norms:
             self._square.copy_(torch.stack(norms).double().square().sum())
-        return all_reduce_(self._square, self.mesh.shard).sqrt().float()
+        with Answered(self.mesh.rank, "the gradients' norm for its step"):
+            all_reduce_(self._square, self.mesh.shard)
+        return self._square.sqrt().float()
 
     def clear_gradients(self) -> None:
         """Forget all gradients accumulated since the last step."""

@@ -177,6 +177,35 @@ def sequence_of_blocks() -> nn.Module:
     return nn.Sequential(Block(), Block())
 
 
+class KeepsALoss(Net):
+    """The head keeps a loss that it computes after its output."""
+
+    class Head(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            self.kept = super().forward(torch.tanh(x)).square().mean()
+            return out
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.head = self.Head(4, 3)
+
+
+@on_ranks(2)
+def test_a_loss_that_is_kept_instead_of_returned_is_blamed_on_the_parameters_it_needs() -> None:
+    engine = make(3, KeepsALoss(), zeroshard={"units": ["Block", "head"]})
+    engine(torch.ones(2, 4))
+    with pytest.raises(UsageError, match=r"one of: head\.weight\)\.(.|\n)*as an output"):
+        engine.backward(engine.module.head.kept)
+
+
+@on_ranks(2)
+def test_a_freed_parameter_in_a_list_is_named() -> None:
+    engine = make(3)
+    with pytest.raises(UsageError, match=r"blocks\.0\.up\.weight was read"):
+        torch.cat([torch.ones(6, 4), engine.module.blocks[0].up.weight])
+
+
 @pytest.mark.parametrize("mistake", [mistaken_shape, mistaken_dtype])
 @pytest.mark.parametrize(
     "build",
