@@ -56,10 +56,10 @@ def fsdp2_step(model: nn.Module, on_gpu: bool) -> Callable[[Tensor], None]:
     optimizer = adamw(model.parameters())
 
     def step(x: Tensor) -> None:
-        optimizer.zero_grad()
         loss_of(model, x).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad()  # here, so that no engine holds gradients between steps
 
     return step
 
@@ -145,7 +145,8 @@ def main() -> None:
     }
     if dist.get_rank() == 0:
         for name, ratio in result["ratio"].items():
-            print(f"{name:8} {result['step_ms'][name]:8.2f} ms   x {ratio:.3f}")
+            peak = f"   {peaks[name]:6.2f} GiB" if on_gpu else ""
+            print(f"{name:8} {result['step_ms'][name]:8.2f} ms   x {ratio:.3f}{peak}")
         print(json.dumps(result))
     dist.destroy_process_group()
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import zeroshard
@@ -131,6 +132,7 @@ def main() -> None:
     for name, ratio in result["ratio"].items():
         print(f"{name:8} {result['step_ms'][name]:8.2f} ms   x {ratio:.3f}")
     print(json.dumps(result))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

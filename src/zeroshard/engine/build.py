@@ -19,7 +19,7 @@ from zeroshard import config as configuration
 from zeroshard.core import world
 from zeroshard.core.collectives import broadcast_
 from zeroshard.core.hooks import Runtime, Site
-from zeroshard.core.lifetime import lifetime
+from zeroshard.core.lifetime import Lifetime, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh
 from zeroshard.core.schedule import Schedule
 from zeroshard.core.unit import Precision, Unit, build_unit, slot_of
@@ -120,27 +120,12 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
 
     # From here on nothing is refused, and the model changes.
     mesh = build_mesh(shard_size, device, timeout=world.patience())
-    _place_buffers(model, mesh)
-    precision = _precision(settings)
-    units = [
-        build_unit(
-            group.members,
-            trained=group.trained,
-            lifetime=life,
-            mesh=mesh,
-            precision=precision,
-        )
-        for group in groups
-    ]
-    schedule = Schedule(units, mesh, settings.zeroshard.lookahead_bytes)
-    runtime = Runtime(model, _make_sites(model, groups, units), units, schedule)
-    runtime.attach()
-
+    runtime = _shard(model, groups, mesh, life, settings)
     sharded = None
     if inner is not None:
         sharded = ShardedOptimizer(
             inner,
-            units,
+            runtime.units,
             mesh,
             policy=StepPolicy(
                 clip=settings.gradient_clipping,
@@ -264,6 +249,28 @@ def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
             len(ignored),
             ", ".join(ignored[:5]),
         )
+
+
+def _shard(
+    model: nn.Module,
+    groups: list[Group],
+    mesh: Mesh,
+    life: Lifetime,
+    settings: configuration.Config,
+) -> Runtime:
+    """Move the model's parameters into units and hook its modules."""
+    _place_buffers(model, mesh)
+    precision = _precision(settings)
+    units = [
+        build_unit(
+            group.members, trained=group.trained, lifetime=life, mesh=mesh, precision=precision
+        )
+        for group in groups
+    ]
+    schedule = Schedule(units, mesh, settings.zeroshard.lookahead_bytes)
+    runtime = Runtime(model, _make_sites(model, groups, units), units, schedule)
+    runtime.attach()
+    return runtime
 
 
 def _place_buffers(model: nn.Module, mesh: Mesh) -> None:
