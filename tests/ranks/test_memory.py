@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -39,13 +40,6 @@ class Wide(Awkward):
         return self.head(h)
 
 
-def build(seed: int, checkpointing: Checkpointing = "none") -> Wide:
-    torch.manual_seed(seed)
-    model = Wide()
-    model.checkpointing = checkpointing
-    return model
-
-
 class Segmented(Wide):
     """Checkpoints several blocks at a time."""
 
@@ -56,15 +50,15 @@ class Segmented(Wide):
         return self.head(h)
 
 
-def build_segmented(seed: int, checkpointing: Checkpointing = "none") -> Segmented:
+def build(model: type[Wide], seed: int, checkpointing: Checkpointing = "none") -> Wide:
     torch.manual_seed(seed)
-    model = Segmented()
-    model.checkpointing = checkpointing
-    return model
+    built = model()
+    built.checkpointing = checkpointing
+    return built
 
 
-WIDE = replace(ZOO["plain"], name="wide", build=build, num_blocks=NUM_BLOCKS)
-SEGMENTED = replace(WIDE, name="segmented", build=build_segmented)
+WIDE = replace(ZOO["plain"], name="wide", build=partial(build, Wide), num_blocks=NUM_BLOCKS)
+SEGMENTED = replace(WIDE, name="segmented", build=partial(build, Segmented))
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ def test_a_rank_holds_what_the_zero_formulas_say(
     def work(rank: int, world: int) -> Held:
         before = sum(live_storages().values())
         setting = Setting(stage, world, accumulation=2, precision=precision)
-        model = build(0)
+        model = build(Wide, 0)
         numel = sum(param.numel() for param in model.parameters())
         del model
         engine = make_engine(WIDE, setting)
