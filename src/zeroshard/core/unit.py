@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 from torch.profiler import record_function
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -232,7 +233,7 @@ class Unit:
             parts = shard.split_with_sizes(self._cut_sizes)
         else:
             # Whole parameters keep their shape, so optimizers that need matrices work unsharded.
-            parts = torch._C._nn.unflatten_dense_tensors(shard, self._cut_shapes)
+            parts = _unflatten_dense_tensors(shard, self._cut_shapes)
         return [parts[at] for at in self._cut_at]
 
     def __repr__(self) -> str:
