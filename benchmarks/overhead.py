@@ -1,11 +1,14 @@
 """What sharding costs on one rank: time of a step under stages 0-3 over plain PyTorch.
 
-    python benchmarks/overhead.py [--model small|blocks] [--rounds 40]
+    python benchmarks/overhead.py [--model small|blocks] [--rounds 40] [--as-sharded]
 
 The model has 1,000 small parameters, so per-parameter work shows. All engines take turns, one step
 each per round, so that a change of the machine's speed hits all alike; the figure is the median
 over rounds of (engine's step / plain step of the same round). Prints one line per engine and a JSON
 line.
+
+On one rank nothing is sharded, so all stages run alike. ``--as-sharded`` makes the units live as
+they do on several ranks, which frees, gathers and reduces them without anybody to communicate with.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import zeroshard
+from zeroshard.core.lifetime import STAGES
+from zeroshard.engine import build
 
 
 class Small(nn.Module):
@@ -96,7 +101,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--as-sharded", action="store_true")
     args = parser.parse_args()
+    if args.as_sharded:
+        build.lifetime = lambda stage, world: STAGES[stage]
     torch.manual_seed(0)
     zeroshard.init_distributed()
     on_gpu = torch.cuda.is_available()
@@ -118,6 +126,7 @@ def main() -> None:
     result = {
         "benchmark": "overhead",
         "model": args.model,
+        "as_sharded": args.as_sharded,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
         "threads": torch.get_num_threads(),

@@ -53,8 +53,10 @@ def main() -> None:
 
     engine = build_engine(config, args.steps)
     console.print(
-        f"model: {count_parameters():,} parameters on {world} ranks, "
-        f"ZeRO stage {config.get('zero_optimization', {}).get('stage', 0)}"
+        f"model: {count_parameters():,} parameters, {number_of(world, 'rank')}, "
+        f"ZeRO stage {config.get('zero_optimization', {}).get('stage', 0)}, "
+        f"{'bf16' if is_on(config, 'bf16') else 'fp16' if is_on(config, 'fp16') else 'fp32'}, "
+        f"{number_of(engine.train_micro_batch_size_per_gpu(), 'sequence')} per rank"
     )
     console.print(f"held-out loss before: {held_out_loss(engine, held_out):.3f} nats per byte")
 
@@ -98,12 +100,15 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps, at least 1")
     parser.add_argument(
         "--batch", type=int, help="sequences per rank (default: the JSON's, or 64 on GPUs)"
     )
     zeroshard.add_config_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error("--steps must be at least 1")
+    return args
 
 
 def read_config(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
     config = json.loads(path.read_text())
     if torch.cuda.is_available():
         if "fp16" not in config:
-            config["bf16"] = {"enabled": True}
+            config.setdefault("bf16", {"enabled": True})
         config["train_micro_batch_size_per_gpu"] = 64
     if args.batch:
         config["train_micro_batch_size_per_gpu"] = args.batch
@@ -169,9 +174,9 @@ def stage_table(config: dict[str, Any]) -> Table:
     world = dist.get_world_size()
     numel = count_parameters()
     # Gradients are summed in fp32. Adam keeps two moments, and fp32 weights beside 16-bit ones.
-    is_16_bit = any(config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+    is_16_bit = is_on(config, "bf16") or is_on(config, "fp16")
     widths = (2, 4, 12) if is_16_bit else (4, 4, 8)
-    table = Table(title=f"MB per rank on {world} ranks: measured (formula)")
+    table = Table(title=f"MB per rank on {number_of(world, 'rank')}: measured (formula)")
     for heading in ("stage", "parameters", "gradients", "optimizer", "total"):
         table.add_column(heading, justify="right")
     for stage in (0, 1, 2, 3):
@@ -192,6 +197,14 @@ def stage_table(config: dict[str, Any]) -> Table:
         cells = [f"{measured / 1e6:.2f} ({ideal / 1e6:.2f})" for measured, ideal in pairs]
         table.add_row(str(stage), *cells)
     return table
+
+
+def is_on(config: dict[str, Any], block: str) -> bool:
+    return bool(config.get(block, {}).get("enabled"))
+
+
+def number_of(count: int, thing: str) -> str:
+    return f"{count} {thing}" + ("" if count == 1 else "s")
 
 
 def count_parameters() -> int:

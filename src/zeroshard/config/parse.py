@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 from zeroshard.config.keys import ALIASES, Honoured, NoEffect, Path, Refused
 from zeroshard.config.schema import BLOCKS, OPEN_BLOCKS, TWO_PRECISIONS, Config
 from zeroshard.config.source import Source, read
-from zeroshard.config.table import TABLE, Key, nearest
+from zeroshard.config.table import TABLE, Key, nearest, refusal_elsewhere
 from zeroshard.config.values import ascii_only, is_auto, is_block, shorten, show
 from zeroshard.errors import ConfigError, compose
 
@@ -95,6 +95,7 @@ class _Walk:
         self.no_effect: list[str] = []
         self.auto: list[str] = []
         self._written: dict[Path, str] = {}
+        self._unresolved: set[Path] = set()
 
     def block(self, values: dict[str, object], block: Path) -> dict[str, object]:
         """Keep the keys of one block that the schema has fields for."""
@@ -146,6 +147,7 @@ class _Walk:
             return path in BLOCKS or path in OPEN_BLOCKS
         if not is_auto(value) or path in BLOCKS or path in OPEN_BLOCKS:
             return False
+        self._unresolved.add(path)
         if path[:-1] in OPEN_BLOCKS:
             self.auto.append(f"{self._dotted(path)} = the {path[0]}'s own default")
         elif path[-1] not in _DERIVED and isinstance(TABLE[path].treatment, Honoured):
@@ -153,12 +155,13 @@ class _Walk:
         return True
 
     def _note_unknown(self, path: Path) -> None:
-        near = nearest(path)
+        instead = refusal_elsewhere(path)
+        near = None if instead else nearest(path)
         self.problems.append(
             _Problem(
                 fact=f'unknown key "{shorten(self._dotted(path))}"',
                 tail=f' Did you mean "{near}"?' if near else "",
-                hint=None if near else "remove it; no known key has a similar name.",
+                hint=None if near else instead or "remove it; no known key has a similar name.",
             )
         )
 
@@ -192,7 +195,7 @@ class _Walk:
                 fact=f"zero_optimization.offload_param needs stage 3, but stage is {stage:d}",
                 tail=f"\nStage {stage:d} keeps full parameters on the device, "
                 "so there is nothing to offload.",
-                hint='set "stage": 3, or use "offload_optimizer" to move optimizer state only.',
+                hint='set "stage": 3, or remove "offload_param".',
             )
         )
 
@@ -210,6 +213,11 @@ class _Walk:
         path = tuple(str(part) for part in location)
         name = self._dotted(path) or "the configuration"
         match detail["type"]:
+            case "missing" if path in self._unresolved:
+                return _Problem(
+                    fact=f'{name} cannot be "auto" here, where nothing resolves it',
+                    hint="write the name that is meant.",
+                )
             case "missing":
                 return _Problem(fact=f"{name} is missing", hint=f'add "{path[-1]}".')
             case "expected":

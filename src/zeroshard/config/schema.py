@@ -145,7 +145,7 @@ class OptimizerConfig(_Block):
     """Which optimizer to make."""
 
     type: Name
-    """The optimizer's name: one of DeepSpeed's names in any case, or a class of torch.optim."""
+    """The optimizer's name in any case: a class of torch.optim whose update is element-wise."""
 
     params: dict[str, object] = Field(default_factory=dict[str, object])
     """Its arguments. "auto" leaves an argument to the optimizer's own default."""
@@ -155,7 +155,7 @@ class SchedulerConfig(_Block):
     """Which learning rate schedule to make."""
 
     type: Name
-    """The schedule's name: one of DeepSpeed's, or a class of torch.optim.lr_scheduler."""
+    """The schedule's name: a class of torch.optim.lr_scheduler."""
 
     params: dict[str, object] = Field(default_factory=dict[str, object])
     """Its arguments. "auto" leaves an argument to the schedule's own default."""
@@ -180,7 +180,7 @@ class Fp16Config(_Block):
     """Steps without overflow after which the dynamic loss scale doubles."""
 
     hysteresis: Count = 2
-    """Overflows that are tolerated before the dynamic loss scale halves."""
+    """The dynamic loss scale halves at the overflow of this number; those before are tolerated."""
 
     consecutive_hysteresis: Flag = False
     """Whether a step without overflow restores the tolerance at once."""

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from zeroshard.config.keys import ALIASES, ROWS, Honoured, NoEffect, Path, Treatment
+from zeroshard.config.keys import ALIASES, ROWS, Honoured, NoEffect, Path, Refused, Treatment
 from zeroshard.config.schema import BLOCKS
 
-__all__ = ["TABLE", "Key", "nearest"]
+__all__ = ["TABLE", "Key", "nearest", "refusal_elsewhere"]
+
+_TELLING = 6  # a part of a key's name that is as long as this tells which one is meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +53,25 @@ TABLE: Mapping[Path, Key] = {
 """Every known key by its path."""
 
 
+def refusal_elsewhere(path: Path) -> str | None:
+    """What to do instead of a key that is refused in another block, where it is better known."""
+    rows = [key.treatment for key in TABLE.values() if key.path[-1] == path[-1]]
+    refused = [row for row in rows if isinstance(row, Refused)]
+    return refused[0].instead if len(rows) == len(refused) == 1 else None
+
+
 def nearest(path: Path) -> str | None:
     """Find the known key that an unknown one most likely means."""
     *block, name = path
-    siblings = [
-        key[-1] for key in (*TABLE, *ALIASES) if key[:-1] == tuple(block) and "." not in key[-1]
-    ]
-    exact = [key for key in TABLE if key[-1] == name]
+    usable: list[Path] = [key for key in TABLE if not isinstance(TABLE[key].treatment, Refused)]
+    usable += [alias for alias, key in ALIASES.items() if key in usable]
+    siblings = [key[-1] for key in usable if key[:-1] == tuple(block) and "." not in key[-1]]
+    exact = [key for key in usable if key[-1] == name]
     if len(exact) == 1:
         return ".".join(exact[0])
+    longer = [sibling for sibling in siblings if name.lower() in sibling.lower()]
+    if len(name) >= _TELLING and len(longer) == 1:
+        return longer[0]
     lowered = {sibling.lower(): sibling for sibling in siblings}
     close = get_close_matches(name.lower(), lowered, n=1, cutoff=0.7)
     return lowered[close[0]] if close else None

@@ -26,7 +26,8 @@ from typing import Final, Literal
 import torch
 import torch.distributed as dist
 
-from zeroshard.errors import DistributedError, UsageError, compose
+from zeroshard.errors import DistributedError, Error, UsageError, compose
+from zeroshard.logs import show_messages
 
 __all__ = [
     "DEFAULT_PORT",
@@ -37,6 +38,7 @@ __all__ = [
     "init_distributed",
     "local_rank",
     "patience",
+    "rank_so_far",
     "rendezvous",
 ]
 
@@ -156,6 +158,7 @@ def init_distributed(  # noqa: PLR0913, PLR0917 - the arguments of deepspeed.ini
         world_size: Number of processes; goes with ``rank``.
     """
     del config
+    show_messages(rank_so_far)
     _report_uncaught_errors(os.environ.get(ERROR_FILE, ""))
     if dist.is_initialized():
         _check_kept_group(dist_backend, rank, world_size)
@@ -187,6 +190,16 @@ def init_distributed(  # noqa: PLR0913, PLR0917 - the arguments of deepspeed.ini
             backend,
             device(),
         )
+
+
+def rank_so_far() -> int:
+    """Return this process's rank, as the environment tells it while no group is joined."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    try:
+        return rendezvous(os.environ, port=0).rank
+    except Error:
+        return 0
 
 
 def local_rank() -> int:

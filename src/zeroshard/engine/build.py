@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from zeroshard.core.wrap import Group, choose_groups
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.engine import Engine, Settings
 from zeroshard.errors import ConfigError, UsageError, compose
-from zeroshard.optim.factory import make_optimizer
+from zeroshard.logs import show_messages
+from zeroshard.optim.factory import make_optimizer, make_schedule
 from zeroshard.optim.scaler import LossScaler, ScalePolicy
 from zeroshard.optim.sharded import (
     ShardedOptimizer,
@@ -84,10 +84,16 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         ConfigError: the configuration cannot be used.
         UsageError: the arguments do not fit together.
     """
+    show_messages(world.rank_so_far)
     if not isinstance(model, nn.Module):
         raise UsageError(f"initialize() needs a model, a torch.nn.Module, not {model!r}.")
     if mpu is not None or mesh_param is not None:
-        raise UsageError("initialize(): mpu and mesh_param are not supported; leave them out.")
+        raise UsageError(
+            compose(
+                "initialize(): mpu and mesh_param are not supported, as all ranks shard one model.",
+                hint="leave them out.",
+            )
+        )
     settings = configuration.load(_config_source(args, config, config_params))
     world.init_distributed(distributed_port=distributed_port)
     device = world.device()
@@ -185,12 +191,25 @@ def _resolve_optimizer(
     """An optimizer over the model's own parameters, whichever way it was asked for."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
+    if optimizer is not None and not callable(optimizer):
+        raise UsageError(
+            compose(
+                f"initialize() was given {optimizer!r} as an optimizer.",
+                hint="pass a torch optimizer, or a class or callable that makes one; an optimizer "
+                'is chosen by name in the "optimizer" block of the configuration.',
+            )
+        )
     params = list(model_parameters) if model_parameters is not None else list(model.parameters())
     params = [p for p in params if not isinstance(p, torch.Tensor) or p.requires_grad]
     if optimizer is None and settings.optimizer is None:
         return None
     if not params:
-        raise UsageError("initialize() was asked for an optimizer, but no parameter is trainable.")
+        raise UsageError(
+            compose(
+                "initialize() was asked for an optimizer, but no parameter is trainable.",
+                hint="leave requires_grad of some parameters true, or leave the optimizer out.",
+            )
+        )
     if optimizer is not None:
         return optimizer(params)
     assert settings.optimizer is not None, "there is an optimizer, or a block that describes it"
@@ -200,25 +219,36 @@ def _resolve_optimizer(
 def _resolve_scheduler(
     scheduler: Any, optimizer: torch.optim.Optimizer | None, settings: configuration.Config
 ) -> Any:
+    """A schedule over the optimizer, whichever way it was asked for."""
+    if scheduler is None and settings.scheduler is None:
+        return None
+    if optimizer is None:
+        raise UsageError(
+            compose(
+                "initialize() was given a learning rate schedule but no optimizer.",
+                hint="give it an optimizer, too, or leave the schedule out.",
+            )
+        )
     if scheduler is None:
-        if settings.scheduler is None:
-            return None
-        maker = getattr(torch.optim.lr_scheduler, settings.scheduler.type, None)
-        if maker is None:
-            raise ConfigError(
+        assert settings.scheduler is not None, "there is a schedule, or a block that describes it"
+        return make_schedule(settings.scheduler.type, optimizer, settings.scheduler.params)
+    if isinstance(scheduler, type) or not hasattr(scheduler, "step"):
+        if not callable(scheduler):
+            raise UsageError(
                 compose(
-                    f'scheduler.type "{settings.scheduler.type}" is not built yet.',
-                    hint="use a class of torch.optim.lr_scheduler, or pass lr_scheduler=... to "
-                    "initialize().",
+                    f"initialize() was given {scheduler!r} as a learning rate schedule.",
+                    hint="pass a scheduler of the optimizer, or a callable that makes one from it.",
                 )
             )
-        scheduler = partial(maker, **settings.scheduler.params)
-    if optimizer is None:
-        raise UsageError("initialize() was given a learning rate schedule but no optimizer.")
-    if isinstance(scheduler, type) or not hasattr(scheduler, "step"):
         scheduler = scheduler(optimizer)
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise UsageError("the learning rate schedule belongs to another optimizer.")
+        raise UsageError(
+            compose(
+                "the learning rate schedule belongs to another optimizer.",
+                hint="make it from the optimizer that initialize() is given, or pass a callable "
+                "that makes one from it.",
+            )
+        )
     return scheduler
 
 

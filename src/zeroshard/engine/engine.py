@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from zeroshard.config import Batch
 from zeroshard.core import tree
@@ -95,7 +96,15 @@ class Engine(nn.Module):
         except AttributeError:
             if name == "module":
                 raise
+        try:
             return getattr(self.module, name)
+        except AttributeError:
+            raise AttributeError(
+                f"neither the engine nor its module, a {type(self.module).__name__}, has an "
+                f"attribute {name!r}",
+                name=name,
+                obj=self,
+            ) from None
 
     # Forward and backward
 
@@ -169,8 +178,12 @@ class Engine(nn.Module):
             raise
         return loss.detach() / (steps if scale_wrt_gas else 1)
 
-    def step(self) -> None:
+    def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """End a micro-step; at an accumulation boundary, step the optimizer and the schedule.
+
+        Args:
+            lr_kwargs: for the ``step`` of the schedule, such as the ``metrics`` that
+                ReduceLROnPlateau wants.
 
         Raises:
             UsageError: no backward came before it, or it is inside ``no_sync``.
@@ -192,24 +205,31 @@ class Engine(nn.Module):
                     hint="call engine.backward(loss) (or loss.backward()) before every step().",
                 )
             )
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau) and "metrics" not in (lr_kwargs or {}):
+            raise UsageError(
+                compose(
+                    "ReduceLROnPlateau decides by a figure that engine.step() was not given.",
+                    hint='call engine.step(lr_kwargs={"metrics": loss}).',
+                )
+            )
         self._check_scaled()
         for unit in self.runtime.units:
             unit.check_untouched()
         self._num_backwards_seen = self.runtime.num_backwards
         self._was_step_applied = False
         if self.is_gradient_accumulation_boundary():
-            self._take_step(self._sharded)
+            self._take_step(self._sharded, lr_kwargs or {})
         self.micro_steps += 1
         self._refresh()
 
-    def _take_step(self, sharded: ShardedOptimizer) -> None:
+    def _take_step(self, sharded: ShardedOptimizer, lr_kwargs: Mapping[str, Any]) -> None:
         self.runtime.keep_edits()
         self.runtime.flush()
         self._was_step_applied = sharded.step(divide_by=self.gradient_accumulation_steps())
         if not self._was_step_applied:
             self.skipped_steps += 1
         elif self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+            self.lr_scheduler.step(**lr_kwargs)
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
         every = self.settings.steps_per_print

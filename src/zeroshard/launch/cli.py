@@ -25,15 +25,34 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EXIT_USAGE = 2
+_SEE_HELP = "`zeroshard --help` lists the options, which come before the script."
+_NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())  # before 8.2 it is no error
+_ALL = -1  # what DeepSpeed's launcher calls "as many as there are"
+_ONE_HOST = "zeroshard launches on one host."
+_HOSTS = (
+    "on several hosts start the script with `srun`, `mpirun` or `torchrun`; "
+    "it needs no change for them."
+)
 # Options of DeepSpeed's launcher that another tool answers, and how.
 _ELSEWHERE = {
+    **dict.fromkeys(
+        ["--nproc_per_node", "--nproc-per-node"], "write --num_gpus for the number of ranks."
+    ),
     "--include": "choose GPUs with CUDA_VISIBLE_DEVICES, such as CUDA_VISIBLE_DEVICES=0,1.",
+    "-i": "choose GPUs with CUDA_VISIBLE_DEVICES, such as CUDA_VISIBLE_DEVICES=0,1.",
+    "-e": "choose GPUs with CUDA_VISIBLE_DEVICES, such as CUDA_VISIBLE_DEVICES=0,1.",
     "--exclude": "choose GPUs with CUDA_VISIBLE_DEVICES, such as CUDA_VISIBLE_DEVICES=0,1.",
     "--autotuning": "drop it; set the batch size in the configuration.",
     **dict.fromkeys(
-        ["--hostfile", "--num_nodes", "--node_rank", "--master_addr", "--launcher", "--no_ssh"],
-        "on several hosts start the script with `srun`, `mpirun` or `torchrun`; "
-        "it needs no change for them.",
+        [
+            "-H",
+            "--hostfile",
+            "--node_rank",
+            "--master_addr",
+            "--launcher",
+            "--no_ssh",
+        ],
+        _HOSTS,
     ),
 }
 
@@ -97,6 +116,24 @@ def entry() -> None:
     """  # noqa: D301 - click's mark of lines to leave as they are
 
 
+def _at_least_one(_ctx: click.Context, _option: click.Parameter, given: int | None) -> int | None:
+    if given is None or given == _ALL:
+        return None
+    if given < 1:
+        raise UsageError(
+            compose(
+                f"--num_gpus is {given}, but a job has at least one rank.",
+                hint="leave it out for all visible GPUs.",
+            )
+        )
+    return given
+
+
+def _one_host(_ctx: click.Context, _option: click.Parameter, given: int) -> None:
+    if given not in (1, _ALL):
+        raise UsageError(compose(f"--num_nodes is {given}, but {_ONE_HOST}", hint=_HOSTS))
+
+
 @entry.command(
     context_settings={"allow_interspersed_args": False}, short_help="Run a script (the default)."
 )
@@ -105,7 +142,8 @@ def entry() -> None:
     "--num-gpus",
     "--num_accelerators",
     "num_ranks",
-    type=click.IntRange(min=1),
+    type=int,
+    callback=_at_least_one,
     metavar="N",
     help="Number of ranks, one per GPU; where no GPU is visible, ranks on the CPU.  "
     "[default: all visible GPUs, or 1 rank on the CPU]",
@@ -116,6 +154,15 @@ def entry() -> None:
     type=click.IntRange(1, 65535),
     metavar="PORT",
     help="Port where the ranks meet.  [default: a free port]",
+)
+@click.option(
+    "--num_nodes",
+    "--num-nodes",
+    type=int,
+    default=1,
+    hidden=True,
+    expose_value=False,
+    callback=_one_host,
 )
 @click.option("--module", "-m", is_flag=True, help="SCRIPT is a module, as for `python -m`.")
 @click.option("--no_python", is_flag=True, help="SCRIPT is a program to run without Python.")
@@ -180,13 +227,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: object = entry.main(argv, prog_name="zeroshard", standalone_mode=False)
     except click.NoSuchOption as error:
         if error.option_name in _ELSEWHERE:
-            fact = f"{error.option_name} is not an option here: zeroshard launches on one host."
+            fact = f"{error.option_name} is not an option here: {_ONE_HOST}"
             _say(f"error: {compose(fact, hint=_ELSEWHERE[error.option_name])}")
         else:
-            error.show()
+            _say(f"error: {compose(error.format_message(), hint=_SEE_HELP)}")
         return _EXIT_USAGE
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, _NO_ARGUMENTS):
+            error.show()  # the help
+            return error.exit_code
+        _say(f"error: {compose(error.format_message(), hint=_SEE_HELP)}")
         return error.exit_code
     except Error as error:
         _say(f"error: {error}")
@@ -201,12 +251,22 @@ def _check_exists(script: str, kind: Kind) -> None:
     if kind == "module" or (kind == "executable" and shutil.which(script)):
         return
     path = Path(script)
-    if kind == "script" and path.exists():
+    is_runnable = (path / "__main__.py").is_file() if path.is_dir() else path.exists()
+    if kind == "script" and is_runnable:
         return
     looks_like_path = path.suffix == ".py" or os.sep in script
     if kind == "script" and not looks_like_path:
         fact = f"{script!r} is neither a script nor a command of zeroshard."
         near = difflib.get_close_matches(script, entry.commands)
+    elif path.is_dir():
+        raise UsageError(compose(f"{script!r} is a folder.", hint="name the file in it to run."))
+    elif path.exists():
+        raise UsageError(
+            compose(
+                f"{script!r} is not executable.",
+                hint=f"run `chmod +x {script}`, or drop --no_python if it is a Python script.",
+            )
+        )
     else:
         fact = f"{kind} {script!r} does not exist (looked in {Path.cwd()})."
         folder = path.parent

@@ -1,17 +1,18 @@
-"""Optimizers by the names used in configurations."""
+"""Optimizers and learning rate schedules by the names used in configurations."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 
 from zeroshard.errors import ConfigError, compose
 
-__all__ = ["ELEMENTWISE", "make_optimizer"]
+__all__ = ["ELEMENTWISE", "make_optimizer", "make_schedule"]
 
 # Optimizers whose update of an element depends on that element alone: they may step any part of a
 # parameter. The others look at whole matrices or at all parameters at once.
@@ -36,6 +37,17 @@ _FUSED = {torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adag
 _KERNEL_KEYS = ("torch_adam", "fp32_optimizer_states", "adam_w_mode", "bias_correction")
 
 
+_FLAGS = frozenset(
+    {"adam_w_mode", "amsgrad", "bias_correction", "capturable", "centered", "differentiable"}
+    | {"foreach", "fp32_optimizer_states", "fused", "maximize", "nesterov", "torch_adam"}
+)
+_PAIRS = frozenset({"betas", "etas", "step_sizes"})
+# What DeepSpeed's files name and torch does not have.
+_SCHEDULES_TO_COME = frozenset(
+    {"LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"}
+)
+
+
 def make_optimizer(
     name: str, params: Iterable[Any], options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
@@ -45,13 +57,19 @@ def make_optimizer(
     that is what the name means in DeepSpeed's configurations.
 
     Raises:
-        ConfigError: the name or an option is unknown.
+        ConfigError: the name or an option is unknown, or an option has no usable value.
     """
     options = dict(options)
+    _check_values(options)
     kind = name.lower()
     decoupled = bool(options.pop("adam_w_mode", True))
     if options.pop("bias_correction", True) is False:
-        raise ConfigError("optimizer.params.bias_correction: false is not supported.")
+        raise ConfigError(
+            compose(
+                "optimizer.params.bias_correction cannot be false: torch's Adam always corrects.",
+                hint="remove the key, or pass an optimizer of your own to initialize().",
+            )
+        )
     for key in _KERNEL_KEYS:
         options.pop(key, None)
     known = {cls.__name__.lower(): cls for cls in ELEMENTWISE}
@@ -63,7 +81,7 @@ def make_optimizer(
     if kind not in known:
         raise ConfigError(
             compose(
-                f'optimizer.type "{name}" is not known.',
+                f'optimizer.type "{name}" is not one that can be chosen by name.',
                 hint=f"use one of {', '.join(sorted(c.__name__ for c in ELEMENTWISE))}, or pass an "
                 "optimizer object to initialize().",
             )
@@ -84,4 +102,83 @@ def make_optimizer(
         options["fused"] = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return cls(params, **options)
+        return _call("optimizer.params", cls, params, **options)
+
+
+def _check_values(options: Mapping[str, Any]) -> None:
+    """Refuse what torch would take for something else, or complain about without its name."""
+    for key, value in options.items():
+        if key in _FLAGS:
+            fits, wanted = value is None or isinstance(value, bool), "true or false"
+        elif key in _PAIRS:
+            is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+            fits, wanted = is_pair and all(_is_number(item) for item in value), "two numbers"
+        else:
+            fits, wanted = _is_number(value), "a number"
+        if not fits:
+            raise ConfigError(
+                compose(
+                    f"optimizer.params.{key} must be {wanted}, but is {value!r}.",
+                    hint="correct the value, or remove the key for the optimizer's default.",
+                )
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _call(block: str, make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Make something from a block of the configuration, naming the block if that fails."""
+    try:
+        return make(*args, **options)
+    except (TypeError, ValueError) as error:
+        name = getattr(make, "__name__", str(make))
+        raise ConfigError(
+            compose(
+                f"{block} do not fit {name}: {error}",
+                hint=f"see the arguments of {getattr(make, '__module__', '')}.{name}.",
+            )
+        ) from error
+
+
+def make_schedule(
+    name: str, optimizer: torch.optim.Optimizer, options: Mapping[str, Any]
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Build a learning rate schedule by its configuration name.
+
+    Raises:
+        ConfigError: the name is unknown, or the options do not fit.
+    """
+    base = torch.optim.lr_scheduler.LRScheduler
+    known = {
+        found: value
+        for found, value in vars(torch.optim.lr_scheduler).items()
+        if isinstance(value, type) and issubclass(value, base) and value is not base
+        if not found.startswith("_")
+    }
+    if name not in known:
+        near = get_close_matches(name.lower(), {found.lower(): found for found in known}, n=1)
+        close = next((found for found in known if near and found.lower() == near[0]), None)
+        fact = (
+            "is not built yet"
+            if name in _SCHEDULES_TO_COME
+            else "is not a schedule of torch.optim.lr_scheduler"
+        )
+        raise ConfigError(
+            compose(
+                f'scheduler.type "{name}" {fact}.'
+                + (f' Did you mean "{close}"?' if close and name not in _SCHEDULES_TO_COME else ""),
+                hint="use a class of torch.optim.lr_scheduler, or pass lr_scheduler=... to "
+                "initialize().",
+            )
+        )
+    for key, value in options.items():
+        if isinstance(value, str) and value.strip("+-").replace(".", "", 1)[:1].isdigit():
+            raise ConfigError(
+                compose(
+                    f"scheduler.params.{key} must be a number, but is {value!r}.",
+                    hint="remove the quotes.",
+                )
+            )
+    return _call("scheduler.params", known[name], optimizer, **options)

@@ -40,6 +40,20 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_key() -> None:
     assert 'Did you mean "gradient_clipping"?' in message({"gradient_cliping": 1.0})
     assert 'Did you mean "wall_clock_breakdown"?' in message({"Wall_Clock_Breakdown": True})
     assert 'Did you mean "hysteresis"?' in message({"fp16": {"hysterisis": 2}})
+    assert 'Did you mean "train_micro_batch_size_per_gpu"?' in message({"micro_batch_size": 2})
+
+
+def test_a_key_that_would_be_refused_is_not_proposed() -> None:
+    text = message({"max_grad_norm": 1.0})
+    assert "Did you mean" not in text
+    assert 'hint: move the number to the top-level key "gradient_clipping"' in text
+    assert '"cpu_offload"' not in message({"zero_optimization": {"offload": True}})
+
+
+def test_a_name_that_nobody_resolves_cannot_be_auto() -> None:
+    text = message({"optimizer": {"type": "auto", "params": {}}})
+    assert text.startswith('optimizer.type cannot be "auto"')
+    assert "hint: write the name that is meant" in text
 
 
 def test_a_key_at_the_wrong_level_is_sent_to_its_block() -> None:
@@ -217,7 +231,7 @@ def test_parameters_are_not_offloaded_below_stage_three(stage: int, tmp_path: Pa
     text = str(caught.value)
     assert f"zero_optimization.offload_param needs stage 3, but stage is {stage}" in text
     assert f"Stage {stage} keeps full parameters on the device" in text
-    assert 'hint: set "stage": 3, or use "offload_optimizer"' in text
+    assert 'hint: set "stage": 3, or remove "offload_param"' in text
     assert "Moving parameters off the device is not built yet" in text
 
 

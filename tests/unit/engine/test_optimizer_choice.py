@@ -96,7 +96,7 @@ def test_an_optimizer_that_is_passed_wins_over_the_one_in_the_configuration() ->
 @pytest.mark.parametrize(
     ("block", "text"),
     [
-        ({"type": "Adan", "params": {}}, r'"Adan" is not known(.|\n)*hint: use one of .*AdamW'),
+        ({"type": "Adan", "params": {}}, r'"Adan" is not one(.|\n)*hint: use one of .*AdamW'),
         ({"type": "AdamW", "params": {"momentum": 0.5}}, r"AdamW does not take momentum"),
         ({"type": "AdamW", "params": {"max_grad_norm": 1.0}}, "max_grad_norm(.|\n)*hint: "),
     ],
@@ -264,6 +264,51 @@ def test_a_schedule_that_is_passed_wins_over_the_one_in_the_configuration() -> N
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(ConfigError, match=r'scheduler\.type "Unheard"(.|\n)*hint: '):
         make(scheduler={"type": "Unheard", "params": {}})
+
+
+@pytest.mark.parametrize(
+    ("block", "text"),
+    [
+        ({"type": "StepLr"}, r'"StepLr" is not a schedule .* Did you mean "StepLR"'),
+        ({"type": "Tensor"}, r'"Tensor" is not a schedule of torch\.optim\.lr_scheduler'),
+        ({"type": "LRScheduler"}, r'"LRScheduler" is not a schedule'),
+        ({"type": "WarmupLR"}, r'"WarmupLR" is not built yet'),
+        ({"type": "StepLR"}, r"scheduler\.params do not fit StepLR: .*step_size"),
+        ({"type": "StepLR", "params": {"step_size": "3"}}, r"scheduler\.params\.step_size"),
+    ],
+)
+@on_ranks(1)
+def test_a_scheduler_block_that_cannot_be_honoured_is_refused(block: Config, text: str) -> None:
+    with pytest.raises(ConfigError, match=text + r"(.|\n)*hint: "):
+        make(scheduler=block)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"optimizer": "adam"}, "'adam' as an optimizer"),
+        ({"lr_scheduler": 3}, "3 as a learning rate schedule"),
+    ],
+)
+@on_ranks(1)
+def test_what_is_neither_an_object_nor_a_maker_is_refused(given: Config, text: str) -> None:
+    with pytest.raises(UsageError, match=text + r"(.|\n)*hint: pass"):
+        zeroshard.initialize(model=Net(), config=config_of(), **given)
+
+
+@on_ranks(1)
+def test_a_schedule_that_decides_by_a_figure_is_given_one_before_weights_move() -> None:
+    block = {"type": "ReduceLROnPlateau", "params": {"patience": 0, "factor": 0.5}}
+    engine = make(scheduler=block)
+    before = weights_of(engine)
+    engine.backward(loss_of(engine))
+    with pytest.raises(UsageError, match=r'hint: call engine\.step\(lr_kwargs=\{"metrics": loss'):
+        engine.step()
+    assert_equal_weights(weights_of(engine), before)
+    engine.step(lr_kwargs={"metrics": 1.0})
+    engine.backward(loss_of(engine))
+    engine.step(lr_kwargs={"metrics": 2.0})
+    assert engine.get_lr() == [LR / 2]
 
 
 @on_ranks(1)

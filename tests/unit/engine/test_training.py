@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import zeroshard
@@ -22,6 +25,7 @@ from unit.engine.small import (
     loss_of,
     make,
     on_ranks,
+    train,
     weights_of,
 )
 from zeroshard import UsageError
@@ -36,9 +40,9 @@ def plain_adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@on_ranks(1, STAGES)
-def test_fp32_on_one_rank_is_plain_pytorch_to_the_last_bit(stage: int, accumulation: int) -> None:
-    engine = make(stage, optimizer=ADAMW, gradient_accumulation_steps=accumulation)
+@on_ranks(1)
+def test_fp32_on_one_rank_is_plain_pytorch_to_the_last_bit(accumulation: int) -> None:
+    engine = make(3, optimizer=ADAMW, gradient_accumulation_steps=accumulation)
     model = Net()
     optimizer = plain_adamw(model)
     for step in range(5):
@@ -215,6 +219,25 @@ def test_progress_is_logged_every_so_many_steps(caplog: pytest.LogCaptureFixture
     assert [record.getMessage() for record in caplog.records] == [
         f"step={step}, skipped=0, lr=[{LR}], loss_scale=1" for step in (2, 4)
     ]
+
+
+@on_ranks(2)
+def test_progress_and_warnings_are_written_once_where_the_program_set_up_no_logging() -> None:
+    logging.getLogger().handlers.clear()  # those of the test runner
+    written = io.StringIO()
+    with contextlib.redirect_stderr(written):
+        engine = make(steps_per_print=1, wall_clock_breakdown=True)
+        train(engine, steps=1)
+        logging.getLogger("zeroshard").error("seen on every rank")
+    lines = written.getvalue().splitlines()
+    if dist.get_rank() == 0:
+        assert [line[:20] for line in lines[:-1]] == [
+            "zeroshard: warning: ",
+            "zeroshard: step=1, s",
+        ]
+    else:
+        assert len(lines) == 1
+    assert lines[-1] == "zeroshard: error: seen on every rank"
 
 
 @on_ranks(1)

@@ -47,6 +47,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
         ["--num-gpus", "4"],
         ["--num_accelerators", "4"],
         ["launch", "--num_gpus", "4"],
+        ["--num_nodes", "1", "--num_gpus", "4"],
     ],
 )
 def test_the_number_of_ranks_can_be_written_in_many_ways(
@@ -70,7 +71,8 @@ def test_all_visible_gpus_are_used_by_default(
     launches.gpus = 8
     assert main([script]) == 0
     assert main(["--num_gpus", "2", script]) == 0
-    assert [job.num_ranks for job in launches] == [8, 2]
+    assert main(["--num_gpus", "-1", script]) == 0  # DeepSpeed's way to say all
+    assert [job.num_ranks for job in launches] == [8, 2, 8]
     assert "2 ranks on 2 of 8 visible GPUs" in capsys.readouterr().err
 
 
@@ -107,7 +109,15 @@ def test_more_gpus_than_visible_are_refused_with_both_numbers(
         (["-m", "--no_python", "x"], "--module and --no_python exclude each other"),
         (["--pass_local_rank", "--no_local_rank", "{script}"], "contradict each other"),
         (["--num_gpus", "2"], "Missing argument 'SCRIPT'"),
-        (["--num_gpus", "0", "{script}"], "0 is not in the range x>=1"),
+        (["--num_gpus", "0", "{script}"], "--num_gpus is 0, but a job has at least one rank"),
+        (["--num_gpus", "two", "{script}"], "'two' is not a valid integer"),
+        (["--num_nodes", "2", "{script}"], "--num_nodes is 2, but zeroshard launches on one host"),
+        (["-H", "hosts", "{script}"], "hint: on several hosts start the script with `srun`"),
+        (["--nproc-per-node=2", "{script}"], "hint: write --num_gpus"),
+        (["--bogus", "{script}"], "hint: `zeroshard --help` lists the options"),
+        (["--no_python", "{script}"], "not executable.\n\nhint: run `chmod +x {script}`"),
+        (["--no_python", "{folder}"], "'{folder}' is a folder"),
+        (["{folder}"], "'{folder}' is a folder"),
         (["--master_port", "70000", "{script}"], "70000 is not in the range"),
         (["--include", "localhost:0", "{script}"], "hint: choose GPUs with CUDA_VISIBLE_DEVICES"),
         (["--hostfile=hosts", "{script}"], "hint: on several hosts start the script with `srun`"),

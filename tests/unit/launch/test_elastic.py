@@ -11,7 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from zeroshard.launch.elastic import Failure, Job, command, describe, first_failure, run
+from zeroshard.launch.elastic import (
+    Failure,
+    Job,
+    _no_orphans,
+    command,
+    describe,
+    first_failure,
+    run,
+)
 
 JOB = Job("train.py", (), num_ranks=4)
 ZEROSHARD = [sys.executable, "-m", "zeroshard"]
@@ -112,6 +120,13 @@ def test_a_signal_ends_every_rank(tmp_path: Path) -> None:
     assert launcher.returncode == 128 + signal.SIGTERM
     assert "SIGTERM arrived; all 2 ranks were ended" in stderr
     assert not any(psutil.pid_exists(int(file.read_text().rstrip("."))) for file in files)
+
+
+def test_no_rank_outlives_a_launch_that_is_interrupted_for_good() -> None:
+    with pytest.raises(KeyboardInterrupt), _no_orphans():
+        rank = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        raise KeyboardInterrupt
+    assert rank.wait(timeout=10) == -signal.SIGKILL
 
 
 def test_arguments_survive_the_agents_templates() -> None:

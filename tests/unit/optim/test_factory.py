@@ -68,7 +68,7 @@ def test_one_fused_kernel_makes_the_step_unless_another_is_chosen(name: str) -> 
 
 @pytest.mark.parametrize("name", ["Adafactor", "LBFGS", "Lamb", "adm", ""])
 def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf'optimizer\.type "{name}" is not known') as error:
+    with pytest.raises(ConfigError, match=rf'optimizer\.type "{name}" is not one') as error:
         make(name)
     for known in NAMES:
         assert known in str(error.value)
@@ -79,6 +79,30 @@ def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
         make("AdamW", learning_rate=1.0, beta=0.9, eps=1e-8)
     assert "betas" in str(error.value)
     assert "params" not in str(error.value).split("hint:")[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("lr", "1e-3", "a number"),
+        ("lr", None, "a number"),
+        ("eps", True, "a number"),
+        ("betas", 0.9, "two numbers"),
+        ("betas", [0.9], "two numbers"),
+        ("fused", "x", "true or false"),
+        ("adam_w_mode", "yes", "true or false"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_with_its_key(
+    key: str, value: object, wanted: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"optimizer\.params\.{key} must be {wanted}, but is"):
+        make("Adam", **{key: value})
+
+
+def test_a_value_that_torch_refuses_is_refused_with_its_block() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.params do not fit AdamW: .*-1"):
+        make("AdamW", lr=-1)
 
 
 def test_adam_without_bias_correction_is_refused() -> None:
