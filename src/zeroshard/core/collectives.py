@@ -147,13 +147,13 @@ class Exchange:
 
     def __init__(self, mesh: Mesh, length: int) -> None:
         self._mesh = mesh
-        self._mine = torch.zeros(length, dtype=torch.int64)
-        self._all = torch.zeros(mesh.world * length, dtype=torch.int64)
+        self._mine = torch.zeros(length, dtype=torch.int64, device="cpu")
+        self._all = torch.zeros(mesh.world * length, dtype=torch.int64, device="cpu")
 
     def __call__(self, numbers: list[int]) -> list[list[int]]:
         """Give every rank's list, in the order of ranks."""
         if self._mesh.world == 1:
             return [numbers]
-        self._mine.copy_(torch.tensor(numbers))
+        self._mine.copy_(torch.tensor(numbers, device="cpu"))
         _gather_op(self._all, self._mine, group=self._mesh.control)
         return self._all.view(self._mesh.world, -1).tolist()

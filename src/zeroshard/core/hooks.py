@@ -4,10 +4,12 @@
 A *site* is a module that uses units. Each call of it in forward opens a bracket that closes after
 forward; each such use has a bracket in backward too:
 
-* it opens when the gradient of one of the call's outputs arrives (a hook on the output tensors);
-* it closes when the gradient of one of its inputs is complete (a hook on aliases of the input
-  tensors). Autograd runs ready nodes in the reverse order of their creation, and every node of the
-  call was created after the aliases, so by then all nodes of the call have run.
+* it opens when the gradient of one of the call's outputs arrives;
+* it closes when the gradient of one of its inputs arrives. Autograd runs ready nodes in the reverse
+  order of their creation, and every node of the call was created after those of its inputs, so by
+  then all nodes of the call have run.
+
+Outputs are the tensors that a call returns or leaves in a container it was given.
 
 While a bracket is open its units are full. A call whose inputs take no gradient closes at the end
 of backward. A unit's gradient is complete when the last of its uses has closed; what arrives later
@@ -41,6 +43,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zeroshard.core import tree
 from zeroshard.core.access import guard_state_dict
+from zeroshard.core.edges import apart, on_gradient
 from zeroshard.core.external import unwatch, watch
 from zeroshard.core.scaling import ScaledLoss, rescale
 from zeroshard.core.schedule import Schedule
@@ -55,31 +58,6 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep a hook out of compiled regions."""
-    return torch._dynamo.disable(hook)
-
-
-def _on_gradient(tensor: Tensor, act: Callable[[Tensor], object]) -> None:
-    """Call ``act`` with the gradient of a tensor when it arrives.
-
-    An operation in place on a view, or on another view of its base, gives the view a new node and
-    leaves the old one, hooks and all, out of the graph. The node of the base stays in it; its
-    gradient arrives somewhat later.
-    """
-
-    @_eager
-    def hook(grad: Tensor) -> None:
-        # Gradients are enabled in a backward that is itself to be differentiated.
-        with torch.no_grad():
-            act(grad)
-
-    tensor.register_hook(hook)
-    base = tensor._base
-    if base is not None and base.grad_fn is not None:
-        base.register_hook(hook)
-
-
 class Site:
     """A module at whose boundary units are gathered and freed."""
 
@@ -89,6 +67,11 @@ class Site:
         self.reads_in_backward = type(module) is not nn.Embedding
         self.calls: list[_Use] = []  # calls in forward now, innermost last
 
+    @property
+    def frees(self) -> bool:
+        """Whether some of its units are freed after use."""
+        return not all(unit.lifetime.params_stay for unit in self.units)
+
 
 class _Use:
     """One call of a site, from its forward to the end of its backward. See [Note: brackets]."""
@@ -97,7 +80,9 @@ class _Use:
         self.site = site
         self.opened_in = -1  # the backward in which the bracket was opened last
         self.closed = False
-        self.aliases: list[Tensor] = []
+        self.arguments: Any = ()
+        # The tensors in them, with their nodes at that time: an operation in place adds one.
+        self.inputs: list[tuple[Tensor, object]] = []
 
 
 class _Counts:
@@ -143,6 +128,7 @@ class Runtime:
         self._finish_queued = self._is_listening = False
         self._active: list[Site] = []  # sites whose forward is running, innermost last
         self._edited: set[Unit] = set()
+        self._held: set[Unit] = set()  # full until the end of backward
         self._handles: list[RemovableHandle] = []
         # Layers that are units of their own; a block's parameters are the block's own business.
         self._watched = [
@@ -150,7 +136,7 @@ class Runtime:
             for site in sites
             if site.module is not root
             and not any(True for _ in site.module.children())
-            and not all(unit.lifetime.params_stay for unit in site.units)
+            and site.frees
         ]
 
     def attach(self) -> None:
@@ -163,12 +149,12 @@ class Runtime:
             unit.add_use = partial(self.add_use, unit=unit)
 
     def _attach_site(self, site: Site) -> None:
-        @_eager
+        @apart
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # A copy of the module has copies of its hooks, and parameters of its own.
             return self._before_forward(site, args, kwargs) if module is site.module else None
 
-        @_eager
+        @apart
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             return self._after_forward(site, output) if module is site.module else None
 
@@ -203,12 +189,8 @@ class Runtime:
             return
         slot = slot_of(param)
         site = self._active[-1]
-        if slot is None or slot.unit in site.units or self._counts[slot.unit].open:
-            return
-        self.add_use(site.module, slot.unit)
-        self._counts[slot.unit].open += 1
-        self._counts[slot.unit].uses += self._training
-        self.schedule.need(slot.unit)
+        if slot is not None and not self._counts[slot.unit].open:
+            self._use_in(site, slot.unit)
 
     # Forward
 
@@ -232,11 +214,12 @@ class Runtime:
             # A recomputation belongs to a use that was counted in forward.
             self._counts[unit].uses += self._training and not recomputes
             self.schedule.need(unit)
-        if not torch.is_grad_enabled():
-            return args, kwargs
-        if site.module is self.root and self.loss_scale is not None:
-            args, kwargs = tree.replace((args, kwargs), lambda t: rescale(t, self._leaving))
-        return tree.replace((args, kwargs), lambda tensor: self._alias(use, tensor))
+        if torch.is_grad_enabled():
+            if site.module is self.root and self.loss_scale is not None:
+                args, kwargs = tree.replace((args, kwargs), lambda t: rescale(t, self._leaving))
+            args, kwargs = self._watch_inputs(use, args, kwargs)
+            use.arguments = (args, kwargs)
+        return args, kwargs
 
     def _begin_forward(self) -> None:
         if self._finish_queued:
@@ -261,21 +244,34 @@ class Runtime:
             return "forward"
         return "boundary" if self.boundary else "accumulation"
 
-    def _alias(self, use: _Use, tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad or tensor.layout != torch.strided:
-            return tensor
+    def _watch_inputs(
+        self, use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Close the use's bracket when the gradient of one of the inputs arrives."""
 
         def arrived(grad: Tensor) -> None:
             self._close(use)
-            if grad.requires_grad:
+            if grad.grad_fn is not None:
                 # The backward of this call is a graph, too, whose backward enters it here and
                 # goes on into the call.
-                _on_gradient(grad, lambda _: self._open(use))
+                on_gradient(grad, begin=lambda _: self._open(use))
 
-        alias = tensor.view_as(tensor)
-        _on_gradient(alias, arrived)
-        use.aliases.append(alias)
-        return alias
+        aliases: dict[int, Tensor] = {}
+        for tensor in tree.find((args, kwargs)).tensors:
+            if not tensor.requires_grad or tensor.layout != torch.strided:
+                continue
+            use.inputs.append((tensor, tensor.grad_fn))
+            if tensor.grad_fn is not None:
+                on_gradient(tensor, end=arrived)
+            elif not isinstance(tensor, nn.Parameter) and id(tensor) not in aliases:
+                # A leaf has no node, and its gradient arrives before other nodes of the call run.
+                alias = aliases[id(tensor)] = tensor.view_as(tensor)
+                use.inputs.append((alias, alias.grad_fn))
+                on_gradient(alias, end=arrived)
+        if aliases:  # in place of the arguments themselves; inside containers nothing is exchanged
+            args = tuple(aliases.get(id(value), value) for value in args)
+            kwargs = {name: aliases.get(id(value), value) for name, value in kwargs.items()}
+        return args, kwargs
 
     def _after_forward(self, site: Site, output: Any) -> Any:
         if not site.calls:
@@ -284,21 +280,22 @@ class Runtime:
         self._active.pop()
         recomputes = in_backward()
         outermost = not self._active and not recomputes
+        if site.frees:
+            output = self._lend(site, output)
         # A recomputation that is cut short has all that backward, which goes on here, wants of it.
         keep = recomputes and output is None
         if torch.is_grad_enabled():
-            found = tree.find(output)
-            # Backward may enter through what cannot be looked into, without opening the bracket.
-            hidden = found.opaque and not any(tensor.requires_grad for tensor in found.tensors)
-            keep = keep or hidden
-            if outermost and hidden:
-                self._listen_to_parameters()
-            for tensor in found.tensors:
-                if tensor.requires_grad and not any(tensor is alias for alias in use.aliases):
-                    _on_gradient(tensor, lambda _: self._open(use))
-                    # The outermost module is the first that backward needs.
-                    keep = keep or outermost
-        use.aliases.clear()
+            made = self._made(use, output)
+            for tensor in made.tensors:
+                on_gradient(tensor, begin=lambda _: self._open(use))
+                # The outermost module is the first that backward needs.
+                keep = keep or outermost
+            if made.opaque and not made.tensors:
+                # Backward may enter through what cannot be looked into, and open no bracket.
+                self._held.update(site.units)
+                if outermost:
+                    self._listen_to_parameters()
+        use.inputs, use.arguments = [], ()
         for unit in site.units:
             self._counts[unit].open -= 1
         if not keep:
@@ -308,6 +305,42 @@ class Runtime:
         if site.module is self.root and self.loss_scale is not None and torch.is_grad_enabled():
             return tree.replace(output, lambda tensor: rescale(tensor, self._entering))
         return output
+
+    def _made(self, use: _Use, output: Any) -> tree.Found:
+        """The tensors that a call made, in what it returned and in containers that it was given."""
+        found = tree.find((output, use.arguments))
+        made = [
+            tensor
+            for tensor in found.tensors
+            if tensor.grad_fn is not None
+            and not any(tensor is given and tensor.grad_fn is node for given, node in use.inputs)
+        ]
+        return tree.Found(made, found.opaque)
+
+    def _lend(self, site: Site, output: Any) -> Any:
+        """Keep units full while the caller runs, too, if their own memory is among the outputs."""
+        owners = {unit.address: unit for unit in site.units if not unit.lifetime.params_stay}
+
+        def owner(tensor: Tensor) -> Unit | None:
+            return owners.get(tensor.untyped_storage().data_ptr())
+
+        lent = {unit for tensor in tree.find(output).tensors if (unit := owner(tensor))}
+        if not lent:
+            return output
+        if not self._active:
+            return tree.replace(output, lambda tensor: tensor.clone() if owner(tensor) else tensor)
+        for unit in lent:
+            self._use_in(self._active[-1], unit)
+        return output
+
+    def _use_in(self, site: Site, unit: Unit) -> None:
+        """The call of a site that runs now uses a unit that it has not used so far."""
+        if unit in site.units:
+            return
+        self.add_use(site.module, unit)
+        self._counts[unit].open += 1
+        self._counts[unit].uses += self._training and not in_backward()
+        self.schedule.need(unit)
 
     def _entering(self) -> Tensor:
         assert self.loss_scale is not None, "a scaled output outlived its loss scaler"
@@ -320,7 +353,8 @@ class Runtime:
 
     def _free_unused(self, site: Site) -> None:
         for unit in site.units:
-            if self._counts[unit].open <= 0 and not self.schedule.keeps(unit):
+            in_use = self._counts[unit].open > 0 or unit in self._held
+            if not in_use and not self.schedule.keeps(unit):
                 unit.free()
 
     # Backward
@@ -334,7 +368,7 @@ class Runtime:
         """Notice a backward that enters through outputs that cannot be looked into."""
         if not self._is_listening:
             self._is_listening = True
-            hook = _eager(lambda _: self._queue_finish())
+            hook = apart(lambda _: self._queue_finish())
             self._handles += [
                 member.param.register_post_accumulate_grad_hook(hook)
                 for unit in self.trained
@@ -404,10 +438,15 @@ class Runtime:
         for site in self.sites:
             site.calls.clear()
         self._active.clear()
+        self._held.clear()
 
-    def reset(self) -> None:
-        """Return to the state between two passes after an exception in forward or backward."""
-        was_in_backward, self._finish_queued = self._finish_queued, False
+    def reset(self, in_backward: bool = False) -> None:
+        """Return to the state between two passes after an exception in forward or backward.
+
+        Args:
+            in_backward: the exception ended a backward, also if that had not come to the model yet.
+        """
+        was_in_backward, self._finish_queued = in_backward or self._finish_queued, False
         self._forget_calls()
         self.schedule.reset(was_in_backward)
         for unit in self.units:

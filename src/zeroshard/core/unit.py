@@ -263,6 +263,11 @@ class Unit:
         """Bytes of the full parameters."""
         return self._full.nbytes_full
 
+    @property
+    def address(self) -> int:
+        """Where the full parameters are in memory now."""
+        return self._full.tensor.untyped_storage().data_ptr()
+
     # Parameters
 
     def gather(self) -> None:

@@ -172,7 +172,7 @@ class Engine(nn.Module):
                 root.backward(seed, retain_graph=retain_graph)
         except Exception as error:
             explanation = explain_backward(error, self.runtime.units)
-            self.reset()
+            self._give_up(in_backward=True)
             if explanation is not None:
                 raise UsageError(explanation) from error
             raise
@@ -260,9 +260,9 @@ class Engine(nn.Module):
             self.runtime.loss_scale = torch.tensor(scaler.scale, device=self.device)
             self.runtime.scaled = False
 
-    def _recover(self) -> None:
+    def _recover(self, in_backward: bool = False) -> None:
         try:
-            self.runtime.reset()
+            self.runtime.reset(in_backward)
         except Exception:
             _log.exception("recovery failed; the ranks are out of step and the job should end")
 
@@ -271,7 +271,10 @@ class Engine(nn.Module):
 
         For use after an exception in forward or backward that the training loop wants to survive.
         """
-        self._recover()
+        self._give_up()
+
+    def _give_up(self, in_backward: bool = False) -> None:
+        self._recover(in_backward)
         self.zero_grad()
         steps = self.gradient_accumulation_steps()
         self.micro_steps -= self.micro_steps % steps
