@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,15 @@ def gathered(
             made where they stay.
     """
     units = _units(params)
+    for unit in units:
+        if unit.mesh.is_destroyed and not unit.lifetime.params_stay:
+            raise UsageError(
+                compose(
+                    f"{unit.name} cannot be gathered: its engine was destroyed, and other ranks "
+                    "hold the rest of it.",
+                    hint="gather what is wanted before engine.destroy().",
+                )
+            )
     were_full = [unit.is_full for unit in units]
     for unit in units:
         # Also where it is full here: between forward and backward other ranks may have freed it.
@@ -55,12 +64,18 @@ def gathered(
             unit.gather()
         unit.wait()
     try:
-        yield
+        with ExitStack() as kept:
+            for unit in units:
+                kept.enter_context(unit.held())
+            try:
+                yield
+            finally:
+                if modifier_rank is not None:
+                    with torch.no_grad():
+                        for unit in units:
+                            unit.adopt(partial(broadcast_, mesh=unit.mesh, src=modifier_rank))
     finally:
         for unit, was_full in zip(units, were_full, strict=True):
-            if modifier_rank is not None:
-                with torch.no_grad():
-                    unit.adopt(partial(broadcast_, mesh=unit.mesh, src=modifier_rank))
             if not was_full:
                 unit.free()
 

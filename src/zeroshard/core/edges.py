@@ -43,11 +43,12 @@ def apart(hook: Callable[P, Result]) -> Callable[P, Result]:
         with _disable_current_modes():
             return hook(*args, **kwargs)
 
-    return torch._dynamo.disable(run)
+    outside: Any = torch._dynamo.disable(run)
+    return outside
 
 
 class _Edge:
-    """What to do when a gradient arrives here: calls that took the tensor end, then its maker begins.
+    """What happens when a gradient arrives: calls that took the tensor end, then its maker begins.
 
     In this order, so that the units of those are freed before the units of this one are gathered.
     """

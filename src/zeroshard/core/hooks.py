@@ -32,7 +32,7 @@ Hooks are invisible to torch.compile, which compiles what lies between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -319,7 +319,11 @@ class Runtime:
 
     def _lend(self, site: Site, output: Any) -> Any:
         """Keep units full while the caller runs, too, if their own memory is among the outputs."""
-        owners = {unit.address: unit for unit in site.units if not unit.lifetime.params_stay}
+        owners = {
+            unit.address: unit
+            for unit in site.units
+            if not unit.lifetime.params_stay and unit.nbytes_full
+        }
 
         def owner(tensor: Tensor) -> Unit | None:
             return owners.get(tensor.untyped_storage().data_ptr())

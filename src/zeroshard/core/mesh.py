@@ -41,9 +41,11 @@ class Mesh:
         self.shard, self.replicate, self.control, self.device = shard, replicate, control, device
         self.world = shard.size * replicate.size
         self.rank = replicate.rank * shard.size + shard.rank
+        self.is_destroyed = False
 
     def destroy(self) -> None:
         """Give the process groups back; nothing may use the mesh afterwards."""
+        self.is_destroyed = True
         groups = [g for axis in (self.shard, self.replicate) for g in (axis.gather, axis.reduce)]
         self.shard = Axis(self.shard.size, self.shard.rank)
         self.replicate = Axis(self.replicate.size, self.replicate.rank)

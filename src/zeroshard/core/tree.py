@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ _PLAIN = (
     *(int, float, complex, str, bytes, bool, type(None), range, slice, enum.Enum),
     *(torch.dtype, torch.device, torch.Size),
 )
+_NUMBERS = frozenset({int, float, bool})
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,24 +35,28 @@ class Found:
 def find(tree: Any) -> Found:
     """Collect the tensors of ``tree`` in order."""
     found = Found([])
-    _collect(tree, found)
+    _collect(tree, found, set())
     return found
 
 
-def _collect(tree: Any, found: Found) -> None:
+def _collect(tree: Any, found: Found, inside: set[int]) -> None:
+    """Add what is in ``tree``, which is in the containers ``inside``."""
     if isinstance(tree, Tensor):
         found.tensors.append(tree)
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            _collect(value, found)
+        return
+    values: Iterable[Any]
+    if isinstance(tree, Mapping):
+        values = tree.values()
     elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            _collect(value, found)
+        values = () if _NUMBERS.issuperset(map(type, tree)) else tree  # they may be many
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for field in dataclasses.fields(tree):
-            _collect(getattr(tree, field.name), found)
-    elif not isinstance(tree, _PLAIN):
-        found.opaque = True
+        values = [getattr(tree, field.name, None) for field in dataclasses.fields(tree)]
+    else:
+        found.opaque = found.opaque or not isinstance(tree, _PLAIN)
+        return
+    if id(tree) not in inside:  # else it holds itself
+        for value in values:
+            _collect(value, found, inside | {id(tree)})
 
 
 def replace(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -70,7 +75,8 @@ def replace(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
             return tree
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+        names = [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)]
+        fields = {name: getattr(tree, name) for name in names}
         return _rebuild(tree, fields, object.__setattr__, function)
     return tree
 

@@ -27,13 +27,15 @@ uniform in dtype and in whether it is trained.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
+from torch.autograd.graph import increment_version
 from torch.profiler import record_function
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -79,12 +81,17 @@ class FlatBuffer:
     """A flat tensor with one view per parameter; its memory comes and goes under the views."""
 
     def __init__(self, tensor: Tensor, layout: Layout, shapes: Sequence[torch.Size]) -> None:
+        self._layout, self._shapes = layout, shapes
+        self.nbytes_full = tensor.nbytes
+        self._lay(tensor)
+
+    def _lay(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.views = [
-            tensor[layout.full(index).slice()].view(shape) for index, shape in enumerate(shapes)
+            tensor[self._layout.full(index).slice()].view(shape)
+            for index, shape in enumerate(self._shapes)
         ]
-        self.gaps = [tensor[gap.slice()] for gap in layout.gaps()]
-        self.nbytes_full = tensor.nbytes
+        self.gaps = [tensor[gap.slice()] for gap in self._layout.gaps()]
 
     @property
     def is_allocated(self) -> bool:
@@ -100,6 +107,15 @@ class FlatBuffer:
         """Give the memory back; the views must not be read until the next allocation."""
         self.tensor.untyped_storage().resize_(0)
 
+    @property
+    def num_users(self) -> int:
+        """How many tensors and other objects refer to the memory, views included."""
+        return torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata)
+
+    def leave(self) -> None:
+        """Leave the memory to whoever kept views of it, and go on with a copy."""
+        self._lay(self.tensor.clone())
+
 
 class FreedParameter(nn.Parameter):
     """What a parameter is while its unit is freed: an empty tensor that refuses to be read.
@@ -112,7 +128,6 @@ class FreedParameter(nn.Parameter):
             Tensor.__hash__,
             Tensor.__repr__,
             Tensor.data_ptr,
-            Tensor.detach,
             Tensor.dim,
             Tensor.element_size,
             Tensor.is_complex,
@@ -137,12 +152,21 @@ class FreedParameter(nn.Parameter):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # Attributes are read and set through method wrappers.
-        if func in cls._harmless or type(func).__name__ == "method-wrapper":
+        if func in cls._harmless or cls._is_harmless_attribute(func, args):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         given = tree.find((args, kwargs or {})).tensors
         raise _freed_read(next((tensor for tensor in given if isinstance(tensor, cls)), None))
+
+    @staticmethod
+    def _is_harmless_attribute(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+        """Whether it is the access to an attribute that does not show the values."""
+        if type(func).__name__ != "method-wrapper":
+            return False
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name == "data" and func.__name__ == "__set__":
+            return args[-1].numel() == 0  # as when a module is moved; anything else would be lost
+        return name not in {"H", "T", "data", "imag", "mH", "mT", "real"}
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise _freed_read(self)
@@ -206,7 +230,6 @@ class Unit:
         self.shapes = [view.shape for view in full.views]
         self._cut_sizes, self._cut_at = layout.cuts(mesh.shard.rank)
         self._cut_shapes = self._shape_cuts() if mesh.shard.size == 1 else None
-        self._mine = full.tensor[layout.shard(mesh.shard.rank).slice()]
         self._placeholder = full.tensor.new_empty(0)
         self._wants_gather, self._wants_reduce = f"to gather {self.name}", f"to reduce {self.name}"
         self._gathering: Ticket = DONE
@@ -215,6 +238,7 @@ class Unit:
         self.has_gradient = False
         self.grad_shard: Tensor | None = None
         self.add_use: Callable[[nn.Module], object] | None = None  # set by the runtime
+        self._num_holds = 0
         self.slices = () if master is None else self._make_slices(master)
 
     def _make_slices(self, master: Tensor) -> tuple[nn.Parameter, ...]:
@@ -268,6 +292,11 @@ class Unit:
         """Where the full parameters are in memory now."""
         return self._full.tensor.untyped_storage().data_ptr()
 
+    @property
+    def _mine(self) -> Tensor:
+        """This rank's range of the full buffer."""
+        return self._full.tensor[self.layout.shard(self.mesh.shard.rank).slice()]
+
     # Parameters
 
     def gather(self) -> None:
@@ -296,6 +325,8 @@ class Unit:
         """Give the memory of full parameters back, where the lifetime says so."""
         if self.lifetime.params_stay or not (self.is_full or self._is_outlined):
             return
+        if self._num_holds:
+            return
         self._end_gather()
         placeholder = self._placeholder
         for param, own_class in zip(self._params, self._classes, strict=True):
@@ -304,6 +335,23 @@ class Unit:
                 param.__class__ = FreedParameter
         self._is_readable = self._is_outlined = False
         self._full.release()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the parameters full inside, whatever runs there; views of them may be kept for ever.
+
+        For a unit that is full.
+        """
+        num_users = self._full.num_users
+        self._num_holds += 1
+        try:
+            yield
+        finally:
+            self._num_holds -= 1
+            if not self.lifetime.params_stay and self._full.num_users > num_users:
+                self._end_gather()
+                self._full.leave()
+                self._show(self._full.views)
 
     def outline(self) -> None:
         """Give freed parameters their shapes back, without memory and without a gather.
@@ -325,7 +373,9 @@ class Unit:
         """Put the stepped master weights where gathers read; start one where parameters stay."""
         assert self.master is not None, f"{self.name} is frozen and has no master weights"
         self._store.write(self.master)
-        if self.lifetime.params_stay:
+        # A graph from before the step must not be run backward with the weights after it.
+        increment_version(self._params)
+        if self.lifetime.params_stay or self._num_holds:
             self.gather()
         else:
             self.free()

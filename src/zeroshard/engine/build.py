@@ -270,8 +270,28 @@ def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
                     "model.to_empty() and its initialisation.",
                 )
             )
+        if param.is_complex():
+            raise UsageError(
+                compose(
+                    f"{name} is complex, but master weights and gradients are real numbers here.",
+                    hint="hold its real and imaginary parts as a real parameter, and use "
+                    "torch.view_as_complex in forward.",
+                )
+            )
         if trained is not None and param.requires_grad and param not in trained:
             ignored.append(name)
+    for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None and isinstance(
+            module, (nn.Embedding, nn.EmbeddingBag)
+        ):
+            raise UsageError(
+                compose(
+                    f"{name or 'the model'} is an embedding with max_norm, which edits its weight "
+                    "in forward; every rank would edit other rows.",
+                    hint="leave max_norm out, and clip the rows after engine.step() inside "
+                    "zeroshard.gathered(weight, modifier_rank=0).",
+                )
+            )
     if ignored:
         _log.warning(
             "%d parameters require gradients but no optimizer steps them; their gradients are "

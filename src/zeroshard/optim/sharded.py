@@ -31,6 +31,7 @@ from zeroshard.optim.scaler import LossScaler
 __all__ = ["ShardedOptimizer", "StepPolicy", "check_optimizer", "optimizer_parameters"]
 
 _log = logging.getLogger(__name__)
+_ROW = 4096  # elements that are summed in the dtype of the gradient
 
 
 def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
@@ -77,6 +78,16 @@ def check_optimizer(
                 "update of an element depends on that element alone.",
             )
         )
+
+
+def _square(shard: Tensor) -> Tensor:
+    """The squared L2 norm in fp64, in two levels: a long sum in fp32 loses its last addends."""
+    rows = shard.numel() // _ROW
+    norms = [
+        torch.linalg.vector_norm(shard[: rows * _ROW].view(rows, _ROW), dim=1),
+        torch.linalg.vector_norm(shard[rows * _ROW :]).view(1),
+    ]
+    return torch.cat(norms).double().square().sum()
 
 
 class ShardedOptimizer:
@@ -200,14 +211,10 @@ class ShardedOptimizer:
 
     def _global_norm(self) -> Tensor:
         """L2 norm over all gradients of all ranks, before unscaling and clipping."""
-        norms = [
-            torch.linalg.vector_norm(unit.grad_shard).float()
-            for unit in self.units
-            if unit.grad_shard is not None
-        ]
+        squares = [_square(unit.grad_shard) for unit in self.units if unit.grad_shard is not None]
         self._square.zero_()
-        if norms:
-            self._square.copy_(torch.stack(norms).double().square().sum())
+        if squares:
+            self._square.copy_(torch.stack(squares).sum())
         with Answered(self.mesh.rank, "the gradients' norm for its step"):
             all_reduce_(self._square, self.mesh.shard)
         return self._square.sqrt().float()
