@@ -15,13 +15,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 __all__ = ["ZOO", "Awkward", "Batch", "Block", "Case", "Checkpointing", "Model"]
 
@@ -1091,6 +1096,107 @@ class InputIsAnOutput(Stack):
         for block in self.blocks:
             same, new = self.run(block, h)
             h = 0.5 * same + new
+        return self.head(h)
+
+
+class EditingBlock(Block):
+    """A block that keeps its state in a dict and a list it is given, and returns nothing."""
+
+    def forward(self, state: dict[str, Any]) -> None:  # type: ignore[override]
+        state["h"] = super().forward(state["h"])
+        state["all"].append(state["h"])
+
+
+@awkward
+class EditedArguments(Stack):
+    """Blocks edit the containers that their caller passes, and the caller goes on with them."""
+
+    units = ("EditingBlock",)
+
+    def __init__(self) -> None:
+        super().__init__(EditingBlock)
+
+    checkpointing_modes = NO_CHECKPOINTING  # a recomputation would append twice
+
+    def forward(self, ids: Tensor) -> Tensor:
+        state: dict[str, Any] = {"h": self.embedding(ids), "all": []}
+        for block in self.blocks:
+            block(state)
+        return self.head(sum(state["all"]))
+
+
+class ComparingBlock(nn.Module):
+    """Attention that takes another way where query and key are the same object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return q + (self.query(q) if q is k else self.query(q) * torch.tanh(self.key(k)))
+
+
+@awkward
+class SameArgumentTwice(Stack):
+    """Blocks ask whether two of their arguments are one object."""
+
+    units = ("ComparingBlock",)
+    checkpointing_modes = NON_REENTRANT  # the other kind passes a copy of each argument
+
+    def __init__(self) -> None:
+        super().__init__(ComparingBlock)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embedding(ids)
+        for block in self.blocks:
+            h = self.run(block, h, h)
+        return self.head(h)
+
+
+class Queries(nn.Module):
+    """Returns views of its own parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(LENGTH, WIDTH))
+
+    def forward(self, size: int) -> Tensor:
+        return self.weight.expand(size, -1, -1)
+
+
+@awkward
+class ParameterAsOutput(Stack):
+    """A module returns its parameter, which others use after it and in backward."""
+
+    units = ("Block", "queries")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = Queries()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        queries = self.queries(len(ids))
+        h = self.embedding(ids) * torch.tanh(queries)
+        for block in self.blocks:
+            h = self.run(block, h) + 0.1 * queries * h
+        return self.head(h)
+
+
+@awkward
+class SelectiveCheckpointing(Stack):
+    """Activation checkpointing that keeps the results of most operations, views included."""
+
+    checkpointing_modes = NO_CHECKPOINTING
+
+    def forward(self, ids: Tensor) -> Tensor:
+        def policy(ctx: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+            cheap = op is torch.ops.aten.gelu.default
+            return CheckpointPolicy.PREFER_RECOMPUTE if cheap else CheckpointPolicy.MUST_SAVE
+
+        h = self.embedding(ids)
+        for block in self.blocks:
+            contexts = partial(create_selective_checkpoint_contexts, policy)
+            h = checkpoint(block, h, use_reentrant=False, context_fn=contexts)
         return self.head(h)
 
 

@@ -1,9 +1,11 @@
 """Which parameters form a unit, and at which modules each unit is gathered.
 
-1. Blocks: modules the user names, or else modules of one class that repeat inside a ModuleList,
-   ModuleDict or Sequential and consist of several layers. One block, one unit.
+1. Blocks: modules the user names, or else modules of one class that repeat side by side and consist
+   of several layers. One block, one unit. The outermost repetition counts, unless what repeats is
+   a large part of the model: such a *stage* is divided into the blocks inside it.
 2. Outside blocks, a large layer (an embedding, an output projection) is a unit of its own.
-3. What is left is small: it is grouped by bytes and gathered at the outermost module.
+3. What is left of a stage or of the model is gathered there as long as it is small. Else it is
+   grouped in runs of neighbouring layers, and each run is gathered at its layers.
 
 Every group is split further until it is uniform in dtype and in whether it is trained. A parameter
 belongs to the first block that reaches it; a module outside that block that holds it too (tied
@@ -13,7 +15,7 @@ weights) becomes another place where its unit is gathered.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -25,9 +27,20 @@ __all__ = ["Group", "choose_groups", "find_blocks"]
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _REPEATED_IN = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+# Attributes repeat from this number on: a pair (encoder and decoder) is no stack of layers.
+_REPEATED_ATTRIBUTES = 3
+# A block of a larger share of the model is a stage if it can be divided. About three units are full
+# at once, so none should be a third of the model; a transformer of a dozen layers, each with
+# experts inside, should keep one unit for each layer.
+_STAGE_SHARE = 1 / 8
 # A layer outside blocks is large from this share of the model on; below, a gather of its own would
-# cost more than it saves.
+# cost more than it saves ...
 _LARGE_SHARE = 1 / 50
+# ... unless it has this size, at which the time of a gather is that of its bytes, not of its start.
+# Smaller layers are gathered together up to this size.
+_LAYER_BYTES = 16 * 2**20
+# What stays full while a stage or the model runs, besides the parameters it holds itself. Less is
+# not worth a hook for each layer, in particular in a small model.
 _GROUP_BYTES = 64 * 2**20
 
 
@@ -41,21 +54,43 @@ class Group:
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules of one class that repeat in a container and have several layers."""
+    """The outermost modules that repeat side by side and have several layers, stages divided."""
+    return _find_blocks(model, _nbytes(model))[0]
+
+
+def _find_blocks(module: nn.Module, model_bytes: int) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The blocks inside a module, and the stages that hold some of them."""
     blocks: list[nn.Module] = []
-    _find_blocks(model, blocks)
-    return blocks
+    stages: list[nn.Module] = []
+    repeated = _repeated(module)
+    for child in module.children():
+        inner_blocks, inner_stages = _find_blocks(child, model_bytes)
+        if type(child) in repeated and _is_composite(child):
+            if _is_stage(child, inner_blocks, model_bytes):
+                inner_stages.append(child)
+            else:
+                inner_blocks, inner_stages = [child], []
+        blocks += inner_blocks
+        stages += inner_stages
+    return blocks, stages
 
 
-def _find_blocks(module: nn.Module, blocks: list[nn.Module]) -> None:
-    children = list(module.children())
-    counts = Counter(type(child) for child in children)
-    for child in children:
-        repeats = isinstance(module, _REPEATED_IN) and counts[type(child)] > 1
-        if repeats and _is_composite(child):
-            blocks.append(child)
-        else:
-            _find_blocks(child, blocks)
+def _repeated(module: nn.Module) -> set[type[nn.Module]]:
+    """The classes of which a module has several children that are one stack."""
+    counts = Counter(type(child) for child in module.children())
+    if isinstance(module, _REPEATED_IN):
+        return {kind for kind, count in counts.items() if count > 1}
+    nbytes: Counter[type[nn.Module]] = Counter()
+    for child in module.children():
+        nbytes[type(child)] += _nbytes(child)
+    # Attributes may be many and tiny, and that several are Sequential says little.
+    return {
+        kind
+        for kind, count in counts.items()
+        if count >= _REPEATED_ATTRIBUTES
+        and nbytes[kind] > _GROUP_BYTES
+        and kind is not nn.Sequential
+    }
 
 
 def _is_composite(module: nn.Module) -> bool:
@@ -63,6 +98,17 @@ def _is_composite(module: nn.Module) -> bool:
     if isinstance(module, _CONTAINERS):
         return False
     return any(any(True for _ in child.parameters()) for child in module.children())
+
+
+def _is_stage(module: nn.Module, inner_blocks: list[nn.Module], model_bytes: int) -> bool:
+    """Whether a module is too large for one unit, and most of it lies in blocks inside."""
+    nbytes = _nbytes(module)
+    is_large = nbytes > max(model_bytes * _STAGE_SHARE, _GROUP_BYTES)
+    return is_large and 2 * sum(map(_nbytes, inner_blocks)) > nbytes
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(param.nbytes for param in module.parameters())
 
 
 def _named_blocks(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
@@ -115,6 +161,14 @@ def _callable_in(path: _Path) -> nn.Module:
     return next((m for m in path if not isinstance(m, _CONTAINERS)), path[-1])
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a parameter is gathered; those of one ``key`` are gathered together."""
+
+    site: nn.Module
+    key: tuple[object, ...]
+
+
 def choose_groups(
     model: nn.Module, *, units: Sequence[str] = (), is_trained: Callable[[nn.Parameter], bool]
 ) -> list[Group]:
@@ -129,33 +183,86 @@ def choose_groups(
         ConfigError: a name in ``units`` matches nothing.
     """
     holders = _holders(model)
-    blocks = set(_named_blocks(model, units) if units else find_blocks(model))
-    total = sum(param.nbytes for param in model.parameters())
+    if units:
+        found, stages = _named_blocks(model, units), list[nn.Module]()
+    else:
+        found, stages = _find_blocks(model, _nbytes(model))
+    blocks = set(found)
+    places = _places({param: paths[0] for param, paths in holders.items()}, blocks, set(stages))
     groups: dict[tuple[object, ...], Group] = {}
-    open_bytes: Counter[tuple[object, ...]] = Counter()
     for name, param in model.named_parameters():
-        primary = _primary_site(holders[param][0], blocks, total)
-        key: tuple[object, ...] = (primary, param.dtype, is_trained(param))
-        if primary is model and model not in blocks:
-            # Left-overs of all layers meet here: cut them into units of moderate size.
-            key = (*key, open_bytes[key] // _GROUP_BYTES)
-            open_bytes[key[:3]] += param.nbytes
-        group = groups.setdefault(key, Group(trained=is_trained(param)))
+        place, trained = places[param], is_trained(param)
+        group = groups.setdefault((*place.key, param.dtype, trained), Group(trained=trained))
         group.members.append(Member(name, param))
-        for site in _sites(holders[param], primary, blocks):
+        for site in _sites(holders[param], place.site, blocks):
             if not any(site is known for known in group.sites):
                 group.sites.append(site)
     return list(groups.values())
 
 
-def _primary_site(path: _Path, blocks: set[nn.Module], total_bytes: int) -> nn.Module:
-    for module in path:
-        if module in blocks:
-            return module
-    layer = _callable_in(path)
-    layer_bytes = sum(p.nbytes for p in layer.parameters(recurse=False))
-    is_leaf = not any(True for _ in layer.children())
-    return layer if is_leaf and layer_bytes > total_bytes * _LARGE_SHARE else path[-1]
+def _places(
+    paths: Mapping[nn.Parameter, _Path], blocks: set[nn.Module], stages: set[nn.Module]
+) -> dict[nn.Parameter, _Place]:
+    large = min(sum(param.nbytes for param in paths) * _LARGE_SHARE, _LAYER_BYTES)
+    places: dict[nn.Parameter, _Place] = {}
+    left: dict[nn.Module, list[_LeftOver]] = {}
+    for position, (param, path) in enumerate(paths.items()):
+        scope = next((m for m in path if m in blocks or m in stages), path[-1])
+        layer = _callable_in(path)
+        if scope in blocks:
+            places[param] = _Place(scope, (scope,))
+        elif _is_leaf(layer) and _own_bytes(layer) > large:
+            places[param] = _Place(layer, (layer,))
+        else:
+            left.setdefault(scope, []).append(_LeftOver(param, layer, position))
+    for scope, left_overs in left.items():
+        inside = sum(each.param.nbytes for each in left_overs if each.layer is not scope)
+        places |= _places_at(scope, left_overs, at_layers=inside > _GROUP_BYTES)
+    return places
+
+
+@dataclass(frozen=True, slots=True)
+class _LeftOver:
+    """A parameter in no block and no large layer."""
+
+    param: nn.Parameter
+    layer: nn.Module
+    position: int  # among all parameters of the model
+
+
+def _places_at(
+    scope: nn.Module, left_overs: Sequence[_LeftOver], *, at_layers: bool
+) -> dict[nn.Parameter, _Place]:
+    """Group what is left of a stage or of the model."""
+    places: dict[nn.Parameter, _Place] = {}
+    sizes: Counter[nn.Module] = Counter()
+    for each in left_overs:
+        sizes[each.layer] += each.param.nbytes
+    runs: dict[nn.Module, int] = {}
+    run = run_bytes = kept_bytes = end = 0
+    for each in left_overs:
+        layer = each.layer
+        if not at_layers or layer is scope:
+            places[each.param] = _Place(scope, (scope, "kept", kept_bytes // _GROUP_BYTES))
+            kept_bytes += each.param.nbytes
+            continue
+        if layer not in runs:
+            # Layers with a block or a large layer between them are not used together.
+            if each.position != end or run_bytes + sizes[layer] > _LAYER_BYTES:
+                run, run_bytes = run + 1, 0
+            runs[layer] = run
+            run_bytes += sizes[layer]
+        places[each.param] = _Place(layer, (scope, "run", runs[layer]))
+        end = each.position + 1
+    return places
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(True for _ in module.children())
+
+
+def _own_bytes(module: nn.Module) -> int:
+    return sum(param.nbytes for param in module.parameters(recurse=False))
 
 
 def _sites(paths: list[_Path], primary: nn.Module, blocks: set[nn.Module]) -> Iterable[nn.Module]:

@@ -39,6 +39,24 @@ class Net(nn.Module):
             self.head.weight = self.embedding.weight
 
 
+class Stack(nn.Module):
+    """Blocks held as attributes."""
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__()
+        for index in range(num_blocks):
+            setattr(self, f"layer{index}", Block())
+
+
+class Stage(nn.Module):
+    """Blocks in a container, and a small layer after them."""
+
+    def __init__(self, num_blocks: int, width: int = WIDTH) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
+        self.out = nn.Linear(width, 1)
+
+
 @dataclass(frozen=True)
 class Row:
     """A group in words."""
@@ -62,6 +80,12 @@ def rows(model: nn.Module, units: Sequence[str] = ()) -> list[Row]:
 def block_names(model: nn.Module) -> list[str]:
     names = {module: name for name, module in model.named_modules()}
     return [names[block] for block in find_blocks(model)]
+
+
+def set_budgets(patch: pytest.MonkeyPatch, group: int = 0, layer: int = 0) -> None:
+    """Make small models large: what stays full, and what is gathered together, in bytes."""
+    patch.setattr(wrap, "_GROUP_BYTES", group)
+    patch.setattr(wrap, "_LAYER_BYTES", layer or group)
 
 
 def members_of(prefix: str) -> list[str]:
@@ -125,6 +149,81 @@ def test_blocks_are_found_however_deep_their_container_lies() -> None:
     assert block_names(model) == [f"0.0.blocks.{index}" for index in range(3)]
 
 
+def test_large_blocks_may_be_attributes_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_budgets(monkeypatch, group=2000)
+    assert block_names(Stack(60)) == [f"layer{index}" for index in range(60)]
+
+
+def test_small_blocks_as_attributes_are_none() -> None:
+    assert block_names(Stack(60)) == []
+    assert [row.sites for row in rows(Stack(60))] == [[""]]
+
+
+def test_two_attributes_of_a_class_are_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_budgets(monkeypatch, group=100)
+    assert block_names(Stack(2)) == []
+
+
+def test_attributes_that_are_sequential_are_searched_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_budgets(monkeypatch, group=100)
+    model = nn.Module()
+    model.layer1, model.layer2, model.layer3 = (nn.Sequential(Block(), Block()) for _ in range(3))
+    assert block_names(model) == [f"layer{i}.{j}" for i in (1, 2, 3) for j in (0, 1)]
+
+
+# Stages -----------------------------------------------------------------------------------------
+
+
+def stages(small: int = 1) -> nn.Module:
+    """Two small stages around one that is most of the model."""
+    return nn.ModuleList([Stage(small), Stage(18, 2 * WIDTH), Stage(small)])
+
+
+def test_a_repeated_module_that_is_most_of_the_model_is_divided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_budgets(monkeypatch, group=4000)
+    assert block_names(stages()) == ["0", *(f"1.blocks.{i}" for i in range(18)), "2"]
+
+
+def test_a_small_repeated_module_is_not_divided_whatever_its_share() -> None:
+    assert block_names(stages()) == ["0", "1", "2"]
+
+
+def test_stages_are_divided_at_every_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_budgets(monkeypatch, group=1000)
+    model = nn.ModuleList(nn.Sequential(Stage(4), Stage(4)) for _ in range(2))
+    names = [f"{i}.{j}.blocks.{k}" for i in range(2) for j in range(2) for k in range(4)]
+    assert block_names(model) == names
+
+
+def test_what_is_left_of_a_stage_is_gathered_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_budgets(monkeypatch, group=4000)
+    found = rows(stages())
+    assert Row(["1"], ["1.out.weight", "1.out.bias"]) in found
+    assert len(found) == 2 + 18 + 1
+
+
+def test_experts_inside_a_layer_are_no_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_budgets(monkeypatch, group=1000)
+    layers = 12
+    assert block_names(nn.ModuleList(Stage(8) for _ in range(layers))) == [
+        str(index) for index in range(layers)
+    ]
+
+
+def test_a_large_layer_with_small_repeated_parts_is_not_divided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_budgets(monkeypatch, group=1000)
+    model = nn.ModuleList(Stage(2) for _ in range(2))
+    for stage in model:
+        stage.mixer = nn.Linear(100, 100)
+    assert block_names(model) == ["0", "1"]
+
+
 # Units ------------------------------------------------------------------------------------------
 
 
@@ -181,14 +280,105 @@ def test_a_weight_tied_between_small_layers_needs_no_second_place() -> None:
     assert rows(model)[1] == Row([""], ["1.weight", "1.bias", "2.bias"])
 
 
-def test_small_layers_of_a_large_model_are_cut_into_several_units(
+def test_a_thousand_small_parameters_are_one_unit_of_the_whole_model() -> None:
+    (row,) = rows(nn.Sequential(*[nn.Linear(4, 4) for _ in range(500)]))
+    assert row.sites == [""]
+    assert len(row.members) == 1000
+
+
+def plain_layers(num_layers: int = 60) -> nn.Sequential:
+    """Layers of 200 bytes each."""
+    return nn.Sequential(*[nn.Linear(5, 10, bias=False) for _ in range(num_layers)])
+
+
+def test_many_layers_are_gathered_in_runs_at_the_layers_that_use_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wrap, "_GROUP_BYTES", 1000)
-    model = nn.Sequential(*[nn.Linear(5, 10, bias=False) for _ in range(60)])  # 200 bytes each
+    set_budgets(monkeypatch, group=11_000, layer=1000)
+    found = rows(plain_layers())
+    assert [row.sites for row in found] == [
+        [str(first + i) for i in range(5)] for first in range(0, 60, 5)
+    ]
+    assert all(row.members == [f"{site}.weight" for site in row.sites] for row in found)
+
+
+def test_a_layer_of_many_bytes_is_a_unit_whatever_its_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_budgets(monkeypatch, group=10**6, layer=199)
+    assert [row.sites for row in rows(plain_layers())] == [[str(index)] for index in range(60)]
+
+
+def test_a_run_ends_at_a_block_or_a_large_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_budgets(monkeypatch, group=1000, layer=10_000)
+    few = [nn.Linear(5, 10, bias=False) for _ in range(6)]
+    model = nn.Sequential(*few[:3], nn.Linear(60, 60), *few[3:5], Block(), Block(), few[5])
+    sites = [row.sites for row in rows(model)]
+    assert sites == [["0", "1", "2"], ["3"], ["4", "5"], ["6"], ["7"], ["8"]]
+
+
+def test_the_parameters_of_a_layer_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_budgets(monkeypatch, group=1000, layer=250)
+    model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(60)])  # 120 bytes each
+    for row in rows(model):
+        assert row.members == [
+            f"{site}.{kind}" for site in row.sites for kind in ("weight", "bias")
+        ]
+
+
+def test_what_the_model_holds_itself_stays_with_it_when_its_layers_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_budgets(monkeypatch, group=1000)
+    model = plain_layers()
+    model.table = nn.Parameter(torch.zeros(100))
     found = rows(model)
-    assert [len(row.members) for row in found] == [5] * 12
-    assert all(row.sites == [""] for row in found)
+    assert found[0] == Row([""], ["table"])
+    assert not any("" in row.sites for row in found[1:])
+
+
+def test_what_a_module_of_many_layers_holds_itself_is_gathered_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_budgets(monkeypatch, group=1000)
+    model = nn.Sequential(plain_layers())
+    model[0].extra = nn.ParameterList([nn.Parameter(torch.zeros(9))])
+    (row,) = (row for row in rows(model) if "0.extra.0" in row.members)
+    assert "0" in row.sites
+
+
+def test_what_a_list_of_parameters_holds_counts_as_its_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(5, 10, bias=False)
+            self.extra = nn.ParameterList([nn.Parameter(torch.zeros(150))])  # 600 bytes
+
+    set_budgets(monkeypatch, group=1000)
+    model = plain_layers()
+    model[1] = Adapted()
+    first, second = rows(model)[:2]
+    assert first == Row(["0", "1"], ["0.weight", "1.weight", "1.extra.0"])
+    assert second.sites == ["2", "3", "4", "5", "6"]
+
+
+def test_a_weight_tied_between_runs_is_gathered_at_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_budgets(monkeypatch, group=1000)
+    model = plain_layers()
+    model[33].weight = model[2].weight
+    found = rows(model)
+    assert found[0].sites == ["0", "1", "2", "33", "3", "4"]
+    assert not any("33" in row.sites for row in found[1:])
+
+
+def test_layers_outside_named_units_are_gathered_in_runs_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_budgets(monkeypatch, group=1000)
+    found = rows(nn.Sequential(Block(), plain_layers()), ["Block"])
+    assert found[0] == Row(["0"], members_of("0"))
+    assert not any("" in row.sites for row in found)
 
 
 def test_a_model_that_is_one_layer_is_one_unit() -> None:
