@@ -20,7 +20,8 @@ window holds the first wish of every rank. A reduction that a window holds but a
 serve contributes zeros there, and what arrives later is reduced again at the end of backward: sums
 lose nothing.
 
-Expectations are only hints. An order that changes costs at most a window of unused prefetches.
+Expectations are only hints. An order that changes costs the rest of a window in unused prefetches,
+and windows start short again after that.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import Unit
 from zeroshard.errors import DistributedError, compose
 
-__all__ = ["ABORT", "END", "END_FORWARD", "Op", "Schedule", "common_window", "look_ahead"]
+__all__ = ["ABORT", "END", "END_FORWARD", "Op", "Schedule", "common_window", "look_ahead", "mirror"]
 
 _WINDOW = 64
+_WINDOW_AFTER_A_MISS = 2
 _LONGEST_RECORD = 100_000
 
 
@@ -108,6 +110,31 @@ def look_ahead(
         yield from (Op("gather", unit) for unit in taken)
 
 
+def mirror(forward: Sequence[Op], past_forward: Sequence[Op], past: Sequence[Op]) -> list[Op]:
+    """Gathers and reductions of a backward that goes through the units of ``forward`` in reverse.
+
+    Args:
+        forward: what this forward gathered.
+        past_forward: what the last one gathered, before the backward ``past``.
+        past: which of those units that backward gathered again, and which it reduced.
+    """
+    known = {op.unit for op in past_forward}
+    again = {op.unit for op in past if op.kind == "gather"}
+    reduced = {op.unit for op in past if op.kind == "reduce"}
+    first_use = {op.unit: at for at, op in reversed(list(enumerate(forward)))}
+    ops: list[Op] = []
+    for at in reversed(range(len(forward))):
+        op = forward[at]
+        if op.kind != "gather":
+            continue
+        if op.unit in again or op.unit not in known:
+            ops.append(op)
+        # A gradient is complete with the earliest use in forward, the last one in backward.
+        if first_use[op.unit] == at and (op.unit in reduced or op.unit not in known):
+            ops.append(Op("reduce", op.unit))
+    return ops
+
+
 class Schedule:
     """Issues the collectives of forward and backward passes in agreed windows.
 
@@ -121,6 +148,7 @@ class Schedule:
         self._sizes = {index: unit.nbytes_full for index, unit in enumerate(units)}
         self._ask = Exchange(mesh, 1 + _WINDOW)
         self._window: deque[Op] = deque()
+        self._trust = _WINDOW  # operations to agree on at once; few while expectations fail
         self._ahead: list[int] = []  # gathered, not needed yet, oldest first
         self._kept: list[int] = []  # left full because the pass is expected to go on with them
         self._ready: list[int] = []  # gradients complete, reduction not issued
@@ -130,6 +158,7 @@ class Schedule:
         self._history: dict[tuple[str, int], list[Op]] = {}
         self._num_backwards = 0
         self._record: list[Op] = []
+        self._mirrored: list[Op] | None = None  # instead of history, until the pass ends
         self._kind = ""
         self._cursor: int | None = None
         self._gathers = any(not unit.lifetime.params_stay for unit in units)
@@ -144,13 +173,24 @@ class Schedule:
             self._kind, self._num_backwards, self._cursor = kind, 0, 0
 
     def _close_record(self) -> None:
+        self._mirrored, self._trust = None, _WINDOW
         self._history[self._kind, self._num_backwards] = self._record
         self._num_backwards += 1
         self._record, self._cursor = [], 0
 
     @property
     def _past(self) -> Sequence[Op]:
+        if self._mirrored is not None:
+            return self._mirrored
         return self._history.get((self._kind, self._num_backwards), ())
+
+    def _expect_backward(self) -> None:
+        """Where forward was not what it was before, expect backward to be its mirror image."""
+        past = self._past
+        end = past.index(END_FORWARD) if END_FORWARD in past else 0
+        if past and self._record[:-1] != past[:end]:
+            self._mirrored = mirror(self._record, past[:end], past[end:])
+            self._cursor = 0
 
     def _note(self, op: Op) -> None:
         if len(self._record) < _LONGEST_RECORD:
@@ -161,15 +201,23 @@ class Schedule:
         if self._cursor < len(past) and past[self._cursor] == op:
             self._cursor += 1
             return
-        # Something was skipped, or is new: go on after the next place where this happened before.
-        later = (i + 1 for i in range(self._cursor, len(past)) if past[i] == op)
-        self._cursor = next(later, self._cursor)
+        # Something was skipped, or is new: go on after the next place where this happened before,
+        # but not in backward while this is forward.
+        for at in range(self._cursor, len(past)):
+            if past[at] == op:
+                self._cursor = at + 1
+                return
+            if past[at].kind == "end":
+                return
 
-    def _expected(self) -> Iterator[Op]:
-        """What is still to come until the next mark, gathers of kept units left out."""
+    def _expected(self, now: Sequence[Op] = ()) -> Iterator[Op]:
+        """What is to come after ``now`` until the next mark, gathers of kept units left out."""
         past = self._past
         start = len(past) if self._cursor is None else self._cursor
         before = next((op for op in reversed(self._record) if op != END_FORWARD), None)
+        is_gather = before is not None and before.kind == "gather" and before not in now
+        if before is not None and is_gather and not self._units[before.unit].is_full:
+            before = None  # it was not kept
         for op in (past[i] for i in range(start, len(past))):
             if op.kind == "end":
                 return
@@ -198,9 +246,10 @@ class Schedule:
         """Replace the empty window by the next one all ranks issue; ``now`` is wanted for sure."""
         assert not self._window, "a window is completed before the next is agreed on"
         reductions = [Op("reduce", unit) for unit in self._ready]
-        due = [*now, *(op for op in self._expected() if op not in reductions)]
+        due = [*now, *(op for op in self._expected(now) if op not in reductions)]
         wish = [*reductions, *look_ahead(due, self._sizes, self._ahead, self._budget)]
-        self._window.extend(self._exchange(wish[:_WINDOW]))
+        self._window.extend(self._exchange(wish[: self._trust]))
+        self._trust = min(2 * self._trust, _WINDOW)
 
     def _exchange(self, wish: Sequence[Op]) -> list[Op]:
         count = len(self._units)
@@ -312,6 +361,8 @@ class Schedule:
     def _fetch(self, op: Op) -> None:
         """Issue operations up to this gather, agreeing on a new window if it is not in this one."""
         while True:
+            if self._window and op not in self._window:
+                self._trust = _WINDOW_AFTER_A_MISS
             while self._window:
                 head = self._window.popleft()
                 if head.kind == "gather" and head != op:
@@ -364,6 +415,7 @@ class Schedule:
         if self._in_forward and not self._is_cut_off:
             if expects_backward:
                 self._note(END_FORWARD)
+                self._expect_backward()
             due = self._expected() if expects_backward else ()
             self._leave_forward([*look_ahead(due, self._sizes, self._ahead, self._budget)])
         if is_own and not expects_backward:
@@ -375,7 +427,7 @@ class Schedule:
         self._in_forward = False
         while True:
             self._complete_window()
-            window = self._exchange([END_FORWARD, *next_wish][:_WINDOW])
+            window = self._exchange([END_FORWARD, *next_wish[: self._trust]][:_WINDOW])
             at_end = not window or window[0] == END_FORWARD
             self._window.extend(op for op in window if op != END_FORWARD)
             if at_end:
@@ -399,7 +451,7 @@ class Schedule:
         self._settle()
         self._ready.clear()
         self._issued.clear()
-        self._record, self._cursor = [], None
+        self._record, self._cursor, self._mirrored = [], None, None
 
     def _drop_ahead(self) -> None:
         self._drop_kept()

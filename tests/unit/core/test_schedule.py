@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from zeroshard.core import schedule as schedule_module
 from zeroshard.core.lifetime import STAGES, Lifetime
-from zeroshard.core.schedule import END, Op, Schedule, common_window, look_ahead
+from zeroshard.core.schedule import END, Op, Schedule, common_window, look_ahead, mirror
 from zeroshard.errors import DistributedError
 
 WINDOW = 64
@@ -833,3 +833,28 @@ def test_the_simulation_notices_a_deadlock() -> None:
     """A rank that makes a pass less than the others leaves them waiting."""
     with pytest.raises(DeadlockError):
         simulate(Model([1]), [[chain(1)], []])
+
+
+def test_an_order_that_changes_is_expected_to_be_mirrored_in_backward() -> None:
+    def gather(unit: int) -> Op:
+        return Op("gather", unit)
+
+    def reduce(unit: int) -> Op:
+        return Op("reduce", unit)
+
+    # Unit 0 is not read in backward, unit 1 takes no gradients.
+    past_forward = [gather(unit) for unit in (0, 1, 2, 3)]
+    past = [gather(3), reduce(3), gather(2), reduce(2), gather(1), reduce(0)]
+    forward = [gather(0), gather(1), gather(3), gather(1), gather(4)]
+    assert mirror(forward, past_forward, past) == [
+        *(gather(4), reduce(4)),  # never seen: like most
+        *(gather(1), gather(3), reduce(3), gather(1)),
+        reduce(0),
+    ]
+
+
+@given(st.lists(st.integers(0, 5)))
+def test_a_forward_of_new_units_is_mirrored_with_one_reduction_for_each(units: list[int]) -> None:
+    ops = mirror([Op("gather", unit) for unit in units], [], [])
+    assert [op.unit for op in ops if op.kind == "gather"] == units[::-1]
+    assert sorted(op.unit for op in ops if op.kind == "reduce") == sorted(set(units))
