@@ -766,3 +766,37 @@ def test_a_rank_that_leaves_its_loop_is_reported_by_the_others(stage: int, missi
 
     said, _ = run_ranks(work, 2)
     assert "rank 0" in said and "hint: look at the first error" in said
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@every_stage
+def test_ranks_may_run_different_numbers_of_backwards_before_a_step(
+    stage: int, accumulation: int
+) -> None:
+    case = ZOO["plain"]
+    setting = Setting(stage, accumulation=accumulation, clip=TIGHT_CLIP, world=3)
+
+    def losses(model: Any, micro: int, rank: int) -> list[Tensor]:
+        """One backward on rank 0, two on rank 1, three on rank 2."""
+        return [case.loss(model, case.batch(10 * part, micro, rank)) for part in range(rank + 1)]
+
+    def plain() -> dict[str, Tensor]:
+        model = case.build(SEED)
+        optimizer = make_optimizer(setting.optimizer, model.parameters())
+        for micro, rank in itertools.product(range(accumulation), range(3)):
+            for loss in losses(model, micro, rank):
+                (loss / 3 / accumulation).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), setting.clip)
+        optimizer.step()
+        return {name: param.detach() for name, param in model.named_parameters()}
+
+    def work(rank: int, world: int) -> dict[str, Tensor]:
+        engine = make_engine(case, setting)
+        for micro in range(accumulation):
+            for part in range(rank + 1):
+                engine.backward(case.loss(engine, case.batch(10 * part, micro, rank)))
+            engine.step()
+        return full_weights(engine)
+
+    (want,) = run_ranks(lambda *_: plain(), 1, process_group=False)
+    assert_same_weights(run_ranks(work, 3), want)

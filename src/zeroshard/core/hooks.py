@@ -431,7 +431,11 @@ class Runtime:
         self.num_backwards += 1
 
     def flush(self) -> None:
-        """Reduce what backwards outside a boundary left; a collective, for all ranks or none."""
+        """Before a step: reduce what backwards outside a boundary left. A collective.
+
+        Ranks may have run different numbers of backwards.
+        """
+        self.schedule.meet()
         if self._unreduced:
             self._unreduced = False
             self.schedule.finish(self.trained)

@@ -35,7 +35,17 @@ from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import Unit
 from zeroshard.errors import DistributedError, compose
 
-__all__ = ["ABORT", "END", "END_FORWARD", "Op", "Schedule", "common_window", "look_ahead", "mirror"]
+__all__ = [
+    "ABORT",
+    "END",
+    "END_FORWARD",
+    "STEP",
+    "Op",
+    "Schedule",
+    "common_window",
+    "look_ahead",
+    "mirror",
+]
 
 _WINDOW = 64
 _WINDOW_AFTER_A_MISS = 2
@@ -52,7 +62,8 @@ class Op(NamedTuple):
 END = Op("end", -1)
 END_FORWARD = Op("end", -2)
 ABORT = Op("end", -3)
-_MARKS = {mark.unit: mark for mark in (END, END_FORWARD, ABORT)}
+STEP = Op("end", -4)
+_MARKS = {mark.unit: mark for mark in (END, END_FORWARD, ABORT, STEP)}
 
 
 def common_window(wishes: Sequence[Sequence[Op]]) -> list[Op]:
@@ -271,6 +282,8 @@ class Schedule:
                     "call engine.reset() and continue with the next batch.",
                 )
             )
+        if wish[0] == END and all(other[0] in {END, STEP} for other in wishes):
+            return [END]  # the others had ended this backward, or had none
         return common_window(wishes)
 
     def _op(self, number: int) -> Op:
@@ -280,6 +293,8 @@ class Schedule:
         return Op("gather", number) if number < count else Op("reduce", number - count)
 
     def _describe(self, op: Op) -> str:
+        if op == STEP:
+            return "to step"
         return (
             "its pass to end" if op.kind == "end" else f"to {op.kind} {self._units[op.unit].name}"
         )
@@ -432,6 +447,16 @@ class Schedule:
             self._window.extend(op for op in window if op != END_FORWARD)
             if at_end:
                 return
+
+    def meet(self) -> None:
+        """All ranks step together: serve those that are still in a forward or a backward."""
+        self._complete_window()
+        while (window := self._exchange([STEP])) != [STEP]:
+            self._window.extend(window)
+            self._complete_window()
+        self._settle()
+        self._issued.clear()
+        self._drop_ahead()
 
     def reset(self, in_backward: bool) -> None:
         """Give up the pass under way, in a way that the other ranks can follow."""

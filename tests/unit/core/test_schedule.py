@@ -638,9 +638,9 @@ def use(unit: int) -> list[Step]:
     return [Step("open", unit), Step("close")]
 
 
-def chain(num_units: int) -> Pass:
-    """Forward through all units, then backward."""
-    units = range(num_units)
+def chain(num_units: int, order: Sequence[int] | None = None) -> Pass:
+    """Forward through the units, all of them in their order unless told so, then backward."""
+    units = range(num_units) if order is None else order
     forward = [step for unit in units for step in use(unit)]
     backward = [step for unit in reversed(units) for step in (*use(unit), Step("grad", unit))]
     return training(forward, backward)
@@ -858,3 +858,16 @@ def test_a_forward_of_new_units_is_mirrored_with_one_reduction_for_each(units: l
     ops = mirror([Op("gather", unit) for unit in units], [], [])
     assert [op.unit for op in ops if op.kind == "gather"] == units[::-1]
     assert sorted(op.unit for op in ops if op.kind == "reduce") == sorted(set(units))
+
+
+@given(st.lists(st.permutations(range(12)), min_size=1, max_size=4), st.integers(1, 12))
+def test_an_order_that_changes_costs_one_window_of_gathers_and_no_reduction(
+    orders: list[list[int]], num_used: int
+) -> None:
+    """Whole permutations, and blocks dropped at random, the same on every rank."""
+    passes = [chain(12), *(chain(12, order[:num_used]) for order in orders)]
+    for log in simulate(Model([1] * 12), [passes] * 2):
+        for one, issued in zip(passes[1:], log.issued[1:], strict=True):
+            needed = 2 * sum(step.verb == "open" for step in one.forwards[0].steps)
+            assert sum(op.kind == "gather" for op in issued) <= needed + 12 + 1
+            assert sum(op.kind == "reduce" for op in issued) == 12
