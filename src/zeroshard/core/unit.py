@@ -141,6 +141,7 @@ class FreedParameter(nn.Parameter):
             Tensor.stride,
             Tensor.to,
             Tensor.untyped_storage,
+            torch._has_compatible_shallow_copy_type,
         }
     )
 

@@ -23,6 +23,7 @@ from zeroshard.optim.scaler import LossScaler, ScalePolicy
 from zeroshard.optim.sharded import (
     ShardedOptimizer,
     StepPolicy,
+    _square,
     check_optimizer,
     optimizer_parameters,
 )
@@ -491,3 +492,9 @@ def test_gradients_may_be_cleared_between_two_micro_steps() -> None:
     give(units, make_grads(1))
     sharded.step(divide_by=1)
     assert_close(read(units), [b - g for b, g in zip(before, make_grads(1), strict=True)])
+
+
+def test_the_norm_of_a_large_shard_is_exact() -> None:
+    shard = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0))
+    want = shard.double().square().sum()
+    assert abs(_square(shard) - want) / want < 1e-7

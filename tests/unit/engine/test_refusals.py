@@ -1,0 +1,207 @@
+"""What would train wrong in silence, and is refused, or is as in plain PyTorch."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import zeroshard
+from unit.engine.small import (
+    STAGES,
+    Net,
+    assert_equal_weights,
+    batch,
+    loss_of,
+    make,
+    on_ranks,
+    train,
+    weights_of,
+)
+from zeroshard import DistributedError, UsageError
+
+FREED = r"blocks\.0\.up\.weight was read while its unit is freed"
+
+
+class Spectral(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (Spectral, r"0\.weight is complex"),
+        (lambda: nn.Embedding(3, 4, max_norm=1.0), r"0 is an embedding with max_norm"),
+        (lambda: nn.EmbeddingBag(3, 4, max_norm=1.0), r"0 is an embedding with max_norm"),
+    ],
+    ids=["complex", "embedding", "embedding_bag"],
+)
+@on_ranks(1)
+def test_layers_that_cannot_be_trained_right_are_refused(layer: Any, text: str) -> None:
+    with pytest.raises(UsageError, match=text + r"(.|\n)*hint: "):
+        make(1, nn.Sequential(layer()))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda p: p.data,
+        lambda p: p.data.clamp_(-1, 1),
+        lambda p: p.detach(),
+        lambda p: p.T,
+        lambda p: p.cpu(),
+        lambda p: p.tolist(),
+        lambda p: setattr(p, "data", torch.ones(6, 4)),
+    ],
+    ids=["data", "edit_of_data", "detach", "transpose", "cpu", "tolist", "new_data"],
+)
+@on_ranks(2)
+def test_no_way_to_read_or_edit_a_freed_parameter_is_silent(read: Any) -> None:
+    engine = make(3)
+    with pytest.raises(UsageError, match=FREED):
+        read(engine.module.blocks[0].up.weight)
+
+
+@on_ranks(2)
+def test_what_says_nothing_of_the_values_may_be_asked_of_a_freed_parameter() -> None:
+    param = make(3).module.blocks[0].up.weight
+    assert param.shape == (0,)
+    assert (param.dtype, param.device.type, param.requires_grad) == (torch.float32, "cpu", True)
+    assert param.grad is None
+    assert param.is_leaf
+    assert "Parameter" in repr(param)
+
+
+@on_ranks(2)
+def test_moving_a_model_to_where_it_is_changes_nothing() -> None:
+    engine = make(3)
+    before = weights_of(engine)
+    engine.to("cpu")
+    assert_equal_weights(weights_of(engine), before)
+    train(engine, steps=1)
+
+
+@on_ranks(2, STAGES)
+def test_what_is_kept_from_inside_gathered_may_be_read_later(stage: int) -> None:
+    engine = make(stage)
+    want = weights_of(engine)
+    with zeroshard.gathered(engine.module):
+        state = engine.module.state_dict()
+        view = engine.module.head.weight.detach()
+        written = io.BytesIO()
+    train(engine, steps=0)
+    torch.save(state, written)
+    written.seek(0)
+    assert_equal_weights(torch.load(written), want)
+    assert torch.equal(view, want["head.weight"])
+    train(engine, steps=2)  # the engine goes on in memory of its own
+    if not engine.runtime.units[0].lifetime.params_stay:
+        assert_equal_weights(state, want)
+        assert not any(unit.is_full for unit in engine.runtime.units)
+    assert not torch.equal(weights_of(engine)["head.weight"], want["head.weight"])
+
+
+@on_ranks(2, STAGES)
+def test_the_model_may_run_inside_gathered(stage: int) -> None:
+    engine, other = make(stage), make(stage)
+    with zeroshard.gathered(engine.module):
+        before = engine.module.head.weight.sum()
+        loss = loss_of(engine)
+        assert torch.equal(engine.module.head.weight.sum(), before)
+        engine.backward(loss)
+        assert torch.equal(engine.module.head.weight.sum(), before)
+    engine.step()
+    train(other, steps=1)
+    assert_equal_weights(weights_of(engine), weights_of(other))
+
+
+@on_ranks(2, STAGES)
+def test_a_step_inside_gathered_shows_the_new_weights(stage: int) -> None:
+    engine = make(stage)
+    with zeroshard.gathered(engine.module):
+        before = engine.module.head.weight.detach().clone()
+        train(engine, steps=1)
+        inside = engine.module.head.weight.detach().clone()
+    assert not torch.equal(inside, before)
+    assert torch.equal(weights_of(engine)["head.weight"], inside)
+
+
+@on_ranks(2, STAGES)
+def test_a_graph_from_before_a_step_is_refused_after_it(stage: int) -> None:
+    engine = make(stage)
+    old = loss_of(engine)
+    train(engine, steps=1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        engine.backward(old)
+    train(engine, steps=1)
+
+
+@on_ranks(2)
+def test_weights_are_gathered_before_an_engine_is_destroyed_not_after() -> None:
+    engine = make(3)
+    engine.destroy()
+    with (
+        pytest.raises(UsageError, match=r"engine was destroyed(.|\n)*before engine\.destroy\(\)"),
+        zeroshard.gathered(engine.module),
+    ):
+        pass
+
+
+class OwnError(Exception):
+    pass
+
+
+class Fails(torch.autograd.Function):
+    """A backward that fails on one rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        if dist.get_rank() == 0:
+            raise OwnError
+        return grads[0]
+
+
+@on_ranks(2, STAGES)
+def test_a_backward_that_fails_before_it_reaches_the_model_ends_it_on_all_ranks(
+    stage: int,
+) -> None:
+    engine, other = make(stage), make(stage)
+    train(engine, steps=1)
+    loss = Fails.apply((engine(batch(1)) - 1).square().mean())
+    with pytest.raises(OwnError if dist.get_rank() == 0 else DistributedError):
+        engine.backward(loss)
+    engine.reset()
+    engine.backward(loss_of(engine, 1))
+    engine.step()
+    train(other)
+    assert_equal_weights(weights_of(engine), weights_of(other))
+
+
+@on_ranks(2, STAGES)
+def test_arguments_arrive_as_the_very_objects_that_were_passed(stage: int) -> None:
+    seen: list[Any] = []
+
+    class Remembers(Net):
+        def forward(self, x: Tensor, more: dict[str, Any]) -> Tensor:
+            seen.append((x, more, more["list"]))
+            more["answer"] = super().forward(x)
+            return more["answer"]
+
+    engine = make(stage, Remembers())
+    x = batch(0) * torch.ones((), requires_grad=True)
+    more: dict[str, Any] = {"list": [1, x]}
+    engine.backward(engine(x, more).square().mean())
+    assert seen[0][0] is x
+    assert seen[0][1] is more
+    assert seen[0][2] is more["list"]
+    assert more["answer"].requires_grad
