@@ -390,7 +390,7 @@ class Runtime:
             self._counts[unit].open += 1
             if use.site.reads_in_backward:
                 self.schedule.need(unit)
-            else:
+            elif not self.schedule.take(unit):
                 unit.outline()
 
     def _close(self, use: _Use) -> None:

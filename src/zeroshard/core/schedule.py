@@ -197,11 +197,14 @@ class Schedule:
 
     def _expect_backward(self) -> None:
         """Where forward was not what it was before, expect backward to be its mirror image."""
-        past = self._past
-        end = past.index(END_FORWARD) if END_FORWARD in past else 0
-        if past and self._record[:-1] != past[:end]:
-            self._mirrored = mirror(self._record, past[:end], past[end:])
-            self._cursor = 0
+        past = self._history.get((self._kind, self._num_backwards), [])
+        ends = [at for at, op in enumerate(past) if op == END_FORWARD]
+        number = self._record.count(END_FORWARD)
+        if number > len(ends):
+            return
+        end = ends[number - 1]
+        if self._record[:-1] != past[:end]:
+            self._mirrored, self._cursor = mirror(self._record, past[:end], past[end:]), 0
 
     def _note(self, op: Op) -> None:
         if len(self._record) < _LONGEST_RECORD:
@@ -372,6 +375,15 @@ class Schedule:
             self._fetch(op)
         unit.wait()
         self._run_ahead()
+
+    def take(self, unit: Unit) -> bool:
+        """Make a unit readable if it happens to be full; say whether it is."""
+        index = self._index[unit]
+        if unit.is_full:
+            if index in self._ahead:
+                self._ahead.remove(index)
+            unit.wait()
+        return unit.is_full
 
     def _fetch(self, op: Op) -> None:
         """Issue operations up to this gather, agreeing on a new window if it is not in this one."""
