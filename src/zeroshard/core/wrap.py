@@ -2,9 +2,9 @@
 
 1. Blocks: modules the user names, or else modules of one class that repeat side by side and consist
    of several layers. One block, one unit. The outermost repetition counts, unless what repeats is
-   a large part of the model: such a *stage* is divided into the blocks inside it.
+   a large part of the model: such a *section* is divided into the blocks inside it.
 2. Outside blocks, a large layer (an embedding, an output projection) is a unit of its own.
-3. What is left of a stage or of the model is gathered there as long as it is small. Else it is
+3. What is left of a section or of the model is gathered there as long as it is small. Else it is
    grouped in runs of neighbouring layers, and each run is gathered at its layers.
 
 Every group is split further until it is uniform in dtype and in whether it is trained. A parameter
@@ -29,17 +29,17 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _REPEATED_IN = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Attributes repeat from this number on: a pair (encoder and decoder) is no stack of layers.
 _REPEATED_ATTRIBUTES = 3
-# A block of a larger share of the model is a stage if it can be divided. About three units are full
-# at once, so none should be a third of the model; a transformer of a dozen layers, each with
+# A block of a larger share of the model is a section if it can be divided. About three units are
+# full at once, so none should be a third of the model; a transformer of a dozen layers, each with
 # experts inside, should keep one unit for each layer.
-_STAGE_SHARE = 1 / 8
+_SECTION_SHARE = 1 / 8
 # A layer outside blocks is large from this share of the model on; below, a gather of its own would
 # cost more than it saves ...
 _LARGE_SHARE = 1 / 50
 # ... unless it has this size, at which the time of a gather is that of its bytes, not of its start.
 # Smaller layers are gathered together up to this size.
 _LAYER_BYTES = 16 * 2**20
-# What stays full while a stage or the model runs, besides the parameters it holds itself. Less is
+# What stays full while a section or the model runs, besides the parameters it holds itself. Less is
 # not worth a hook for each layer, in particular in a small model.
 _GROUP_BYTES = 64 * 2**20
 
@@ -54,25 +54,25 @@ class Group:
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules that repeat side by side and have several layers, stages divided."""
+    """The outermost modules that repeat side by side and have several layers, sections divided."""
     return _find_blocks(model, _nbytes(model))[0]
 
 
 def _find_blocks(module: nn.Module, model_bytes: int) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The blocks inside a module, and the stages that hold some of them."""
+    """The blocks inside a module, and the sections that hold some of them."""
     blocks: list[nn.Module] = []
-    stages: list[nn.Module] = []
+    sections: list[nn.Module] = []
     repeated = _repeated(module)
     for child in module.children():
-        inner_blocks, inner_stages = _find_blocks(child, model_bytes)
+        inner_blocks, inner_sections = _find_blocks(child, model_bytes)
         if type(child) in repeated and _is_composite(child):
-            if _is_stage(child, inner_blocks, model_bytes):
-                inner_stages.append(child)
+            if _is_section(child, inner_blocks, model_bytes):
+                inner_sections.append(child)
             else:
-                inner_blocks, inner_stages = [child], []
+                inner_blocks, inner_sections = [child], []
         blocks += inner_blocks
-        stages += inner_stages
-    return blocks, stages
+        sections += inner_sections
+    return blocks, sections
 
 
 def _repeated(module: nn.Module) -> set[type[nn.Module]]:
@@ -100,10 +100,10 @@ def _is_composite(module: nn.Module) -> bool:
     return any(any(True for _ in child.parameters()) for child in module.children())
 
 
-def _is_stage(module: nn.Module, inner_blocks: list[nn.Module], model_bytes: int) -> bool:
+def _is_section(module: nn.Module, inner_blocks: list[nn.Module], model_bytes: int) -> bool:
     """Whether a module is too large for one unit, and most of it lies in blocks inside."""
     nbytes = _nbytes(module)
-    is_large = nbytes > max(model_bytes * _STAGE_SHARE, _GROUP_BYTES)
+    is_large = nbytes > max(model_bytes * _SECTION_SHARE, _GROUP_BYTES)
     return is_large and 2 * sum(map(_nbytes, inner_blocks)) > nbytes
 
 
@@ -184,11 +184,11 @@ def choose_groups(
     """
     holders = _holders(model)
     if units:
-        found, stages = _named_blocks(model, units), list[nn.Module]()
+        found, sections = _named_blocks(model, units), list[nn.Module]()
     else:
-        found, stages = _find_blocks(model, _nbytes(model))
+        found, sections = _find_blocks(model, _nbytes(model))
     blocks = set(found)
-    places = _places({param: paths[0] for param, paths in holders.items()}, blocks, set(stages))
+    places = _places({param: paths[0] for param, paths in holders.items()}, blocks, set(sections))
     groups: dict[tuple[object, ...], Group] = {}
     for name, param in model.named_parameters():
         place, trained = places[param], is_trained(param)
@@ -201,13 +201,13 @@ def choose_groups(
 
 
 def _places(
-    paths: Mapping[nn.Parameter, _Path], blocks: set[nn.Module], stages: set[nn.Module]
+    paths: Mapping[nn.Parameter, _Path], blocks: set[nn.Module], sections: set[nn.Module]
 ) -> dict[nn.Parameter, _Place]:
     large = min(sum(param.nbytes for param in paths) * _LARGE_SHARE, _LAYER_BYTES)
     places: dict[nn.Parameter, _Place] = {}
     left: dict[nn.Module, list[_LeftOver]] = {}
     for position, (param, path) in enumerate(paths.items()):
-        scope = next((m for m in path if m in blocks or m in stages), path[-1])
+        scope = next((m for m in path if m in blocks or m in sections), path[-1])
         layer = _callable_in(path)
         if scope in blocks:
             places[param] = _Place(scope, (scope,))
@@ -233,7 +233,7 @@ class _LeftOver:
 def _places_at(
     scope: nn.Module, left_overs: Sequence[_LeftOver], *, at_layers: bool
 ) -> dict[nn.Parameter, _Place]:
-    """Group what is left of a stage or of the model."""
+    """Group what is left of a section or of the model."""
     places: dict[nn.Parameter, _Place] = {}
     sizes: Counter[nn.Module] = Counter()
     for each in left_overs:
