@@ -179,7 +179,9 @@ class FreedParameter(nn.Parameter):
 def _freed_read(param: Tensor | None) -> UsageError:
     slot = slot_of(param) if param is not None else None
     what, where = "a parameter", ""
-    if slot is not None:
+    if slot is None:
+        where = " Its engine is gone, and with it the data: gather it before engine.destroy()."
+    else:
         what = slot.unit.members[slot.index].name
         shape, shards = tuple(slot.unit.shapes[slot.index]), slot.unit.mesh.shard.size
         where = f" Its shape is {shape}; its data lives in {shards} shards."
