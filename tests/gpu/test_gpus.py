@@ -40,10 +40,9 @@ def test_the_checks_for_gpus_pass_at_toy_size_on_two_cpu_ranks() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_gpus_match_plain_torch_repeat_their_bits_and_keep_to_the_formulas(ranks: int) -> None:
-    if int(os.environ["TEST_GPUS"]) < ranks:
-        pytest.skip(f"needs {ranks} GPUs")
-    results = run_checks(ranks, env=with_gpus())
-    assert {name: line for name, line in results.items() if not line["ok"]} == {}
+@pytest.mark.timeout(900)
+def test_gpus_match_plain_torch_repeat_their_bits_and_keep_to_the_formulas() -> None:
+    """On one GPU, then on two: not at the same time, as two tests might be."""
+    for ranks in range(1, min(int(os.environ["TEST_GPUS"]), 2) + 1):
+        results = run_checks(ranks, env=with_gpus())
+        assert {name: line for name, line in results.items() if not line["ok"]} == {}, ranks
