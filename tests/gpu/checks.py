@@ -332,7 +332,7 @@ def check_overlap(ctx: Context) -> dict[str, Any]:
         }
     result["compute_ms"] = round(sum(end - start for start, end in spans["compute"]) / 1e3, 2)
     engine.destroy()
-    # How much lies under computation depends on what else the host does; whether any does, does not.
+    # How much lies under computation depends on what else the host does; that some does, does not.
     result["ok"] = all(
         result[k]["overlapped"] is not None and result[k]["overlapped"] > 0.1
         for k in ("gather", "reduce")
