@@ -1200,6 +1200,47 @@ class SelectiveCheckpointing(Stack):
         return self.head(h)
 
 
+class StopGradient(torch.autograd.Function):
+    """Passes a tensor on, and says in backward that it has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+@awkward
+class UndefinedGradients(Stack):
+    """Inputs and outputs of blocks whose gradients autograd leaves undefined."""
+
+    checkpointing_modes = NON_REENTRANT
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embedding(ids)
+        first, second = torch.stack([h, 2 * h]).unbind()
+        self.run(self.blocks[0], second)  # no loss depends on it
+        h = self.run(self.blocks[0], first)
+        h = self.run(self.blocks[1], h) + StopGradient.apply(self.run(self.blocks[2], h))
+        return self.head(self.run(self.blocks[2], h))
+
+
+@awkward
+class HookedEmbedding(Stack):
+    """Hooks read the weight of an embedding, whose own backward does not."""
+
+    checkpointing_modes = NO_CHECKPOINTING
+    units = ("Block", "embedding")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding.register_forward_hook(
+            lambda module, args, output: output * module.weight.square().mean().exp()
+        )
+
+
 class InplaceBlock(nn.Module):
     """A block that overwrites its input."""
 

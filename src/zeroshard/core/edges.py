@@ -25,7 +25,8 @@ __all__ = ["apart", "on_gradient"]
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
-Act = Callable[[Tensor], object]
+# Autograd also tells of gradients that are undefined, as those of results that no loss depends on.
+Act = Callable[[Tensor | None], object]
 
 _KEY = "zeroshard"
 
@@ -57,7 +58,7 @@ class _Edge:
         self.ends: list[Act] = []
         self.begins: list[Act] = []
 
-    def arrived(self, grad: Tensor) -> None:
+    def arrived(self, grad: Tensor | None) -> None:
         # Gradients are enabled in a backward that is itself to be differentiated.
         with torch.no_grad():
             for act in (*self.ends, *self.begins):

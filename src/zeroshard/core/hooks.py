@@ -63,9 +63,23 @@ class Site:
 
     def __init__(self, name: str, module: nn.Module, units: Sequence[Unit]) -> None:
         self.name, self.module, self.units = name, module, tuple(units)
-        # The gradient of an embedding is made of indices alone.
-        self.reads_in_backward = type(module) is not nn.Embedding
+        self._num_own_units = len(units)
         self.calls: list[_Use] = []  # calls in forward now, innermost last
+
+    @property
+    def reads_in_backward(self) -> bool:
+        """Whether backward needs more than shapes: the gradient of an embedding is indices alone.
+
+        Asked each time, because a hook of the user's may read the weight, and may come late.
+        """
+        module = self.module
+        is_bare = (
+            type(module) is nn.Embedding
+            and set(module._parameters) == {"weight"}
+            and len(module._forward_pre_hooks) == len(module._forward_hooks) == 1  # our own
+            and len(self.units) == self._num_own_units
+        )
+        return not is_bare
 
     @property
     def frees(self) -> bool:
@@ -249,9 +263,9 @@ class Runtime:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Close the use's bracket when the gradient of one of the inputs arrives."""
 
-        def arrived(grad: Tensor) -> None:
+        def arrived(grad: Tensor | None) -> None:
             self._close(use)
-            if grad.grad_fn is not None:
+            if grad is not None and grad.grad_fn is not None:
                 # The backward of this call is a graph, too, whose backward enters it here and
                 # goes on into the call.
                 on_gradient(grad, begin=lambda _: self._open(use))

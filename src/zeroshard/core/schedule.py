@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Literal, NamedTuple
 
 from zeroshard.core.collectives import Answered, Exchange
@@ -444,7 +445,9 @@ class Schedule:
                 self._note(END_FORWARD)
                 self._expect_backward()
             due = self._expected() if expects_backward else ()
-            self._leave_forward([*look_ahead(due, self._sizes, self._ahead, self._budget)])
+            wish = look_ahead(due, self._sizes, self._ahead, self._budget)
+            # No reductions: a rank that gives its batch up would lose what others contribute.
+            self._leave_forward([*takewhile(lambda op: op.kind == "gather", wish)])
         if is_own and not expects_backward:
             self._drop_ahead()
             self._close_record()
