@@ -63,21 +63,22 @@ def gathered(
         if not unit.lifetime.params_stay:
             unit.gather()
         unit.wait()
-    try:
-        with ExitStack() as kept:
-            for unit in units:
-                kept.enter_context(unit.held())
-            try:
-                yield
-            finally:
-                if modifier_rank is not None:
-                    with torch.no_grad():
-                        for unit in units:
-                            unit.adopt(partial(broadcast_, mesh=unit.mesh, src=modifier_rank))
-    finally:
+    with ExitStack() as afterwards:  # the last entry comes first
         for unit, was_full in zip(units, were_full, strict=True):
             if not was_full:
-                unit.free()
+                afterwards.callback(unit.free)
+        for unit in units:
+            afterwards.enter_context(unit.held())
+        if modifier_rank is not None:
+            afterwards.callback(_adopt, units, modifier_rank)
+        yield
+
+
+@torch.no_grad()
+def _adopt(units: Iterable[Unit], src: int) -> None:
+    """Keep the edits of rank ``src`` on all ranks."""
+    for unit in units:
+        unit.adopt(partial(broadcast_, mesh=unit.mesh, src=src))
 
 
 def guard_state_dict(model: nn.Module, on_load: Callable[[Unit], object]) -> list[RemovableHandle]:

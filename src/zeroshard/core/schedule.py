@@ -230,9 +230,8 @@ class Schedule:
         past = self._past
         start = len(past) if self._cursor is None else self._cursor
         before = next((op for op in reversed(self._record) if op != END_FORWARD), None)
-        is_gather = before is not None and before.kind == "gather" and before not in now
-        if before is not None and is_gather and not self._units[before.unit].is_full:
-            before = None  # it was not kept
+        if before is not None and before.kind == "gather" and before not in now:
+            before = before if self._units[before.unit].is_full else None  # it was not kept
         for op in (past[i] for i in range(start, len(past))):
             if op.kind == "end":
                 return

@@ -38,21 +38,13 @@ _ELSEWHERE = {
     **dict.fromkeys(
         ["--nproc_per_node", "--nproc-per-node"], "write --num_gpus for the number of ranks."
     ),
-    "--include": "choose GPUs with CUDA_VISIBLE_DEVICES, such as CUDA_VISIBLE_DEVICES=0,1.",
-    "-i": "choose GPUs with CUDA_VISIBLE_DEVICES, such as CUDA_VISIBLE_DEVICES=0,1.",
-    "-e": "choose GPUs with CUDA_VISIBLE_DEVICES, such as CUDA_VISIBLE_DEVICES=0,1.",
-    "--exclude": "choose GPUs with CUDA_VISIBLE_DEVICES, such as CUDA_VISIBLE_DEVICES=0,1.",
+    **dict.fromkeys(
+        ["-i", "--include", "-e", "--exclude"],
+        "choose GPUs with CUDA_VISIBLE_DEVICES, such as CUDA_VISIBLE_DEVICES=0,1.",
+    ),
     "--autotuning": "drop it; set the batch size in the configuration.",
     **dict.fromkeys(
-        [
-            "-H",
-            "--hostfile",
-            "--node_rank",
-            "--master_addr",
-            "--launcher",
-            "--no_ssh",
-        ],
-        _HOSTS,
+        ["-H", "--hostfile", "--node_rank", "--master_addr", "--launcher", "--no_ssh"], _HOSTS
     ),
 }
 

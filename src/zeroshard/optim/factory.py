@@ -158,17 +158,16 @@ def make_schedule(
         if not found.startswith("_")
     }
     if name not in known:
-        near = get_close_matches(name.lower(), {found.lower(): found for found in known}, n=1)
-        close = next((found for found in known if near and found.lower() == near[0]), None)
-        fact = (
-            "is not built yet"
-            if name in _SCHEDULES_TO_COME
-            else "is not a schedule of torch.optim.lr_scheduler"
-        )
+        if name in _SCHEDULES_TO_COME:
+            fact = "is not built yet."
+        else:
+            lowered = {found.lower(): found for found in known}
+            close = get_close_matches(name.lower(), lowered, n=1)
+            fact = "is not a schedule of torch.optim.lr_scheduler."
+            fact += f' Did you mean "{lowered[close[0]]}"?' if close else ""
         raise ConfigError(
             compose(
-                f'scheduler.type "{name}" {fact}.'
-                + (f' Did you mean "{close}"?' if close and name not in _SCHEDULES_TO_COME else ""),
+                f'scheduler.type "{name}" {fact}',
                 hint="use a class of torch.optim.lr_scheduler, or pass lr_scheduler=... to "
                 "initialize().",
             )
