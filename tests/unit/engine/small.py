@@ -17,6 +17,8 @@ __all__ = [
     "LR",
     "STAGES",
     "Block",
+    "Bomb",
+    "InjectedError",
     "Net",
     "assert_equal_weights",
     "batch",
@@ -89,6 +91,22 @@ class Net(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+class InjectedError(Exception):
+    """What a test makes a backward raise."""
+
+
+class Bomb(torch.autograd.Function):
+    """Identity that raises in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise InjectedError("boom")
 
 
 def batch(number: int, dtype: torch.dtype = torch.float32) -> Tensor:

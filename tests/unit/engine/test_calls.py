@@ -9,24 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from unit.engine.small import LR, STAGES, Net, batch, loss_of, make, on_ranks, weights_of
+from unit.engine.small import (
+    LR,
+    STAGES,
+    Bomb,
+    InjectedError,
+    Net,
+    batch,
+    loss_of,
+    make,
+    on_ranks,
+    weights_of,
+)
 from zeroshard import UsageError
-
-
-class InjectedError(Exception):
-    """What a test makes a backward raise."""
-
-
-class Bomb(torch.autograd.Function):
-    """Identity that raises in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise InjectedError("boom")
 
 
 def plain_weights(numbers: list[int], micro_steps: int = 1) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import zeroshard
 from unit.engine.small import (
     STAGES,
+    Bomb,
+    InjectedError,
     Net,
     assert_equal_weights,
     batch,
@@ -153,32 +155,16 @@ def test_weights_are_gathered_before_an_engine_is_destroyed_not_after() -> None:
         pass
 
 
-class OwnError(Exception):
-    pass
-
-
-class Fails(torch.autograd.Function):
-    """A backward that fails on one rank."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        if dist.get_rank() == 0:
-            raise OwnError
-        return grads[0]
-
-
 @on_ranks(2, STAGES)
 def test_a_backward_that_fails_before_it_reaches_the_model_ends_it_on_all_ranks(
     stage: int,
 ) -> None:
     engine, other = make(stage), make(stage)
     train(engine, steps=1)
-    loss = Fails.apply((engine(batch(1)) - 1).square().mean())
-    with pytest.raises(OwnError if dist.get_rank() == 0 else DistributedError):
+    fails = dist.get_rank() == 0
+    loss = (engine(batch(1)) - 1).square().mean()
+    with pytest.raises(InjectedError if fails else DistributedError):
+        loss = Bomb.apply(loss) if fails else loss
         engine.backward(loss)
     engine.reset()
     engine.backward(loss_of(engine, 1))
