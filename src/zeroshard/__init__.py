@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zeroshard import checkpointing, zero
     from zeroshard.core.access import gathered
     from zeroshard.core.world import init_distributed
     from zeroshard.engine.arguments import add_config_arguments
@@ -26,10 +27,12 @@ __all__ = [
     "MemoryReport",
     "UsageError",
     "add_config_arguments",
+    "checkpointing",
     "gathered",
     "init_distributed",
     "initialize",
     "register_external_parameter",
+    "zero",
 ]
 __version__ = "0.1.0.dev0"
 
@@ -44,9 +47,14 @@ _HOMES = {
 }
 
 
+_MODULES = frozenset({"checkpointing", "zero"})
+
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
     globals()[name] = value
     return value

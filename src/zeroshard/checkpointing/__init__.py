@@ -1,0 +1,1 @@
+"""Activation checkpointing with DeepSpeed's calls: ``configure``, ``checkpoint``, RNG tracker."""
