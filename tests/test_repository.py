@@ -77,7 +77,9 @@ def test_public_names_are_sorted_and_complete() -> None:
         if not name.startswith("_") and not isinstance(value, type(zeroshard))
     }
     modules = {"checkpointing", "zero"}
-    assert public - {"annotations", "TYPE_CHECKING", "Any", "import_module"} | modules == set(listed)
+    assert public - {"annotations", "TYPE_CHECKING", "Any", "import_module"} | modules == set(
+        listed
+    )
 
 
 def test_stages_are_named_only_in_configuration_and_the_lifetime_table() -> None:
