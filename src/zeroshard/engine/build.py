@@ -20,7 +20,7 @@ from zeroshard.core.collectives import broadcast_
 from zeroshard.core.hooks import Runtime, Site
 from zeroshard.core.lifetime import Lifetime, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh
-from zeroshard.core.schedule import Schedule
+from zeroshard.core.schedule import Limits, Schedule
 from zeroshard.core.unit import Precision, Unit, build_unit, slot_of
 from zeroshard.core.wrap import Group, choose_groups
 from zeroshard.engine.data import ShardedLoader, make_loader
@@ -317,7 +317,7 @@ def _shard(
         )
         for group in groups
     ]
-    schedule = Schedule(units, mesh, settings.zeroshard.lookahead_bytes)
+    schedule = Schedule(units, mesh, Limits(settings.zeroshard.lookahead_bytes))
     runtime = Runtime(model, _make_sites(model, groups, units), units, schedule)
     runtime.attach()
     return runtime

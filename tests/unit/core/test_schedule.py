@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from zeroshard.core import schedule as schedule_module
 from zeroshard.core.lifetime import STAGES, Lifetime
-from zeroshard.core.schedule import END, Op, Schedule, common_window, look_ahead, mirror
+from zeroshard.core.schedule import END, Limits, Op, Schedule, common_window, look_ahead, mirror
 from zeroshard.errors import DistributedError
 
 WINDOW = 64
@@ -405,7 +405,7 @@ class Rank:
             for index, size in enumerate(model.sizes)
         ]
         self.trained = [unit for unit in self.units if unit.index not in model.frozen]
-        self.schedule = Schedule(self.units, Mesh(rank, world), model.budget)  # type: ignore[arg-type]
+        self.schedule = Schedule(self.units, Mesh(rank, world), Limits(model.budget))  # type: ignore[arg-type]
         self.open: list[FakeUnit] = []
         self.kept: set[FakeUnit] = set()
         self.in_backward = False
