@@ -22,7 +22,7 @@ from zeroshard.core.lifetime import Lifetime, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh
 from zeroshard.core.schedule import Limits, Schedule
 from zeroshard.core.unit import Precision, Unit, build_unit, slot_of
-from zeroshard.core.wrap import Group, choose_groups
+from zeroshard.core.wrap import Group, Kind, choose_groups
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.engine import Engine, Settings
 from zeroshard.errors import ConfigError, UsageError, compose
@@ -121,7 +121,9 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
             pin_memory=device.type == "cuda",
         )
     groups = choose_groups(
-        model, units=settings.zeroshard.units, is_trained=lambda p: p.requires_grad and p in trained
+        model,
+        units=settings.zeroshard.units,
+        kind_of=lambda p: Kind(p.requires_grad and p in trained),
     )
 
     # From here on nothing is refused, and the model changes.
@@ -313,7 +315,7 @@ def _shard(
     precision = _precision(settings)
     units = [
         build_unit(
-            group.members, trained=group.trained, lifetime=life, mesh=mesh, precision=precision
+            group.members, trained=group.kind.trained, lifetime=life, mesh=mesh, precision=precision
         )
         for group in groups
     ]
