@@ -10,25 +10,35 @@ from __future__ import annotations
 from zeroshard.config.batch import Batch, resolve
 from zeroshard.config.parse import load
 from zeroshard.config.schema import (
+    ActivationCheckpointing,
     Bf16Config,
     Config,
     DataTypes,
     ExtensionConfig,
     Fp16Config,
+    LeafModule,
+    OffloadOptimizer,
+    OffloadParam,
     OptimizerConfig,
     SchedulerConfig,
+    TorchAutocast,
     ZeroConfig,
 )
 
 __all__ = [
+    "ActivationCheckpointing",
     "Batch",
     "Bf16Config",
     "Config",
     "DataTypes",
     "ExtensionConfig",
     "Fp16Config",
+    "LeafModule",
+    "OffloadOptimizer",
+    "OffloadParam",
     "OptimizerConfig",
     "SchedulerConfig",
+    "TorchAutocast",
     "ZeroConfig",
     "load",
     "resolve",

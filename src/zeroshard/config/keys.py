@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from zeroshard.config.values import is_auto, is_block, is_list
+from zeroshard.config.values import is_auto, is_block
 
 __all__ = [
     "ALIASES",
     "ROWS",
+    "Always",
     "Honoured",
     "NoEffect",
     "Path",
@@ -31,6 +32,15 @@ Path = tuple[str, ...]
 @dataclass(frozen=True, slots=True)
 class Honoured:
     """The key does what it says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Always:
+    """A mark on an honoured field that can be had at one value only."""
+
+    value: object
+    reason: str
+    """Why another value changes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +98,6 @@ def _at_most(bound: int) -> Callable[[object], bool]:
     return harmless
 
 
-def _no_elements(value: object) -> bool:
-    """Accept null, "auto" and an empty list."""
-    return not value if is_list(value) else _only()(value)
-
-
 def _disabled(value: object) -> bool:
     """Accept null, false and a block whose switch is off or missing."""
     return _only(False)(value.get("enabled") if is_block(value) else value)
@@ -109,13 +114,6 @@ def _empty(value: object) -> bool:
     if is_block(value):
         return not value or value.get("enabled") is False
     return _disabled(value)
-
-
-def _on_device(value: object) -> bool:
-    """Accept an offload block that leaves everything on the device."""
-    if is_block(value):
-        return _only("none")(value.get("device"))
-    return _only(False)(value)
 
 
 def _no_ranks_per_tensor(value: object) -> bool:
@@ -153,7 +151,6 @@ _WHOLE_UNITS = NoEffect("Parameters are gathered, reduced and freed by units.")
 _ALWAYS_FREE = NoEffect("It guards a mechanism that this library does not have.")
 
 _TOP: Mapping[str, NoEffect | Refused] = {
-    "activation_checkpointing": NoEffect("Checkpoint activations in the model itself."),
     "aio": _NO_OFFLOAD,
     "amp": _removed("Apex AMP"),
     "autotuning": NoEffect("Tuning by trial runs is not built yet."),
@@ -184,11 +181,6 @@ _TOP: Mapping[str, NoEffect | Refused] = {
         harmless=_only("mean"),
         instead='set "mean", and multiply the loss by the number of ranks if a sum is meant.',
     ),
-    "gradient_predivide_factor": Refused(
-        reason="Dividing in two steps rounds gradients differently, and it is not built yet.",
-        harmless=_only(1),
-        instead="remove it, or set 1.0.",
-    ),
     "graph_harvesting": _removed("graph harvesting"),
     "hybrid_engine": _switch("An engine that also generates is not built yet.", subkey="enabled"),
     "log_level": NoEffect('Set the level of the "zeroshard" logger.'),
@@ -201,9 +193,6 @@ _TOP: Mapping[str, NoEffect | Refused] = {
     "msamp": _switch("MS-AMP changes every number format, and it is not built yet."),
     "nebula": _removed("Nebula checkpoints"),
     "pipeline": NoEffect("Pipeline parallelism is not built yet."),
-    "prescale_gradients": _switch(
-        "Dividing before the reduction rounds gradients differently, and it is not built yet."
-    ),
     "progressive_layer_drop": _removed("progressive layer drop"),
     "quantize_training": _removed("quantized training", _nothing_enabled),
     "seq_parallel_communication_data_type": NoEffect("Sequence parallelism is not built yet."),
@@ -224,9 +213,6 @@ _TOP: Mapping[str, NoEffect | Refused] = {
     ),
     "tensorboard": _UNOBSERVED,
     "timers": _UNOBSERVED,
-    "torch_autocast": _switch(
-        "The forward pass would run in other dtypes, which is not built yet.", subkey="enabled"
-    ),
     "use_data_before_expert_parallelism": NoEffect("Expert parallelism is not built yet."),
     "vocabulary_size": NoEffect("It only makes DeepSpeed print a warning."),
     "wall_clock_breakdown": _UNOBSERVED,
@@ -258,34 +244,6 @@ _BF16: Mapping[str, NoEffect | Refused] = {
     "immediate_grad_update": NoEffect("Gradients are always accumulated as they arrive."),
 }
 
-_DATA_TYPES: Mapping[str, NoEffect | Refused] = {
-    "buffer_dtype": Refused(
-        reason="Buffers keep the dtype they were made in; casting them is not built yet.",
-        harmless=_only(),
-        instead="remove it, and cast the buffers in the model.",
-    ),
-    "keep_in_fp32_modules": Refused(
-        reason="Keeping some modules in fp32 changes the results, and it is not built yet.",
-        harmless=_no_elements,
-        instead='remove it, or set "auto".',
-    ),
-    "param_dtype": Refused(
-        reason="The fp16 and bf16 blocks choose the dtype; a second choice is not built yet.",
-        harmless=_only(),
-        instead='remove it, and set "enabled" in the fp16 or bf16 block.',
-    ),
-}
-
-
-def _offload(what: str) -> Refused:
-    return Refused(
-        reason=f"Moving {what} off the device is not built yet.",
-        harmless=_on_device,
-        instead='remove it, or set "device": "none".',
-        subkey="device",
-    )
-
-
 _ZERO: Mapping[str, NoEffect | Refused] = {
     "compute_grad_norm": NoEffect("The norm is always computed."),
     "cpu_offload": _switch("Moving optimizer state off the device is not built yet."),
@@ -294,25 +252,20 @@ _ZERO: Mapping[str, NoEffect | Refused] = {
     "elastic_checkpoint": _ALWAYS_FREE,
     "enable_sanity_checks": _ALWAYS_FREE,
     "grad_hooks": _ALWAYS_FREE,
-    "leaf_module": NoEffect('Name the modules to gather as one in "zeroshard": {"units": []}.'),
     "legacy_stage1": _switch("DeepSpeed itself refuses it, and it is not built yet here."),
     "load_from_fp32_weights": _NO_CHECKPOINTS,
     "log_trace_cache_warnings": _ALWAYS_FREE,
-    "memory_efficient_linear": NoEffect("torch.nn.functional.linear is never replaced."),
     "mics_hierarchical_params_gather": NoEffect("It tunes MiCS, which is not built yet."),
     "mics_shard_size": Refused(
         reason="Sharding over a part of the ranks is not built yet.",
         harmless=_at_most(0),
         instead="remove it, or set -1.",
     ),
-    "offload_optimizer": _offload("optimizer state"),
-    "offload_param": _offload("parameters"),
     "override_module_apply": _ALWAYS_FREE,
     "parameter_alignment": _WHOLE_UNITS,
     "pipeline_loading_checkpoint": _ALWAYS_FREE,
     "save_muon_momentum_buffer_in_memory": _NO_OFFLOAD,
     "stage3_allgather_sequential": _WHOLE_UNITS,
-    "stage3_model_persistence_threshold": _WHOLE_UNITS,
     "stage3_module_granularity_threshold": _WHOLE_UNITS,
     "stage3_use_all_reduce_for_fetch_params": _WHOLE_UNITS,
     "use_multi_rank_bucket_allreduce": _WHOLE_UNITS,
@@ -344,7 +297,6 @@ _BLOCKS: Mapping[Path, Mapping[str, NoEffect | Refused]] = {
     ("optimizer", "params"): _OPTIMIZER_PARAMS,
     ("fp16",): _FP16,
     ("bf16",): _BF16,
-    ("data_types",): _DATA_TYPES,
     ("zero_optimization",): _ZERO,
 }
 
