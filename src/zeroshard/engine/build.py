@@ -19,11 +19,12 @@ from zeroshard import config as configuration
 from zeroshard.core import world
 from zeroshard.core.collectives import broadcast_
 from zeroshard.core.hooks import Runtime, Site
+from zeroshard.core.init import suspended
 from zeroshard.core.leaves import marked
 from zeroshard.core.lifetime import Lifetime, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh
 from zeroshard.core.schedule import Limits, Schedule
-from zeroshard.core.unit import Unit, build_unit, slot_of
+from zeroshard.core.unit import Unit, build_unit, is_waiting, slot_of
 from zeroshard.core.usage import GradientWatch
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
 from zeroshard.engine.data import ShardedLoader, make_loader
@@ -52,6 +53,7 @@ _log = logging.getLogger(__name__)
 ConfigSource = str | Path | Mapping[str, object]
 
 
+@suspended()
 def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     args: Any = None,
     model: nn.Module | None = None,
@@ -266,11 +268,19 @@ def _resolve_scheduler(
 def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
     ignored: list[str] = []
     for name, param in model.named_parameters():
-        if slot_of(param) is not None:
+        slot = slot_of(param)
+        if slot is not None and not is_waiting(param):
             raise UsageError(
                 compose(
                     f"{name} belongs to another engine already.",
                     hint="give each engine a model of its own.",
+                )
+            )
+        if slot is not None and slot.unit.is_full:
+            raise UsageError(
+                compose(
+                    f"{name} is gathered, and edits made to it would be lost.",
+                    hint="leave zeroshard.gathered(...) before initialize().",
                 )
             )
         if param.is_meta:
