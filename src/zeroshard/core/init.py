@@ -3,11 +3,11 @@
 [Note: noticing construction]
 A module is finished when the outermost ``__init__`` of that object returns: only then have all
 classes of it made their parameters. That moment belongs to ``type.__call__``, and ``nn.Module`` has
-no metaclass where one could stand in; a wrapped ``nn.Module.__init__`` returns too early, as
-``super().__init__()`` is the first thing that a constructor does. So, while a context is active, the
-``__init__`` of every module class is wrapped, those of classes made meanwhile included, and the
-wrapper that was entered first for an object knows when it is finished. A copy is made without
-``__init__``; it is finished by ``__setstate__``. The outermost context undoes everything.
+no metaclass where one could stand in; a wrapped ``nn.Module.__init__`` returns too early, as a
+constructor calls ``super().__init__()`` first. So, while a context is active, the ``__init__`` of
+every module class is wrapped, those of classes made meanwhile included, and the wrapper that was
+entered first for an object knows when it is finished. A copy is made without ``__init__``; it is
+finished by ``__setstate__``. The outermost context undoes everything.
 
 [Note: reading inside constructors]
 Constructors read and edit parameters of modules that are finished: to initialise them, to tie or
@@ -40,6 +40,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from zeroshard.core import tree
 from zeroshard.core.collectives import all_reduce_
+from zeroshard.core.host import trim
 from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import (
@@ -66,6 +67,8 @@ class Sharding:
     dtype_of: Callable[[torch.dtype], torch.dtype]
 
 
+# Free memory that the process may keep while a model is built.
+_TRIM_BYTES: Final = 32 * 2**20
 # Ranks gather units in the order of names, so names must be unique and equal on all ranks.
 _NUMBERS: Final = itertools.count(1)
 
@@ -73,15 +76,17 @@ _NUMBERS: Final = itertools.count(1)
 def shard_module(module: nn.Module, sharding: Sharding) -> None:
     """Shard an existing module in place, one module inside it at a time. A collective."""
     for each in module.modules():
-        _shard_own(each, sharding)
+        _shard(_own(each), sharding)
+        trim()
 
 
-def _shard_own(module: nn.Module, sharding: Sharding) -> None:
-    """Shard the ordinary parameters that a module itself holds."""
+def _own(module: nn.Module) -> list[Member]:
+    """The ordinary parameters that a module itself holds, with new names."""
     own = [(n, p) for n, p in module.named_parameters(recurse=False) if _is_ordinary(p)]
-    if own:
-        label = f"{type(module).__name__}#{next(_NUMBERS)}"
-        _shard([Member(f"{label}.{name}", param) for name, param in own], sharding)
+    if not own:
+        return []
+    label = f"{type(module).__name__}#{next(_NUMBERS)}"
+    return [Member(f"{label}.{name}", param) for name, param in own]
 
 
 def _is_ordinary(param: Tensor) -> bool:
@@ -196,6 +201,7 @@ class _Construction:
         self._running: list[nn.Module] = []  # innermost last
         self._finished: MutableMapping[nn.Module, None] = WeakIdKeyDictionary()
         self._opened: list[_Opened] = []
+        self._freed_bytes = 0  # since they were given back to the operating system
         self._is_over = False
 
     def is_running(self, module: nn.Module) -> bool:
@@ -222,7 +228,7 @@ class _Construction:
         for inner in module.modules():
             # What was built before the context is somebody else's.
             if inner in self._finished and opened.isdisjoint(inner.parameters(recurse=False)):
-                _shard_own(inner, self._sharding)
+                self._shard(_own(inner))
 
     def end(self) -> None:
         """Shard what is left, wherever it is."""
@@ -231,7 +237,8 @@ class _Construction:
         gc.collect()
         self._close(everything=True)
         for module in list(self._finished):
-            _shard_own(module, self._sharding)
+            self._shard(_own(module))
+        trim()
 
     def abandon(self) -> None:
         """Shard nothing any more."""
@@ -266,7 +273,14 @@ class _Construction:
         self._opened = [each for each in self._opened if each not in idle]
         while idle:
             members = idle.pop(0).members
-            _shard([each for each in members if _is_ordinary(each.param)], self._sharding)
+            self._shard([each for each in members if _is_ordinary(each.param)])
+
+    def _shard(self, members: Sequence[Member]) -> None:
+        self._freed_bytes += sum(member.param.nbytes for member in members)
+        _shard(members, self._sharding)
+        if self._freed_bytes > _TRIM_BYTES:
+            self._freed_bytes = 0
+            trim()
 
     def _agree(self, opened: Sequence[_Opened]) -> list[_Opened]:
         """Those that no rank has views of: when a cycle is collected, ranks may differ."""

@@ -609,12 +609,17 @@ def keep_until_engine(unit: Unit) -> None:
     keeper = _Keeper(unit)
     unit.is_kept_for_engine = True
     for member in unit.members:
-        member.param.__dict__[_KEEPER] = keeper
+        setattr(member.param, _KEEPER, keeper)
+
+
+def _release_keeper(param: Tensor) -> None:
+    if hasattr(param, _KEEPER):
+        delattr(param, _KEEPER)
 
 
 def is_waiting(param: Tensor) -> bool:
     """Whether a parameter lives in shards but no engine manages it yet."""
-    return param.__dict__.get(_KEEPER) is not None
+    return vars(param).get(_KEEPER) is not None
 
 
 def full_shape(param: Tensor) -> torch.Size:
@@ -638,7 +643,7 @@ def restore(unit: Unit) -> Tensor:
     unit.wait()
     for param in unit._params:
         _SLOTS.pop(param)
-        param.__dict__.pop(_KEEPER, None)
+        _release_keeper(param)
     return unit._full.tensor
 
 
@@ -667,20 +672,21 @@ def build_unit(
         align=max(1, _ALIGN_BYTES // compute.itemsize),
     )
     mine = layout.shard(mesh.shard.rank)
-    gradient = None
+    part = Range(0, layout.full_numel) if lifetime.params_stay else mine
+    full = gradient = None
     with torch.no_grad():
+        # Without master weights, nobody asks for more digits than the compute dtype has.
+        values = _values(params, layout, part, mesh, own_dtype if trained else compute)
         if lifetime.params_stay:
-            values = _values(params, layout, Range(0, layout.full_numel), mesh)
             full = values.to(compute)
             shard, values = full[mine.slice()], values[mine.slice()]
         else:
-            values = _values(params, layout, mine, mesh)
             shard = values.to(compute)
         _vacate(params, mesh)
-        if not lifetime.params_stay:
+        if full is None:
             full = torch.empty(layout.full_numel, dtype=compute, device=mesh.device)
         master = shard
-        if compute != wide:
+        if trained and compute != wide:
             # Of a larger buffer only a part is kept, which must not keep the rest.
             master = values.to(wide, copy=lifetime.params_stay)
         if trained:
@@ -709,10 +715,12 @@ def build_unit(
     return unit
 
 
-def _values(params: Sequence[nn.Parameter], layout: Layout, part: Range, mesh: Mesh) -> Tensor:
-    """A part of the flat buffer, in the parameters' own dtype; of this rank's shard or of all."""
+def _values(
+    params: Sequence[nn.Parameter], layout: Layout, part: Range, mesh: Mesh, dtype: torch.dtype
+) -> Tensor:
+    """The values of this rank's shard, or of the whole flat buffer."""
     own = [None if is_waiting(param) else param.detach() for param in params]
-    out = torch.zeros(part.numel, dtype=params[0].dtype, device=mesh.device)
+    out = torch.zeros(part.numel, dtype=dtype, device=mesh.device)
     if any(param is not None for param in own):
         if part == layout.shard(mesh.shard.rank):
             deal(own, layout, out, mesh)
@@ -738,8 +746,8 @@ def _values(params: Sequence[nn.Parameter], layout: Layout, part: Range, mesh: M
 def _vacate(params: Sequence[nn.Parameter], mesh: Mesh) -> None:
     """Give back the memory that parameters have: their own, or the shards in which they wait."""
     for param in params:
-        if isinstance(param, FreedParameter):
-            param.__class__ = nn.Parameter
+        if type(param) is FreedParameter:
+            object.__setattr__(param, "__class__", nn.Parameter)
         param.data = torch.empty(0, dtype=param.dtype, device=mesh.device)
         param.grad = None
-        param.__dict__.pop(_KEEPER, None)
+        _release_keeper(param)

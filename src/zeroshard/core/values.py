@@ -18,7 +18,7 @@ from zeroshard.core.mesh import Mesh
 __all__ = ["deal", "pass_round", "put"]
 
 # Of all ranks together. Larger pieces are not faster, neither over NVLink nor over sockets.
-_PIECE_BYTES = 32 * 2**20
+_PIECE_BYTES = 16 * 2**20
 
 
 def _pieces(mesh: Mesh, layout: Layout, dtype: torch.dtype) -> Iterator[Range]:
@@ -55,11 +55,13 @@ def put(into: Tensor, part: Range, layout: Layout, index: int, values: Tensor, a
 def deal(params: Sequence[Tensor | None], layout: Layout, out: Tensor, mesh: Mesh) -> None:
     """Fill ``out`` with this rank's shard of rank 0's parameters, zeros for None. A collective."""
     flats = [None if param is None else param.reshape(-1) for param in params]
-    size = mesh.shard.size
+    staged: Tensor | None = None
     for piece in _pieces(mesh, layout, out.dtype):
         rows = None
         if mesh.rank == 0:
-            rows = out.new_zeros(size, piece.numel)
+            # One memory for all pieces: a backend may hold on to what it has sent for a while.
+            staged = out.new_empty(mesh.shard.size, piece.numel) if staged is None else staged
+            rows = staged[:, : piece.numel].zero_()
             for rank, row in enumerate(rows):
                 for index, flat in enumerate(flats):
                     if flat is not None:

@@ -5,6 +5,7 @@ The only place that turns configuration into core objects.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from zeroshard import config as configuration
 from zeroshard.core import world
 from zeroshard.core.collectives import broadcast_
 from zeroshard.core.hooks import Runtime, Site
+from zeroshard.core.host import trim
 from zeroshard.core.init import suspended
 from zeroshard.core.leaves import marked
 from zeroshard.core.lifetime import Lifetime, lifetime
@@ -368,16 +370,19 @@ def _shard(
     buffer_dtype = settings.data_types.buffer_dtype
     _place_buffers(model, mesh, DTYPES[buffer_dtype] if buffer_dtype else None)
     dtypes = precision(settings, mesh.world)
-    units = [
-        build_unit(
+    # Parameters that were replaced after they were sharded keep their shards in a cycle.
+    gc.collect()
+    units: list[Unit] = []
+    for group in groups:
+        unit = build_unit(
             group.members,
             trained=group.kind.trained,
             lifetime=life.with_params_that_stay() if group.kind.persistent else life,
             mesh=mesh,
             precision=replace(dtypes, compute=group.kind.compute),
         )
-        for group in groups
-    ]
+        units.append(unit)
+        trim()
     schedule = Schedule(units, mesh, _limits(units, settings))
     runtime = Runtime(model, _make_sites(model, groups, units), units, schedule)
     runtime.attach()
