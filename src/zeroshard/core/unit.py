@@ -729,17 +729,20 @@ def _values(
                 if param is not None:
                     put(out, part, layout, index, param.reshape(-1), 0)
             broadcast_(out, mesh)
-    waiting = [(index, slot_of(param)) for index, param in enumerate(params) if own[index] is None]
-    places = [(index, slot) for index, slot in waiting if slot is not None]
-    for unit in dict.fromkeys(slot.unit for _, slot in places):
-        shard = unit._store.read(out.new_empty(unit.layout.shard_numel))
-        for given, row in pass_round(shard, unit.layout, unit.mesh):
-            for index, slot in places:
-                inside = unit.layout.within(slot.index, given)
-                if slot.unit is unit and inside.numel:
-                    start = unit.layout.full(slot.index).start + inside.start - given.start
-                    values = row[start : start + inside.numel]
-                    put(out, part, layout, index, values, inside.start)
+    waiting: dict[Unit, list[tuple[int, int]]] = {}
+    for index, param in enumerate(params):
+        slot = slot_of(param)
+        if own[index] is None and slot is not None:
+            waiting.setdefault(slot.unit, []).append((index, slot.index))
+    for unit, places in waiting.items():
+        old = unit.layout
+        shard = unit._store.read(out.new_empty(old.shard_numel))
+        for given, row in pass_round(shard, old, unit.mesh):
+            for index, old_index in places:
+                inside = old.within(old_index, given)
+                start = old.full(old_index).start + inside.start - given.start
+                values = row[start : start + inside.numel]
+                put(out, part, layout, index, values, inside.start)
     return out
 
 

@@ -191,10 +191,8 @@ def _check_world() -> None:
     Raises:
         UsageError: the process group has one rank, but WORLD_SIZE says otherwise.
     """
-    if dist.get_world_size() > 1:
-        return
-    started = world.rendezvous(os.environ, port=0).world_size
-    if started > 1:
+    started = os.environ.get(world.WORLD_SIZE, "1")
+    if dist.get_world_size() == 1 and started.isdecimal() and int(started) > 1:
         raise UsageError(
             compose(
                 f"zero.Init: the process group has one rank, but {started} were started, so every "
