@@ -55,13 +55,13 @@ def put(into: Tensor, part: Range, layout: Layout, index: int, values: Tensor, a
 def deal(params: Sequence[Tensor | None], layout: Layout, out: Tensor, mesh: Mesh) -> None:
     """Fill ``out`` with this rank's shard of rank 0's parameters, zeros for None. A collective."""
     flats = [None if param is None else param.reshape(-1) for param in params]
-    staged: Tensor | None = None
+    outbox: Tensor | None = None
     for piece in _pieces(mesh, layout, out.dtype):
         rows = None
         if mesh.rank == 0:
             # One memory for all pieces: a backend may hold on to what it has sent for a while.
-            staged = out.new_empty(mesh.shard.size, piece.numel) if staged is None else staged
-            rows = staged[:, : piece.numel].zero_()
+            outbox = out.new_empty(mesh.shard.size, piece.numel) if outbox is None else outbox
+            rows = outbox[:, : piece.numel].zero_()
             for rank, row in enumerate(rows):
                 for index, flat in enumerate(flats):
                     if flat is not None:

@@ -370,8 +370,8 @@ def _shard(
     buffer_dtype = settings.data_types.buffer_dtype
     _place_buffers(model, mesh, DTYPES[buffer_dtype] if buffer_dtype else None)
     dtypes = precision(settings, mesh.world)
-    # Parameters that were replaced after they were sharded keep their shards in a cycle.
-    gc.collect()
+    if any(is_waiting(param) for param in model.parameters()):
+        gc.collect()  # waiting parameters that were replaced keep their shards in a cycle
     units: list[Unit] = []
     for group in groups:
         unit = build_unit(
