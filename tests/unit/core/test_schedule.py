@@ -420,10 +420,11 @@ class Rank:
         if self.model.stays:
             return
         early = [u for u in self.units if u.is_full and u not in self.open and u not in self.kept]
-        if self.model.budget is None:
+        budget = self.model.budget if self.model.overlap else 0
+        if budget is None:
             assert len(early) <= 1, f"{[u.name for u in early]} are there before their time"
         elif len(early) > 1:
-            assert sum(unit.nbytes_full for unit in early) <= self.model.budget
+            assert sum(unit.nbytes_full for unit in early) <= budget
 
     def run(self, passes: Sequence[Pass]) -> None:
         for number, one in enumerate(passes):
