@@ -26,6 +26,7 @@ from zeroshard.core.schedule import Limits, Schedule
 from zeroshard.core.unit import Unit, build_unit, slot_of
 from zeroshard.core.usage import GradientWatch
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
+from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.engine import Engine, Settings
 from zeroshard.engine.precision import (
@@ -102,7 +103,10 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
                 hint="leave them out.",
             )
         )
-    settings = configuration.load(_config_source(args, config, config_params))
+    facts = collect_facts(
+        args, model, model_parameters, optimizer=optimizer, lr_scheduler=lr_scheduler
+    )
+    settings = configuration.load(_config_source(args, config, config_params), facts)
     world.init_distributed(distributed_port=distributed_port)
     device = world.device()
     batch = settings.batch(dist.get_world_size())
