@@ -38,7 +38,8 @@ from zeroshard.engine.precision import (
 )
 from zeroshard.errors import ConfigError, UsageError, compose
 from zeroshard.logs import show_messages
-from zeroshard.optim.factory import make_optimizer, make_schedule
+from zeroshard.optim.factory import make_optimizer
+from zeroshard.optim.schedules import make_schedule
 from zeroshard.optim.sharded import (
     ShardedOptimizer,
     StepPolicy,
@@ -228,7 +229,7 @@ def _resolve_optimizer(
     if optimizer is not None:
         return optimizer(params)
     assert settings.optimizer is not None, "there is an optimizer, or a block that describes it"
-    return make_optimizer(settings.optimizer.type, params, settings.optimizer.params)
+    return make_optimizer(settings.optimizer.type, params, settings.optimizer.params, model)
 
 
 def _resolve_scheduler(

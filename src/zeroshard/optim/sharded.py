@@ -26,12 +26,25 @@ from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import Unit, slot_of
 from zeroshard.errors import UsageError, compose
 from zeroshard.optim.factory import ELEMENTWISE
+from zeroshard.optim.lamb import Lamb
+from zeroshard.optim.muon import Muon
+from zeroshard.optim.packages import is_quantized_elementwise
 from zeroshard.optim.scaler import LossScaler
+from zeroshard.optim.whole import Sharded, WholeOptimizer
 
 __all__ = ["ShardedOptimizer", "StepPolicy", "check_optimizer", "optimizer_parameters"]
 
 _log = logging.getLogger(__name__)
 _ROW = 4096  # elements that are summed in the dtype of the gradient
+_SHARDABLE = ELEMENTWISE | {Lamb, Muon}
+_TORCH_MUON = getattr(torch.optim, "Muon", None)  # since torch 2.9
+_UNFIT: Mapping[type, str] = {
+    torch.optim.LBFGS: "computes the loss several times in one step, which engine.step() cannot do",
+    torch.optim.SparseAdam: "takes sparse gradients only, and gradients are dense here",
+}
+_LOOKS_FURTHER: Mapping[type, str] = {
+    torch.optim.Adafactor: "keeps averages over the rows and columns of whole matrices",
+}
 
 
 def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
@@ -69,11 +82,27 @@ def check_optimizer(
                     f"{tuple(param.shape)} that is not a parameter of the model."
                 )
     kind = type(optimizer)
-    if kind not in ELEMENTWISE and num_shards > 1 and not allow_untested:
+    if kind in _UNFIT:
+        raise UsageError(
+            compose(f"{kind.__name__} {_UNFIT[kind]}.", hint="use another optimizer, such as Adam.")
+        )
+    if num_shards == 1 or kind in _SHARDABLE or is_quantized_elementwise(kind):
+        return
+    if kind is _TORCH_MUON:
         raise UsageError(
             compose(
-                f"{kind.__name__} is not known to update each element on its own, and every rank "
-                f"here steps 1/{num_shards} of each parameter: numbers could be wrong.",
+                "torch.optim.Muon steps whole matrices, and every rank here steps "
+                f"1/{num_shards} of each parameter.",
+                hint='name it in the configuration, "optimizer": {"type": "Muon"}, or pass a '
+                "zeroshard.optim.Muon: it takes all parameters, and gathers what it needs.",
+            )
+        )
+    if not allow_untested:
+        reason = _LOOKS_FURTHER.get(kind, "is not known to update each element on its own")
+        raise UsageError(
+            compose(
+                f"{kind.__name__} {reason}, and every rank here steps 1/{num_shards} of each "
+                "parameter: numbers could be wrong.",
                 hint='use "stage": 0, or set "zero_allow_untested_optimizer": true if the '
                 "update of an element depends on that element alone.",
             )
@@ -117,6 +146,9 @@ class ShardedOptimizer:
 
     def _adopt(self) -> None:
         """Exchange parameters for slices in every group, and slice the state they already have."""
+        needs_whole = isinstance(self.inner, WholeOptimizer)
+        if isinstance(self.inner, WholeOptimizer):
+            self.inner.whole = Sharded(self.units, self.mesh)
         old_state = dict(self.inner.state)
         self.inner.state.clear()
         for group in self.inner.param_groups:
@@ -126,7 +158,7 @@ class ShardedOptimizer:
                 if slot is None or not slot.unit.is_trained:
                     continue  # a frozen parameter is never stepped
                 piece = slot.unit.slices[slot.index]
-                if piece.numel():
+                if piece.numel() or needs_whole:
                     slices.append(piece)
                     if param in old_state:
                         self.inner.state[piece] = self._slice_state(
@@ -140,8 +172,18 @@ class ShardedOptimizer:
         sliced: dict[str, Any] = {}
         for key, value in state.items():
             is_count = key == "step"  # a scalar whatever the parameter's shape
-            if isinstance(value, Tensor) and not is_count and value.numel() == numel:
+            if not isinstance(value, Tensor) or is_count:
+                pass
+            elif value.numel() == numel:
                 value = value.reshape(-1)[owned.slice()].to(piece.device).view(piece.shape).clone()
+            elif value.dim() and self.mesh.shard.size > 1:
+                raise UsageError(
+                    compose(
+                        f"{unit.members[index].name}: the optimizer's state {key!r} has "
+                        f"{value.numel()} elements, so it cannot be cut like the parameter.",
+                        hint="pass an optimizer that has not made a step yet.",
+                    )
+                )
             sliced[key] = value
         return sliced
 
