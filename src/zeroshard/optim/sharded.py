@@ -55,10 +55,15 @@ def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parame
 
 @dataclass(frozen=True, slots=True)
 class StepPolicy:
-    """What happens between backward and the optimizer: ``clip`` 0 does not clip."""
+    """What happens between backward and the optimizer: ``clip`` 0 does not clip.
+
+    ``most_numel``: elements of this rank's master weights that are stepped at once, at least those
+    of one unit; None steps all at once.
+    """
 
     clip: float = 0.0
     skip_on_overflow: bool = False
+    most_numel: int | None = None
 
 
 def check_optimizer(
@@ -109,6 +114,11 @@ def check_optimizer(
         )
 
 
+def steps_in_parts(kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether several steps over a few parameters each are one step over all of them."""
+    return kind in ELEMENTWISE or is_quantized_elementwise(kind)
+
+
 def _square(shard: Tensor) -> Tensor:
     """The squared L2 norm in fp64, in two levels: a long sum in fp32 loses its last addends."""
     rows = shard.numel() // _ROW
@@ -141,6 +151,7 @@ class ShardedOptimizer:
         self._square = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._stepping = False
         self._adopt()
+        self._parts = self._divide()
         self._num_slices = sum(len(group["params"]) for group in inner.param_groups)
         inner.register_step_pre_hook(self._refuse_direct_step)
 
@@ -165,6 +176,28 @@ class ShardedOptimizer:
                             old_state[param], slot.unit, slot.index
                         )
             group["params"] = slices
+
+    def _divide(self) -> list[list[Unit]]:
+        """The units of each part of a step, in order."""
+        most = self.policy.most_numel
+        if most is None:
+            return [list(self.units)]
+        if not steps_in_parts(type(self.inner)):
+            _log.warning(
+                "zero_optimization.sub_group_size is ignored: %s may look at all parameters in one "
+                "step, so it steps all at once.",
+                type(self.inner).__name__,
+            )
+            return [list(self.units)]
+        parts: list[list[Unit]] = []
+        room = 0
+        for unit in self.units:
+            if unit.layout.shard_numel > room:
+                parts.append([])
+                room = most
+            parts[-1].append(unit)
+            room -= unit.layout.shard_numel
+        return parts
 
     def _slice_state(self, state: Mapping[str, Any], unit: Unit, index: int) -> dict[str, Any]:
         owned = unit.layout.owned(index, self.mesh.shard.rank)
@@ -219,18 +252,6 @@ class ShardedOptimizer:
         return not overflow
 
     def _apply(self, norm: Tensor, divisor: float) -> None:
-        shards: list[Tensor] = []
-        for unit in self.units:
-            unit.expose_gradients()
-            assert unit.grad_shard is not None, f"{unit.name} has no gradient after backward"
-            shards.append(unit.grad_shard)
-        if self.policy.clip > 0:
-            # torch.nn.utils.clip_grad_norm_ has the same epsilon.
-            factor = (self.policy.clip / (norm + 1e-6)).clamp(max=1.0) / divisor
-            for shard in shards:
-                shard.mul_(factor)
-        elif divisor != 1.0:
-            torch._foreach_mul_(shards, 1.0 / divisor)
         if sum(len(group["params"]) for group in self.inner.param_groups) != self._num_slices:
             raise UsageError(
                 compose(
@@ -238,18 +259,38 @@ class ShardedOptimizer:
                     hint="add parameters to the optimizer before initialize().",
                 )
             )
+        factor: Tensor | None = None
+        if self.policy.clip > 0:
+            # torch.nn.utils.clip_grad_norm_ has the same epsilon.
+            factor = (self.policy.clip / (norm + 1e-6)).clamp(max=1.0) / divisor
+        for units in self._parts:
+            self._step_units(units, factor, divisor)
+        for unit in self.units:
+            if unit.is_full:
+                unit.wait()
+
+    def _step_units(self, units: Sequence[Unit], factor: Tensor | None, divisor: float) -> None:
+        """Step the slices of some units; torch's optimizers pass over those without gradients."""
+        shards: list[Tensor] = []
+        for unit in units:
+            unit.expose_gradients()
+            assert unit.grad_shard is not None, f"{unit.name} has no gradient after backward"
+            shards.append(unit.grad_shard)
+        if factor is not None:
+            for shard in shards:
+                shard.mul_(factor)
+        elif divisor != 1.0:
+            torch._foreach_mul_(shards, 1.0 / divisor)
         self._stepping = True
         try:
             self.inner.step()
         finally:
             self._stepping = False
-        self.clear_gradients()
+        for unit in units:
+            unit.clear_gradients()
         with torch.no_grad():
-            for unit in self.units:
+            for unit in units:
                 unit.publish()
-            for unit in self.units:
-                if unit.is_full:
-                    unit.wait()
 
     def _global_norm(self) -> Tensor:
         """L2 norm over all gradients of all ranks, before unscaling and clipping."""
