@@ -331,6 +331,11 @@ class ZeroConfig(_Block):
     offload_param: Annotated[OffloadParam, _OFFLOADED] = OffloadParam()
     """Where the shards of parameters live."""
 
+    @field_validator("offload_optimizer", "offload_param", mode="before")
+    @classmethod
+    def _nothing_as_switch(cls, value: object) -> object:
+        return {} if value is False else value
+
 
 class ExtensionConfig(_Block):
     """Keys of this library that DeepSpeed does not have."""
