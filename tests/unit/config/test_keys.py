@@ -200,7 +200,7 @@ def test_keys_that_do_nothing_are_checked_too(path: str, value: object, wanted: 
         ("timers.throughput.synchronised", "synchronized"),
         ("tensor_parallel.tp.tp_siz", "tp_size"),
         ("zero_optimization.offload_optimizer.pin_memori", "pin_memory"),
-        ("zero_optimization.leaf_module.clases", "classes"),
+        ("zero_optimization.leaf_module.class", "classes"),
         ("zero_optimization.zenflow.topk_ration", "topk_ratio"),
         ("elasticity.min_gpu", "min_gpus"),
         ("torch_autocast.dtyp", "dtype"),
