@@ -151,7 +151,7 @@ def test_keys_that_do_nothing_for_one_reason_share_a_warning(
     [
         ("wall_clock_breakdown", False),
         ("dump_state", None),
-        ("tensorboard", {"enabled": False, "job_name": "x"}),
+        ("tensorboard", {"enabled": False, "job_name": "x", "output_path": ""}),
         ("aio", {}),
         ("compile", {"deepcompile": False}),
         ("zero_optimization.contiguous_gradients", True),
