@@ -88,6 +88,17 @@ def test_what_is_printed_is_plain_text_with_whole_lines(run: Run, file: str) -> 
     assert max(map(len, out.splitlines())) > 120
 
 
+def test_a_terminal_gets_lines_that_fit_and_no_name_is_cut(
+    run: Run, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _, out, _ = run("explain", file)
+    assert max(map(len, out.splitlines())) <= 90
+    assert out.isascii()
+    assert "zero_optimization.offload_optimizer" in out
+
+
 def test_values_can_be_set_on_the_command_line(run: Run, file: str) -> None:
     options = ("--set", "zero_optimization.stage=3", "--set", "bf16.enabled=true")
     code, out, _ = run("explain", file, *options)
