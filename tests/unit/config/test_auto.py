@@ -66,10 +66,10 @@ def test_each_resolved_value_is_told_with_its_source_in_one_line(
         'the config dict: "auto" is resolved to: '
         "train_micro_batch_size_per_gpu = 2 (args.per_device_train_batch_size), "
         "gradient_clipping = 1.0 (default), "
-        "bf16.enabled = true (the model's parameters are bf16), "
+        "bf16.enabled = true (the model's bf16 parameters), "
         "optimizer.params.lr = 0.0003 (args.learning_rate), "
         "scheduler.params.warmup_max_lr = 0.0003 (optimizer.params.lr), "
-        "zero_optimization.reduce_bucket_size = 4096 (hidden^2, hidden size 64), "
+        "zero_optimization.reduce_bucket_size = 4096 (hidden^2 with the model's hidden size 64), "
         "zero_optimization.overlap_comm = null (default)"
     )
 

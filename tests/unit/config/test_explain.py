@@ -93,7 +93,7 @@ def test_with_facts_auto_is_explained_by_them() -> None:
     assert told(found["gradient_clipping"])[:2] == (0.5, '"auto" from args.max_grad_norm')
     assert told(found["bf16.enabled"])[:2] == (
         True,
-        '"auto" from the model\'s parameters are bf16',
+        '"auto" from the model\'s bf16 parameters',
     )
 
 

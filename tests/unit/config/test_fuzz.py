@@ -73,7 +73,7 @@ def random_keys(rng: random.Random) -> str:
     return json.dumps(values, ensure_ascii=rng.random() < 0.5)
 
 
-def retuned(rng: random.Random) -> str:
+def changed(rng: random.Random) -> str:
     values = json.loads(rng.choice(SEEDS))
     for _ in range(rng.randrange(1, 4)):
         put(values, rng.choice(KNOWN), rng.choice([True, False, None, "auto", 1, 64, 0.5]))
@@ -108,7 +108,7 @@ def doubled(rng: random.Random) -> str:
     return f"{{{one}, {two}, {one}}}"
 
 
-KINDS = (wrong_values, retuned, random_keys, truncated, damaged, nested, doubled)
+KINDS = (wrong_values, changed, random_keys, truncated, damaged, nested, doubled)
 
 
 def check(attempt: Callable[[], object]) -> bool:

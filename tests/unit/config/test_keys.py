@@ -151,7 +151,7 @@ def test_keys_that_do_nothing_for_one_reason_share_a_warning(
     [
         ("wall_clock_breakdown", False),
         ("dump_state", None),
-        ("tensorboard", {"enabled": False, "job_name": "x"}),
+        ("tensorboard", {"enabled": False, "job_name": "x", "output_path": ""}),
         ("aio", {}),
         ("compile", {"deepcompile": False}),
         ("zero_optimization.contiguous_gradients", True),
@@ -200,7 +200,7 @@ def test_keys_that_do_nothing_are_checked_too(path: str, value: object, wanted: 
         ("timers.throughput.synchronised", "synchronized"),
         ("tensor_parallel.tp.tp_siz", "tp_size"),
         ("zero_optimization.offload_optimizer.pin_memori", "pin_memory"),
-        ("zero_optimization.leaf_module.clases", "classes"),
+        ("zero_optimization.leaf_module.class", "classes"),
         ("zero_optimization.zenflow.topk_ration", "topk_ratio"),
         ("elasticity.min_gpu", "min_gpus"),
         ("torch_autocast.dtyp", "dtype"),

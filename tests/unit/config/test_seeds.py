@@ -63,4 +63,4 @@ def test_the_trainers_file_is_filled_from_the_trainer(caplog: pytest.LogCaptureF
     assert config.batch(8).train == 2 * 4 * 8
     (line,) = [record.getMessage() for record in caplog.records]
     assert "gradient_clipping = 0.5 (args.max_grad_norm)" in line
-    assert "reduce_bucket_size = 16777216 (hidden^2, hidden size 4096)" in line
+    assert "reduce_bucket_size = 16777216 (hidden^2 with the model's hidden size 4096)" in line
