@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from forked import run_ranks
 from zeroshard.core.lifetime import STAGES
@@ -270,6 +271,16 @@ def test_optimizer_state_counts_moments_and_separate_master_weights() -> None:
         moments = 8 * sum(math.prod(shape) for shapes in SHAPES for shape in shapes)
         masters = (per_element - 8) * sum(unit.layout.shard_numel for unit in units)
         assert sharded.state_bytes() == moments + masters
+
+
+def test_state_that_consists_of_other_tensors_counts_as_these() -> None:
+    params = make_params()
+    inner = torch.optim.SGD(params, lr=0.1)
+    sharded = ShardedOptimizer(inner, make_units(params), alone(), policy=PLAIN)
+    piece = next(iter(optimizer_parameters(inner)))
+    codes, scales = torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
+    inner.state[piece] = {"momentum_buffer": TwoTensor(codes, scales)}
+    assert sharded.state_bytes() == 8
 
 
 # Refusals ---------------------------------------------------------------------------------------
