@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from zeroshard.core.unit import slot_of
 from zeroshard.optim.groups import Group, decay_, evaluate, moments, with_gradients
 from zeroshard.optim.whole import WholeOptimizer
 
@@ -79,7 +80,7 @@ def muon_groups(params: Iterable[Any], model: nn.Module | None = None) -> list[d
             return bool(told)
         name = names.get(param, "")
         is_table = param in tables or "embed" in name or "lm_head" in name
-        return param.dim() >= 2 and not is_table
+        return len(_shape_of(param)) >= 2 and not is_table
 
     groups: list[dict[str, Any]] = []
     for group in _as_groups(params):
@@ -91,6 +92,12 @@ def muon_groups(params: Iterable[Any], model: nn.Module | None = None) -> list[d
             if own:
                 groups.append({**group, "params": own, "use_muon": rule})
     return groups
+
+
+def _shape_of(param: Tensor) -> torch.Size:
+    """The shape of a parameter, which a freed one does not show itself."""
+    slot = slot_of(param)
+    return param.shape if slot is None else slot.unit.shapes[slot.index]
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -172,7 +179,8 @@ class Muon(WholeOptimizer):
         added = self.param_groups[-1]
         for key in _NOT_OF_MUON if for_muon else _NOT_OF_ADAM:
             added.pop(key, None)
-        vectors = [tuple(param.shape) for param in added["params"] if param.dim() < 2]
+        shapes = [_shape_of(param) for param in added["params"]]
+        vectors = [tuple(shape) for shape in shapes if len(shape) < 2]
         if for_muon and vectors:
             self.param_groups.pop()
             raise ValueError(

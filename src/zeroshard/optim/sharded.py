@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zeroshard.core.collectives import Answered, all_reduce_
 from zeroshard.core.mesh import Mesh
@@ -127,6 +128,13 @@ def _square(shard: Tensor) -> Tensor:
         torch.linalg.vector_norm(shard[rows * _ROW :]).view(1),
     ]
     return torch.cat(norms).double().square().sum()
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Bytes of memory; quantised state is a tensor that consists of others."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.nbytes
+    return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
 
 
 class ShardedOptimizer:
@@ -310,7 +318,7 @@ class ShardedOptimizer:
     def state_bytes(self) -> int:
         """Bytes of state on this rank: moments, and master weights kept beside parameters."""
         moments = sum(
-            value.nbytes
+            _bytes_of(value)
             for state in self.inner.state.values()
             for value in state.values()
             if isinstance(value, Tensor) and value.dim()
