@@ -10,6 +10,7 @@ from __future__ import annotations
 from zeroshard.config.batch import Batch, resolve
 from zeroshard.config.parse import load
 from zeroshard.config.schema import (
+    ActivationCheckpointing,
     Bf16Config,
     Config,
     DataTypes,
@@ -21,6 +22,7 @@ from zeroshard.config.schema import (
 )
 
 __all__ = [
+    "ActivationCheckpointing",
     "Batch",
     "Bf16Config",
     "Config",

@@ -153,7 +153,6 @@ _WHOLE_UNITS = NoEffect("Parameters are gathered, reduced and freed by units.")
 _ALWAYS_FREE = NoEffect("It guards a mechanism that this library does not have.")
 
 _TOP: Mapping[str, NoEffect | Refused] = {
-    "activation_checkpointing": NoEffect("Checkpoint activations in the model itself."),
     "aio": _NO_OFFLOAD,
     "amp": _removed("Apex AMP"),
     "autotuning": NoEffect("Tuning by trial runs is not built yet."),

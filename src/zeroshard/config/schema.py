@@ -23,6 +23,7 @@ from zeroshard.config.keys import NoEffect
 from zeroshard.config.values import is_sequence
 
 __all__ = [
+    "ActivationCheckpointing",
     "Bf16Config",
     "Config",
     "DataTypes",
@@ -213,6 +214,28 @@ class DataTypes(_Block):
     """The dtype gradients are accumulated in; null is fp32 (DeepSpeed: the model's dtype)."""
 
 
+class ActivationCheckpointing(_Block):
+    """How zeroshard.checkpointing keeps the inputs of what it runs again in backward."""
+
+    partition_activations: Flag = False
+    """Whether kept inputs are divided over the ranks of a tensor parallel group."""
+
+    number_checkpoints: CountOrNone = None
+    """Number of checkpointed parts of the model."""
+
+    contiguous_memory_optimization: Flag = False
+    """Whether copies of inputs lie in one buffer; needs number_checkpoints."""
+
+    synchronize_checkpoint_boundary: Flag = False
+    """Whether the device is waited for at both ends of a checkpointed part."""
+
+    profile: Flag = False
+    """Nothing is printed: torch.profiler shows every checkpointed part by name."""
+
+    cpu_checkpointing: Flag = False
+    """Whether kept inputs are moved to the host."""
+
+
 class ZeroConfig(_Block):
     """What is sharded over the ranks, and the tuning keys of DeepSpeed's ZeRO."""
 
@@ -324,6 +347,9 @@ class Config(_Block):
     data_types: DataTypes = DataTypes()
     """Dtypes beside the one computed in."""
 
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
+    """How zeroshard.checkpointing keeps activations."""
+
     zero_allow_untested_optimizer: Flag = False
     """Whether optimizers that were not tested with sharded state are allowed."""
 
@@ -366,6 +392,7 @@ BLOCKS: Mapping[tuple[str, ...], type[BaseModel]] = {
     ("fp16",): Fp16Config,
     ("bf16",): Bf16Config,
     ("data_types",): DataTypes,
+    ("activation_checkpointing",): ActivationCheckpointing,
     ("zero_optimization",): ZeroConfig,
     ("zeroshard",): ExtensionConfig,
 }

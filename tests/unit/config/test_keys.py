@@ -99,7 +99,6 @@ IGNORED: list[tuple[str, object]] = [
     ("csv_monitor", {}),
     ("comet", {"enabled": False}),
     ("comms_logger", {"enabled": True}),
-    ("activation_checkpointing", {"cpu_checkpointing": True}),
     ("aio", {"thread_count": 1}),
     ("checkpoint", {"tag_validation": "Warn"}),
     ("dump_state", True),
