@@ -48,6 +48,16 @@ class _Here:
         return self._tensor
 
 
+class _Copy:
+    """A tensor that nobody else has."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def take(self) -> Tensor:
+        return self._tensor
+
+
 class _Part:
     """This rank's part of a flat tensor that all ranks of an axis have."""
 
@@ -95,16 +105,17 @@ class Keeper:
         return saved_tensors_hooks(partial(self._pack, group), _unpack)
 
     def _pack(self, group: Group | None, tensor: Tensor) -> _Kept:
-        if not _is_activation(tensor):
+        is_divided = 1 < self._axis.size <= tensor.numel()
+        if not _is_activation(tensor) or not (is_divided or group):
             return _Here(tensor)
         flat, shape = Shape.flatten(tensor.detach())
         numel = flat.numel()
-        is_divided = 1 < self._axis.size <= numel
         if is_divided:
             part = self._parts.empty(-(-numel // self._axis.size), like=flat)
             _cut(flat, part, self._axis)
             flat = part
-        kept: _Kept = _Here(flat) if group is None else group.put(flat)
+        # Without a group it has been divided, so it is a copy.
+        kept: _Kept = group.put(flat) if group else _Copy(flat)
         return _Packed(_Part(kept, numel, self._axis) if is_divided else kept, shape)
 
 
