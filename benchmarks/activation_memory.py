@@ -102,13 +102,14 @@ def on_gpu_bytes(step: Callable[[], None]) -> tuple[int, int]:
 
 
 def saved_bytes(model: Layers, step: Callable[[], None]) -> int:
-    """Bytes that autograd saves in a step, each storage once, parameters left out."""
-    params = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    """Bytes that autograd saves in a step, each storage once, those of the model left out."""
+    own = [*model.parameters(), *model.buffers()]
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in own}
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in params:
+        if storage.data_ptr() not in addresses:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
