@@ -259,6 +259,28 @@ class LeafModule(_Block):
     """Ends of paths in the model."""
 
 
+class ActivationCheckpointing(_Block):
+    """How zeroshard.checkpointing keeps the inputs of what it runs again in backward."""
+
+    partition_activations: Flag = False
+    """Whether kept inputs are divided over the ranks of a tensor parallel group."""
+
+    number_checkpoints: CountOrNone = None
+    """Number of checkpointed parts of the model."""
+
+    contiguous_memory_optimization: Flag = False
+    """Whether copies of inputs lie in one buffer; needs number_checkpoints."""
+
+    synchronize_checkpoint_boundary: Flag = False
+    """Whether the device is waited for at both ends of a checkpointed part."""
+
+    profile: Flag = False
+    """Nothing is printed: torch.profiler shows every checkpointed part by name."""
+
+    cpu_checkpointing: Flag = False
+    """Whether kept inputs are moved to the host."""
+
+
 class ZeroConfig(_Block):
     """What is sharded over the ranks, and the tuning keys of DeepSpeed's ZeRO."""
 
