@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import click
 
 from zeroshard.errors import Error, compose
+from zeroshard.launch.env_command import env
 from zeroshard.launch.launch_command import REFUSED, launch, say
 
 __all__ = ["main"]
@@ -77,11 +78,13 @@ def entry() -> None:
     Examples:
       zeroshard train.py --deepspeed_config ds.json
       zeroshard --num_gpus 4 train.py --lr 1e-4
+      zeroshard --include localhost:0,2 train.py
       zeroshard -m package.train
     """  # noqa: D301 - click's mark of lines to leave as they are
 
 
 entry.add_command(launch)
+entry.add_command(env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

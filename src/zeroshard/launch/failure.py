@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from zeroshard.errors import compose
 
@@ -70,6 +71,7 @@ def describe(
     *,
     oom_kills: int = 0,
     memory_limit_bytes: int | None = None,
+    logs: Sequence[Path] = (),
 ) -> str:
     """Tell which rank failed first, how, and what else is known.
 
@@ -79,6 +81,7 @@ def describe(
         script: what they ran.
         oom_kills: the processes that the kernel ended meanwhile because memory ran out.
         memory_limit_bytes: what the processes here may use of the host's memory, if limited.
+        logs: the file of each rank's output, if it went to files.
     """
     first = first_failure(failures)
     how = (
@@ -98,18 +101,24 @@ def describe(
         fact += f" After it: {', '.join(others)}."
     if first.last_lines:
         lines = "\n".join(f"  {line}" for line in first.last_lines)
-        fact += f"\n\nIts last lines:\n{lines}"
+        source = f" (all are in {logs[first.rank]})" if logs else ""
+        fact += f"\n\nIts last lines{source}:\n{lines}"
     return compose(fact, hint=_hint(first, oom_kills))
 
 
 def _out_of_memory(first: Failure, kills: int, limit_bytes: int | None) -> str:
     """Tell the part of the kernel's out-of-memory killer in a failure."""
-    limit = "" if limit_bytes is None else f", which is limited to {limit_bytes / 2**30:.3g} GiB"
+    limit = "" if limit_bytes is None else f", which is limited to {_size(limit_bytes)}"
     cause = f"because host memory (RAM, not GPU memory) ran out{limit}."
     if first.exit_code == -signal.SIGKILL:
         return f"The kernel's out-of-memory killer ended it {cause}"
     processes = "a process" if kills == 1 else f"{kills} processes"
     return f"Meanwhile the kernel's out-of-memory killer ended {processes} here {cause}"
+
+
+def _size(num_bytes: int) -> str:
+    gib = num_bytes / 2**30
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def _hint(first: Failure, oom_kills: int) -> str | None:

@@ -15,6 +15,7 @@ __all__ = ["Output"]
 
 _KEPT_BYTES = 1 << 16
 _READ_BYTES = 1 << 16
+_READS = 64  # more than a pipe or a pseudo-terminal holds
 _TRACEBACK = b"Traceback (most recent call last)"
 # torch puts "[rank3]: " before each line of a traceback.
 _RANK_PREFIX = re.compile(rb"^\[rank\d+\]:\s?")
@@ -43,7 +44,7 @@ class Output:
 
     def pass_on(self) -> bool:
         """Pass on what is there to read; False once the stream has ended."""
-        while True:
+        for _ in range(_READS):  # not forever: others want to be heard too
             try:
                 data = os.read(self.reader, _READ_BYTES)
             except BlockingIOError:
@@ -57,6 +58,7 @@ class Output:
             if _TRACEBACK in data:
                 self.traceback_time_s = time.time()
             self._write(self._interrupts.feed(data) if self._interrupts else data)
+        return True
 
     def drop_interrupts(self) -> None:
         """Keep tracebacks of KeyboardInterrupt from now on to ourselves."""

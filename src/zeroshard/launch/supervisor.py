@@ -49,8 +49,7 @@ def run(job: Job, say: Say) -> Ended:
             say(logging.WARNING, ended.message)
             say(
                 logging.WARNING,
-                f"restarting all {job.num_ranks} ranks "
-                f"(restart {attempt + 1} of {job.max_restarts})",
+                f"restarting {_ranks(job.num_ranks)} (restart {attempt + 1} of {job.max_restarts})",
             )
         return _run_once(job, job.max_restarts, signals, say)
 
@@ -87,6 +86,7 @@ def _run_once(job: Job, attempt: int, signals: Signals, say: Say) -> Ended:
             job.script.name,
             oom_kills=0 if kills is None or kills_before is None else kills - kills_before,
             memory_limit_bytes=group.memory_limit_bytes(),
+            logs=job.logs,
         ),
     )
 
