@@ -26,10 +26,11 @@ from zeroshard.launch import cgroup, cores, gpus
 
 __all__ = ["Feature", "Report", "collect"]
 
-_PACKAGES = (
-    "zeroshard torch triton numpy safetensors pydantic transformers accelerate datasets peft "
-    "bitsandbytes torchao flash-attn deepspeed"
-).split()
+_PACKAGES = [
+    *["zeroshard", "torch", "triton", "numpy", "safetensors", "pydantic"],
+    *["transformers", "accelerate", "datasets", "peft"],
+    *["bitsandbytes", "torchao", "flash-attn", "deepspeed"],
+]
 # What of the environment changes how ranks find each other or their devices.
 _VARIABLES = ("CUDA_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "OMP_", "MASTER_", "ZEROSHARD_")
 _BF16_CAPABILITY = (8, 0)
