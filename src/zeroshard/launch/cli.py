@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import click
 
 from zeroshard.errors import Error, compose
+from zeroshard.launch.config_command import config
 from zeroshard.launch.env_command import env
 from zeroshard.launch.launch_command import REFUSED, launch, say
 
@@ -85,6 +86,7 @@ def entry() -> None:
 
 entry.add_command(launch)
 entry.add_command(env)
+entry.add_command(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
