@@ -207,11 +207,7 @@ _ALWAYS_FREE = "It guards a mechanism that this library does not have."
 _AT_THE_TOP = 'Only the key inside the block "zero_optimization" counts, as in DeepSpeed.'
 
 _TOP: Mapping[str, NoEffect | Refused] = {
-<<<<<<< HEAD
     "aio": _settings(_NO_OFFLOAD),
-=======
-    "aio": _NO_OFFLOAD,
->>>>>>> ckpt
     "amp": _removed("Apex AMP"),
     "autotuning": _block("Tuning by trial runs is not built yet."),
     "checkpoint": _settings(_NO_CHECKPOINTS),

@@ -97,17 +97,10 @@ IGNORED: list[tuple[str, object]] = [
     ("memory_breakdown", True),
     ("flops_profiler", {"enabled": True}),
     ("tensorboard", {"enabled": True, "output_path": "runs"}),
-<<<<<<< HEAD
     ("wandb", {"enabled": True, "group": None}),
     ("csv_monitor", {"enabled": True}),
     ("comet", {"enabled": True}),
     ("comms_logger", {"enabled": True, "prof_ops": ["all_reduce"]}),
-=======
-    ("wandb", {"enabled": False}),
-    ("csv_monitor", {}),
-    ("comet", {"enabled": False}),
-    ("comms_logger", {"enabled": True}),
->>>>>>> ckpt
     ("aio", {"thread_count": 1}),
     ("checkpoint", {"tag_validation": "Warn", "writer": {"type": "fast"}}),
     ("compile", {"deepcompile": True}),
