@@ -78,8 +78,8 @@ class OptimizerConfig(_Block):
     """Which optimizer to make."""
 
     type: Name
-    """The optimizer's name in any case: a class of torch.optim, Lion, Lamb, Muon, an 8-bit optimizer
-    of bitsandbytes or torchao, or one of mup."""
+    """The optimizer's name in any case: a class of torch.optim, Lion, Lamb, Muon, an 8-bit
+    optimizer of bitsandbytes or torchao, or one of mup."""
 
     params: dict[str, object] = Field(default_factory=dict[str, object])
     """Its arguments. "auto" is resolved from the caller."""

@@ -372,8 +372,8 @@ class Terminal:
 def test_ctrl_c_ends_everything_once_with_one_short_message(write: Write, tmp_path: Path) -> None:
     script = write(
         "leave('ready' + rank, str(os.getpid()))\n"
-        "print('ready', flush=True)\n"
         "try:\n"
+        "    print('ready', flush=True)\n"
         "    time.sleep(60)\n"
         "finally:\n"
         "    print('cleaned up', file=sys.stderr)\n"
