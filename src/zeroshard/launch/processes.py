@@ -218,7 +218,7 @@ class Crew:
     def end(self, steps: Sequence[Step]) -> None:
         """End every rank, and whatever they have started, by each signal in turn.
 
-        A further signal from the user kills them at once.
+        A further signal from the user hurries through what is left of the signals.
         """
         heard = len(self._signals.received)
         ours = self._descendants()
@@ -227,8 +227,6 @@ class Crew:
             return len(self._signals.received) > heard
 
         for number, patience_s in steps:
-            if is_hurried():
-                number = signal.SIGKILL
             if number == signal.SIGINT:
                 for process in self._processes:
                     process.output.drop_interrupts()
