@@ -3,6 +3,7 @@
 Models built in shards, full parameters outside of forward, and the state of single parameters.
 """
 
+from zeroshard.zero.init import Init
 from zeroshard.zero.leaves import (
     get_z3_leaf_modules,
     set_z3_leaf_module,
@@ -15,6 +16,7 @@ from zeroshard.zero.leaves import (
 )
 
 __all__ = [
+    "Init",
     "get_z3_leaf_modules",
     "set_z3_leaf_module",
     "set_z3_leaf_modules",
