@@ -5,24 +5,42 @@ what DeepSpeed's default is where the two differ. A field whose type carries `No
 for its type and otherwise ignored; one that carries `Always` can be had at one value only. Keys
 without a field are in `keys`.
 
-Values are taken strictly: `true` is not 1 and "8" is not 8. The one liberty is DeepSpeed's, that
-a whole number may be written as 5e8. Sub-blocks default to their models, so readers of a `Config`
-never test for a missing block.
+Sub-blocks default to their models, so readers of a `Config` never test for a missing block. What
+keys demand of each other is in `rules`; `load` checks it.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from zeroshard.config.batch import Batch, resolve
-from zeroshard.config.keys import Always, NoEffect
-from zeroshard.config.values import is_auto, is_sequence
+from zeroshard.config.keys import Always, NoEffect, on_device
+from zeroshard.config.kinds import (
+    Count,
+    CountOrNone,
+    Device,
+    DtypeName,
+    Flag,
+    FlagOrNone,
+    Fraction,
+    LargestNumel,
+    LargestNumelFromOne,
+    Name,
+    Names,
+    NamesOrAuto,
+    NamesOrNone,
+    NotNegative,
+    PathOrNone,
+    Positive,
+    ScalePower,
+    SizeOrNone,
+    Stage,
+    StepsPerPrint,
+    expected,
+)
 
 __all__ = [
     "ActivationCheckpointing",
@@ -40,168 +58,13 @@ __all__ = [
     "ZeroConfig",
 ]
 
-TWO_PRECISIONS = "fp16 and bf16 cannot both be enabled"
-
-# A number that fp32 can still hold: larger loss scales are infinite in every compute dtype.
-_LARGEST_SCALE_POWER = 127
-_LAST_STAGE = 3
-
-_DTYPES = {
-    "fp32": "fp32",
-    "float32": "fp32",
-    "float": "fp32",
-    "fp16": "fp16",
-    "float16": "fp16",
-    "half": "fp16",
-    "bf16": "bf16",
-    "bfloat16": "bf16",
-}
-
-
-def expected(what: str) -> PydanticCustomError:
-    """Make the error of a value of the wrong kind; the caller adds the key and the value."""
-    return PydanticCustomError("expected", "{expected}", {"expected": what})
-
-
-def _whole(least: int, most: int | None = None, *, nullable: bool = False) -> BeforeValidator:
-    what = f"a whole number of at least {least}"
-    what += "" if most is None else f" and at most {most}"
-    what += " or null" if nullable else ""
-
-    def check(value: object) -> int | None:
-        if value is None and nullable:
-            return None
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise expected(what)
-        if value < least or (most is not None and value > most):
-            raise expected(what)
-        return value
-
-    return BeforeValidator(check)
-
-
-def _bound(least: int) -> BeforeValidator:
-    """Check a largest number of elements, of which only the whole part can matter."""
-    what = f"a number of elements of at least {least} or null"
-
-    def check(value: object) -> int | None:
-        if value is None:
-            return None
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise expected(what)
-        if value < least or not (isinstance(value, int) or math.isfinite(value)):
-            raise expected(what)
-        return int(value)
-
-    return BeforeValidator(check)
-
-
-def _number(what: str, fits: Callable[[float], bool]) -> BeforeValidator:
-    def check(value: object) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise expected(what)
-        try:
-            number = float(value)
-        except OverflowError:
-            raise expected(what) from None
-        if not math.isfinite(number) or not fits(number):
-            raise expected(what)
-        return number
-
-    return BeforeValidator(check)
-
-
-def _flag(*, nullable: bool = False) -> BeforeValidator:
-    def check(value: object) -> bool | None:
-        if isinstance(value, bool) or (value is None and nullable):
-            return value
-        raise expected("true, false or null" if nullable else "true or false")
-
-    return BeforeValidator(check)
-
-
-def _dtype(value: object) -> str | None:
-    if value is None:
-        return None
-    name = _DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
-    if name is None:
-        raise expected('"fp32", "fp16", "bf16" or null')
-    return name
-
-
-def _steps_per_print(value: object) -> object:
-    if isinstance(value, str | float) and value in ("Infinity", "inf", math.inf):
-        return None
-    return value
-
-
-def _name(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise expected("a name")
-    return value
-
-
-def _names(value: object) -> object:
-    if not is_sequence(value):
-        raise expected("a list of names")
-    return value
-
-
-def _names_or_none(value: object) -> object:
-    return None if value is None else _names(value)
-
-
-def _names_or_auto(value: object) -> object:
-    if is_auto(value):
-        return value
-    if value is not None and not is_sequence(value):
-        raise expected('"auto" or a list of names')
-    return value or ()
-
-
-def _device(value: object) -> object:
-    if value is None:
-        return "none"
-    if value not in ("none", "cpu", "nvme"):
-        raise expected('"none", "cpu" or "nvme"')
-    return value
-
-
-def _folder(value: object) -> str | None:
-    if value is None:
-        return None
-    path = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(path, str) or not path:
-        raise expected("a path or null")
-    return path
-
-
-Count = Annotated[int, _whole(1)]
-CountOrNone = Annotated[int | None, _whole(1, nullable=True)]
-SizeOrNone = Annotated[int | None, _whole(0, nullable=True)]
-Flag = Annotated[bool, _flag()]
-FlagOrNone = Annotated[bool | None, _flag(nullable=True)]
-ElementsOrNone = Annotated[int | None, _bound(1)]
-ElementsOrNothing = Annotated[int | None, _bound(0)]
-NotNegative = Annotated[float, _number("a finite number of at least 0", lambda x: x >= 0)]
-Positive = Annotated[float, _number("a finite number greater than 0", lambda x: x > 0)]
-Fraction = Annotated[float, _number("a number from 0 to 1", lambda x: 0 <= x <= 1)]
-DtypeName = Annotated[Literal["fp32", "fp16", "bf16"] | None, BeforeValidator(_dtype)]
-Name = Annotated[str, BeforeValidator(_name)]
-Names = Annotated[tuple[Name, ...], BeforeValidator(_names)]
-NamesOrNone = Annotated[tuple[Name, ...] | None, BeforeValidator(_names_or_none)]
-NamesOrAuto = Annotated[Literal["auto"] | tuple[Name, ...], BeforeValidator(_names_or_auto)]
-Device = Annotated[Literal["none", "cpu", "nvme"], BeforeValidator(_device)]
-FolderOrNone = Annotated[str | None, BeforeValidator(_folder)]
-
 _ONE_BUFFER = Always(True, "The gradients of a unit always lie in one buffer.")
 _GATHERED = Always(True, "Parameters are always gathered by all-gather.")
 _NO_PATCH = Always(True, "torch.nn.functional.linear is never replaced.")
 _OFFLOADED = NoEffect(
     "Offloading is not built yet: the state stays on the device, so no memory is saved, and the "
     "numbers are the same.",
+    asks_for_nothing=on_device,
 )
 
 
@@ -215,27 +78,29 @@ class OptimizerConfig(_Block):
     """Which optimizer to make."""
 
     type: Name
-    """The optimizer's name in any case: a class of torch.optim whose update is element-wise."""
+    """The optimizer's name in any case: a class of torch.optim, Lion, Lamb, Muon, an 8-bit
+    optimizer of bitsandbytes or torchao, or one of mup."""
 
     params: dict[str, object] = Field(default_factory=dict[str, object])
-    """Its arguments. "auto" leaves an argument to the optimizer's own default."""
+    """Its arguments. "auto" is resolved from the caller."""
 
 
 class SchedulerConfig(_Block):
     """Which learning rate schedule to make."""
 
     type: Name
-    """The schedule's name: a class of torch.optim.lr_scheduler."""
+    """The schedule's name: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest, or a
+    class of torch.optim.lr_scheduler."""
 
     params: dict[str, object] = Field(default_factory=dict[str, object])
-    """Its arguments. "auto" leaves an argument to the schedule's own default."""
+    """Its arguments. "auto" is resolved from the caller."""
 
 
 class Fp16Config(_Block):
     """Training in fp16 with a loss scale."""
 
     enabled: Flag = False
-    """Whether parameters are computed with in fp16. "auto" is false."""
+    """Whether the model computes in fp16; "auto" follows its parameters."""
 
     auto_cast: Flag = False
     """Whether floating-point inputs of the model are cast to fp16."""
@@ -243,7 +108,7 @@ class Fp16Config(_Block):
     loss_scale: NotNegative = 0.0
     """A fixed loss scale, or 0 for a dynamic one."""
 
-    initial_scale_power: Annotated[int, _whole(0, _LARGEST_SCALE_POWER)] = 16
+    initial_scale_power: ScalePower = 16
     """The dynamic loss scale starts at 2 to this power."""
 
     loss_scale_window: Count = 1000
@@ -270,7 +135,7 @@ class Bf16Config(_Block):
     """Training in bf16."""
 
     enabled: Flag = False
-    """Whether parameters are computed with in bf16. "auto" is false."""
+    """Whether the model computes in bf16; "auto" follows its parameters."""
 
     check_grad_overflow: Flag = True
     """Whether a step with infinite or NaN gradients is skipped."""
@@ -333,7 +198,7 @@ class OffloadOptimizer(_Block):
     device: Device = "none"
     """The device that trains with "none", host memory with "cpu", files with "nvme"."""
 
-    nvme_path: FolderOrNone = None
+    nvme_path: PathOrNone = None
     """The folder for the files of "nvme"."""
 
     buffer_count: Count = 4
@@ -367,16 +232,16 @@ class OffloadParam(_Block):
     device: Device = "none"
     """The device that trains with "none", host memory with "cpu", files with "nvme"."""
 
-    nvme_path: FolderOrNone = None
+    nvme_path: PathOrNone = None
     """The folder for the files of "nvme"."""
 
     buffer_count: Count = 5
     """Buffers between host memory and files."""
 
-    buffer_size: ElementsOrNone = 100_000_000
+    buffer_size: LargestNumelFromOne = 100_000_000
     """Elements of one buffer."""
 
-    max_in_cpu: ElementsOrNothing = 1_000_000_000
+    max_in_cpu: LargestNumel = 1_000_000_000
     """Most elements in host memory with "nvme"."""
 
     pin_memory: Flag = True
@@ -399,7 +264,7 @@ class LeafModule(_Block):
 class ZeroConfig(_Block):
     """What is sharded over the ranks, and the tuning keys of DeepSpeed's ZeRO."""
 
-    stage: Literal[0, 1, 2, 3] = 0
+    stage: Stage = 0
     """0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
 
     overlap_comm: FlagOrNone = None
@@ -416,33 +281,33 @@ class ZeroConfig(_Block):
     allgather_partitions: Annotated[Flag, _GATHERED] = True
     """Whether parameters are gathered by all-gather."""
 
-    reduce_bucket_size: ElementsOrNone = None
+    reduce_bucket_size: LargestNumelFromOne = None
     """Most elements of a unit that is put together from small layers outside blocks; null is the
     engine's choice, and the smaller of this and allgather_bucket_size counts. A block is never
     divided, since that saves neither memory nor time (DeepSpeed: 5e8)."""
 
-    allgather_bucket_size: ElementsOrNone = None
+    allgather_bucket_size: LargestNumelFromOne = None
     """As reduce_bucket_size (DeepSpeed: 5e8)."""
 
-    sub_group_size: ElementsOrNone = None
+    sub_group_size: LargestNumelFromOne = None
     """Elements of a rank's master weights that are stepped at once; null is all
     (DeepSpeed: 1e9)."""
 
-    stage3_prefetch_bucket_size: ElementsOrNothing = None
+    stage3_prefetch_bucket_size: LargestNumel = None
     """Elements gathered ahead of their use, at least one unit unless 0; null is one unit
     (DeepSpeed: 5e7)."""
 
-    stage3_param_persistence_threshold: ElementsOrNothing = None
+    stage3_param_persistence_threshold: LargestNumel = None
     """Parameters of at most this many elements stay full; null is 0 (DeepSpeed: 1e5)."""
 
-    stage3_model_persistence_threshold: ElementsOrNothing = None
+    stage3_model_persistence_threshold: LargestNumel = None
     """Most elements that stay full because of their size; null is no limit."""
 
-    stage3_max_live_parameters: ElementsOrNothing = None
+    stage3_max_live_parameters: LargestNumel = None
     """Elements full at once beyond which nothing is gathered ahead or kept; null is no limit
     (DeepSpeed: 1e9)."""
 
-    stage3_max_reuse_distance: ElementsOrNothing = None
+    stage3_max_reuse_distance: LargestNumel = None
     """A unit needed again within so many elements stays full in between; null is 0
     (DeepSpeed: 1e9)."""
 
@@ -468,14 +333,10 @@ class ZeroConfig(_Block):
     offload_param: Annotated[OffloadParam, _OFFLOADED] = OffloadParam()
     """Where the shards of parameters live."""
 
-    @field_validator("stage", mode="before")
+    @field_validator("offload_optimizer", "offload_param", mode="before")
     @classmethod
-    def _known_stage(cls, value: object) -> object:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LAST_STAGE:
-            return value
-        raise expected("0, 1, 2 or 3")
+    def _nothing_as_switch(cls, value: object) -> object:
+        return {} if value is False else value
 
 
 class ExtensionConfig(_Block):
@@ -515,7 +376,7 @@ class Config(_Block):
     gradient_clipping: NotNegative = 1.0
     """Largest global 2-norm of the gradients; 0 does not clip."""
 
-    steps_per_print: Annotated[CountOrNone, BeforeValidator(_steps_per_print)] = None
+    steps_per_print: StepsPerPrint = None
     """Optimizer steps between progress lines; null and Infinity print none."""
 
     communication_data_type: DtypeName = None
@@ -537,7 +398,7 @@ class Config(_Block):
     """How zeroshard.checkpointing keeps activations."""
 
     zero_allow_untested_optimizer: Flag = False
-    """Whether optimizers that were not tested with sharded state are allowed."""
+    """Whether optimizers that are not known to be element-wise may step shards."""
 
     dataloader_drop_last: Flag = False
     """Whether the engine's data loader drops an incomplete last batch."""
@@ -547,14 +408,6 @@ class Config(_Block):
 
     zeroshard: ExtensionConfig = ExtensionConfig()
     """Keys of this library that DeepSpeed does not have."""
-
-    @field_validator("bf16")
-    @classmethod
-    def _one_precision(cls, value: Bf16Config, info: ValidationInfo) -> Bf16Config:
-        fp16 = info.data.get("fp16")
-        if value.enabled and isinstance(fp16, Fp16Config) and fp16.enabled:
-            raise PydanticCustomError("two_precisions", TWO_PRECISIONS)
-        return value
 
     @field_validator("zero_optimization", mode="before")
     @classmethod
@@ -590,3 +443,9 @@ BLOCKS: Mapping[tuple[str, ...], type[BaseModel]] = {
 
 OPEN_BLOCKS = frozenset({("optimizer", "params"), ("scheduler", "params")})
 """Blocks whose keys belong to somebody else."""
+
+AUTO_IS_A_VALUE = frozenset({("data_types", "keep_in_fp32_modules")})
+"""Fields that take "auto" themselves."""
+
+NEVER_AUTO = frozenset({("optimizer", "type"), ("scheduler", "type")})
+"""Fields that have no default for "auto" to stand for."""

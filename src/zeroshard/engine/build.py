@@ -29,6 +29,7 @@ from zeroshard.core.schedule import Limits, Schedule
 from zeroshard.core.unit import Unit, build_unit, is_waiting, slot_of
 from zeroshard.core.usage import GradientWatch
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
+from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.engine import Engine, Settings
 from zeroshard.engine.precision import (
@@ -40,7 +41,8 @@ from zeroshard.engine.precision import (
 )
 from zeroshard.errors import ConfigError, UsageError, compose
 from zeroshard.logs import show_messages
-from zeroshard.optim.factory import make_optimizer, make_schedule
+from zeroshard.optim.factory import make_optimizer
+from zeroshard.optim.schedules import make_schedule
 from zeroshard.optim.sharded import (
     ShardedOptimizer,
     StepPolicy,
@@ -106,7 +108,10 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
                 hint="leave them out.",
             )
         )
-    settings = configuration.load(_config_source(args, config, config_params))
+    facts = collect_facts(
+        args, model, model_parameters, optimizer=optimizer, lr_scheduler=lr_scheduler
+    )
+    settings = configuration.load(_config_source(args, config, config_params), facts)
     world.init_distributed(distributed_port=distributed_port)
     device = world.device()
     batch = settings.batch(dist.get_world_size())
@@ -148,6 +153,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
                 clip=settings.gradient_clipping,
                 skip_on_overflow=scaler is not None
                 or (settings.bf16.enabled and settings.bf16.check_grad_overflow),
+                most_numel=settings.zero_optimization.sub_group_size,
             ),
             scaler=scaler,
         )
@@ -228,7 +234,7 @@ def _resolve_optimizer(
     if optimizer is not None:
         return optimizer(params)
     assert settings.optimizer is not None, "there is an optimizer, or a block that describes it"
-    return make_optimizer(settings.optimizer.type, params, settings.optimizer.params)
+    return make_optimizer(settings.optimizer.type, params, settings.optimizer.params, model)
 
 
 def _resolve_scheduler(
