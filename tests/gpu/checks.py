@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import zeroshard
 from zeroshard.core.lifetime import state_bytes
+from zeroshard.core.unit import full_nbytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))
 from llama import Llama, LlamaConfig
@@ -234,6 +235,35 @@ def check_memory(ctx: Context) -> dict[str, Any]:
     return result
 
 
+def check_init(ctx: Context) -> dict[str, Any]:
+    """A model is built in shards on the device, one layer at a time, and trains like any other."""
+    trained: list[dict[str, Tensor]] = []
+    for sharded in (False, True):
+        with zeroshard.zero.Init(enabled=sharded), torch.device(ctx.device):
+            model = seeded(lambda: Llama(ctx.config))
+        engine = make_engine(model, 3)
+        for step in range(2):
+            x = ctx.tokens(step, 0, ctx.rank)
+            engine.backward(loss_of(engine(x), x))
+            engine.step()
+        trained.append(full_weights(engine))
+        engine.destroy()
+        del engine, model
+    same = all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    gc.collect()
+    base = torch.cuda.memory_allocated() if ctx.on_gpu else 0
+    if ctx.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    with zeroshard.zero.Init(dtype=torch.bfloat16):
+        model = Llama(ctx.large)
+    nbytes = [full_nbytes(param) for param in model.parameters()]
+    # In fp32, as it is built, and then the buffer for all of it in bf16; 16 MiB are under way.
+    most = sum(nbytes) / ctx.world + 3 * max(nbytes) + 2 * 2**24
+    peak = (torch.cuda.max_memory_allocated() if ctx.on_gpu else 0) - base
+    fits = ctx.world == 1 or peak <= most
+    return {"ok": same and fits, "same": same, "peak": peak, "ceiling": most}
+
+
 # Keys that may not change what is computed, and those that may only round otherwise.
 SAME_BITS = {
     "no overlap": {"overlap_comm": False},
@@ -392,6 +422,7 @@ CHECKS = {
         check_routed,
         check_bits,
         check_memory,
+        check_init,
         check_settings,
         check_checkpointing,
         check_compile,

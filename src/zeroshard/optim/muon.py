@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from zeroshard.core.unit import slot_of
+from zeroshard.core.unit import full_shape
 from zeroshard.optim.groups import Group, decay_, evaluate, moments, with_gradients
 from zeroshard.optim.whole import WholeOptimizer
 
@@ -80,7 +80,7 @@ def muon_groups(params: Iterable[Any], model: nn.Module | None = None) -> list[d
             return bool(told)
         name = names.get(param, "")
         is_table = param in tables or "embed" in name or "lm_head" in name
-        return len(_shape_of(param)) >= 2 and not is_table
+        return len(full_shape(param)) >= 2 and not is_table
 
     groups: list[dict[str, Any]] = []
     for group in _as_groups(params):
@@ -92,12 +92,6 @@ def muon_groups(params: Iterable[Any], model: nn.Module | None = None) -> list[d
             if own:
                 groups.append({**group, "params": own, "use_muon": rule})
     return groups
-
-
-def _shape_of(param: Tensor) -> torch.Size:
-    """The shape of a parameter, which a freed one does not show itself."""
-    slot = slot_of(param)
-    return param.shape if slot is None else slot.unit.shapes[slot.index]
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -179,7 +173,7 @@ class Muon(WholeOptimizer):
         added = self.param_groups[-1]
         for key in _NOT_OF_MUON if for_muon else _NOT_OF_ADAM:
             added.pop(key, None)
-        shapes = [_shape_of(param) for param in added["params"]]
+        shapes = [full_shape(param) for param in added["params"]]
         vectors = [tuple(shape) for shape in shapes if len(shape) < 2]
         if for_muon and vectors:
             self.param_groups.pop()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from zeroshard import config as configuration
+from zeroshard.config import Config, ConfigSource
+from zeroshard.config.parse import examine
+from zeroshard.config.source import read
 from zeroshard.core import world
 from zeroshard.core.init import Sharding, shard_module, sharded_construction
 from zeroshard.core.lifetime import lifetime
@@ -24,8 +25,6 @@ from zeroshard.logs import show_messages
 __all__ = ["Init"]
 
 _log = logging.getLogger(__name__)
-
-ConfigSource = str | Path | Mapping[str, object]
 
 
 class Init:
@@ -131,7 +130,7 @@ class Init:
         self._entered.pop().__exit__(kind, error, traceback)
 
 
-def _load(source: ConfigSource | None, older: ConfigSource | None) -> configuration.Config | None:
+def _load(source: ConfigSource | None, older: ConfigSource | None) -> Config | None:
     if source is not None and older is not None:
         raise ConfigError(
             compose(
@@ -140,11 +139,12 @@ def _load(source: ConfigSource | None, older: ConfigSource | None) -> configurat
             )
         )
     source = older if source is None else source
-    return None if source is None else configuration.load(source)
+    # What it means and what of it is ignored is said by initialize(), which gets it, too.
+    return None if source is None else examine(read(source), None).config
 
 
 def _dtype_rule(
-    dtype: torch.dtype | None, settings: configuration.Config | None
+    dtype: torch.dtype | None, settings: Config | None
 ) -> Callable[[torch.dtype], torch.dtype]:
     """The dtype of a parameter, given the one that its module made it in."""
     if dtype is not None:
