@@ -257,8 +257,8 @@ def check_init(ctx: Context) -> dict[str, Any]:
     with zeroshard.zero.Init(dtype=torch.bfloat16):
         model = Llama(ctx.large)
     nbytes = [full_nbytes(param) for param in model.parameters()]
-    # In fp32, as it is built, and then the buffer for all of it in bf16; 16 MiB are under way.
-    most = sum(nbytes) / ctx.world + 3 * max(nbytes) + 2 * 2**24
+    # In fp32, as it is built, and then the buffer for all of it in bf16; 8 MiB are under way.
+    most = sum(nbytes) / ctx.world + 3 * max(nbytes) + 2 * 2**23
     peak = (torch.cuda.max_memory_allocated() if ctx.on_gpu else 0) - base
     fits = ctx.world == 1 or peak <= most
     return {"ok": same and fits, "same": same, "peak": peak, "ceiling": most}

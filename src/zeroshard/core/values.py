@@ -17,8 +17,8 @@ from zeroshard.core.mesh import Mesh
 
 __all__ = ["deal", "pass_round", "put"]
 
-# Of all ranks together. Larger pieces are not faster, neither over NVLink nor over sockets.
-_PIECE_BYTES = 16 * 2**20
+# Of all ranks together. A backend may hold several times as much: gloo copies what it gathers.
+_PIECE_BYTES = 8 * 2**20
 
 
 def _pieces(mesh: Mesh, layout: Layout, dtype: torch.dtype) -> Iterator[Range]:
