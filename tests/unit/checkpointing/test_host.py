@@ -167,3 +167,20 @@ def test_device_memory_goes_only_after_its_transfers(early: list[str]) -> None:
     forward().backward()  # torch keeps a graph whose backward failed until the next
     assert not held_on_host()
     assert early == []
+
+
+@on_ranks(1)
+def test_what_came_back_in_vain_leaves_when_the_next_function_is_called(events: list[Any]) -> None:
+    configure("host")
+    inputs = [torch.ones(1, requires_grad=True) * 0.5]
+    for function in functions(events):
+        inputs.append(checkpoint(function, inputs[-1]))
+    torch.autograd.grad(inputs[-1].sum(), inputs[2])  # the last two functions only
+
+    def on_device() -> list[int]:
+        return sorted(m._host.numel() for m in held_on_host() if m._here is not None)
+
+    assert on_device() == [2]
+    h = checkpoint(functions(events)[2], inputs[2])
+    assert on_device() == [3]
+    del h
