@@ -344,12 +344,9 @@ def _choose_groups(
     if not leaves and (leaf.classes or leaf.names or leaf.name_suffixes):
         _log.warning("zero_optimization.leaf_module: no module of the model matches.")
     persistent = set[nn.Parameter]()
-    if not life.params_stay:
-        persistent = find_persistent(
-            model,
-            zero.stage3_param_persistence_threshold or 0,
-            zero.stage3_model_persistence_threshold,
-        )
+    largest = zero.stage3_param_persistence_threshold
+    if largest and not life.params_stay:
+        persistent = find_persistent(model, largest, zero.stage3_model_persistence_threshold)
     buckets = (zero.reduce_bucket_size, zero.allgather_bucket_size)
     compute_dtype = compute_dtypes(model, settings, device)
     return choose_groups(
