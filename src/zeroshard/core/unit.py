@@ -240,8 +240,14 @@ class Unit:
         self._reducing: _Reduction | None = None
         self.has_gradient = False
         self.grad_shard: Tensor | None = None
-        self.add_use: Callable[[nn.Module], object] | None = None  # set by the runtime
+        # Set by the runtime, for modules that use the unit without holding its parameters.
+        self.add_use: Callable[[nn.Module], object] | None = None
+        self.drop_use: Callable[[nn.Module], object] | None = None
+        self.use_here: Callable[[], bool] | None = None
+        self.engine: Callable[[], Any] | None = None  # a weak reference, set by the engine
         self._num_holds = 0
+        self.modifier_rank: int | None = None  # whose edits the access under way keeps
+        self._versions = self._count_edits()
         self.slices = () if master is None else self._make_slices(master)
 
     def _make_slices(self, master: Tensor) -> tuple[nn.Parameter, ...]:
@@ -346,15 +352,36 @@ class Unit:
         For a unit that is full.
         """
         num_users = self._full.num_users
+        if not self._num_holds:
+            self._versions = self._count_edits()
         self._num_holds += 1
         try:
             yield
         finally:
             self._num_holds -= 1
-            if not self.lifetime.params_stay and self._full.num_users > num_users:
+            may_leave = not (self._num_holds or self.lifetime.params_stay)
+            if may_leave and self._full.num_users > num_users:
                 self._end_gather()
                 self._full.leave()
                 self._show(self._full.views)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the parameters are kept full, which they are on all ranks then."""
+        return self._num_holds > 0
+
+    def _count_edits(self) -> list[int]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return [param._version for param in self._params]
+
+    @property
+    def edited(self) -> list[str]:
+        """Names of parameters that were edited in place since they are held.
+
+        Autograd counts such edits, but not those of ``param.data``.
+        """
+        counts = zip(self.members, self._versions, self._count_edits(), strict=True)
+        return [member.name for member, before, now in counts if now != before]
 
     def outline(self) -> None:
         """Give freed parameters their shapes back, without memory and without a gather.
@@ -374,14 +401,19 @@ class Unit:
 
     def publish(self) -> None:
         """Put the stepped master weights where gathers read; start one where parameters stay."""
-        assert self.master is not None, f"{self.name} is frozen and has no master weights"
-        self._store.write(self.master)
-        # A graph from before the step must not be run backward with the weights after it.
-        increment_version(self._params)
+        self.write_master()
         if self.lifetime.params_stay or self._num_holds:
             self.gather()
         else:
             self.free()
+
+    def write_master(self) -> None:
+        """Put the master weights where gathers read."""
+        assert self.master is not None, f"{self.name} is frozen and has no master weights"
+        self._store.write(self.master)
+        # A graph from before the step must not be run backward with the weights after it.
+        increment_version(self._params)
+        self._versions = self._count_edits()
 
     def check_untouched(self) -> None:
         """Refuse to go on with parameters that were moved, cast, frozen or unfrozen meanwhile.
@@ -413,6 +445,7 @@ class Unit:
             # What was not edited keeps the digits that the compute dtype cannot hold.
             same = self.master.to(mine.dtype) == mine
             self.master.copy_(torch.where(same, self.master, mine.to(self.master.dtype)))
+        self._versions = self._count_edits()
 
     # Gradients
 
@@ -441,6 +474,15 @@ class Unit:
         torch._foreach_copy_([buffer.views[index] for index in arrived], given)
         self.has_gradient = True
         return True
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Dtype of the full gradient."""
+        return self._buffer.tensor.dtype
+
+    def unreduced(self, index: int) -> Tensor | None:
+        """What this rank alone has of a parameter's gradient since the last reduction, if any."""
+        return self._buffer.views[index] if self.has_gradient else None
 
     def _checked(self, index: int, grad: Tensor) -> Tensor:
         if grad.layout != torch.strided:

@@ -36,7 +36,7 @@ from zeroshard.optim.sharded import (
     optimizer_parameters,
 )
 
-__all__ = ["initialize", "register_external_parameter"]
+__all__ = ["initialize"]
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -367,20 +367,3 @@ def _make_sites(model: nn.Module, groups: list[Group], units: list[Unit]) -> lis
             users.setdefault(module, []).append(unit)
     names = {module: name for name, module in model.named_modules()}
     return [Site(names[module], module, used) for module, used in users.items()]
-
-
-def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
-    """Keep a parameter full while a module runs that uses it without holding it.
-
-    Raises:
-        UsageError: no engine manages the parameter (yet).
-    """
-    slot = slot_of(parameter)
-    if slot is None or slot.unit.add_use is None:
-        raise UsageError(
-            compose(
-                "register_external_parameter(): no engine manages this parameter.",
-                hint="call it after initialize(), with a parameter of engine.module.",
-            )
-        )
-    slot.unit.add_use(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ class Engine(nn.Module):
         self._is_in_no_sync = False
         self._num_backwards_seen = 0
         self._was_step_applied = False
+        for unit in runtime.units:
+            unit.engine = weakref.ref(self)
         if sharded is not None:
             # The gradients are here, so forgetting them is, too.
             sharded.inner.zero_grad = self.zero_grad

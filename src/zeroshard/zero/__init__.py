@@ -3,6 +3,8 @@
 Models built in shards, full parameters outside of forward, and the state of single parameters.
 """
 
+from zeroshard.core.external import register_external_parameter, unregister_external_parameter
+from zeroshard.zero.gather import GatheredParameters
 from zeroshard.zero.leaves import (
     get_z3_leaf_modules,
     set_z3_leaf_module,
@@ -13,13 +15,44 @@ from zeroshard.zero.leaves import (
     z3_leaf_module,
     z3_leaf_parameter,
 )
+from zeroshard.zero.state import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+    safe_set_local_optimizer_state,
+    safe_update_full_grad_vectorized,
+)
 
 __all__ = [
+    "GatheredParameters",
     "get_z3_leaf_modules",
+    "register_external_parameter",
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param",
+    "safe_get_local_grad",
+    "safe_get_local_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_grad",
+    "safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param",
+    "safe_set_local_grad",
+    "safe_set_local_optimizer_state",
+    "safe_update_full_grad_vectorized",
     "set_z3_leaf_module",
     "set_z3_leaf_modules",
     "set_z3_leaf_modules_by_name",
     "set_z3_leaf_modules_by_suffix",
+    "unregister_external_parameter",
     "unset_z3_leaf_modules",
     "z3_leaf_module",
     "z3_leaf_parameter",
