@@ -84,7 +84,12 @@ def test_public_names_are_sorted_and_complete() -> None:
 
 def test_stages_are_named_only_in_configuration_and_the_lifetime_table() -> None:
     # build.py translates the configuration into core objects: there the number becomes a value.
-    allowed = {PACKAGE / "core" / "lifetime.py", PACKAGE / "engine" / "build.py"}
+    # config_command.py has an option of the key's name.
+    allowed = {
+        PACKAGE / "core" / "lifetime.py",
+        PACKAGE / "engine" / "build.py",
+        PACKAGE / "launch" / "config_command.py",
+    }
     found = [
         f"{relative(path)}:{line}: {word}"
         for path in sorted(PACKAGE.rglob("*.py"))

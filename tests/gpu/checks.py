@@ -234,6 +234,37 @@ def check_memory(ctx: Context) -> dict[str, Any]:
     return result
 
 
+# Keys that may not change what is computed, and those that may only round otherwise.
+SAME_BITS = {
+    "no overlap": {"overlap_comm": False},
+    "no prefetch": {"stage3_prefetch_bucket_size": 0},
+    "long prefetch": {"stage3_prefetch_bucket_size": 5e7},
+    "reuse": {"stage3_max_reuse_distance": 1e9, "stage3_max_live_parameters": 1e9},
+    "some reuse": {"stage3_max_reuse_distance": 3e4, "stage3_max_live_parameters": 1e5},
+}
+OTHER_ROUNDING = {
+    "all-reduce": {"zero_optimization": {"reduce_scatter": False}},
+    "persistent": {"zero_optimization": {"stage3_param_persistence_threshold": 1000}},
+    "prescale": {"prescale_gradients": True},
+    "predivide": {"gradient_predivide_factor": 4.0},
+}
+
+
+def check_settings(ctx: Context) -> dict[str, Any]:
+    """Keys about communication and memory leave the numbers what they are."""
+    result: dict[str, Any] = {"ok": True}
+    want = train(ctx, 3)
+    for name, zero in SAME_BITS.items():
+        got = train(ctx, 3, zero_optimization={"stage": 3, **zero})
+        result[name] = all(torch.equal(got[key], want[key]) for key in want)
+        result["ok"] &= result[name]
+    for name, config in OTHER_ROUNDING.items():
+        zero = {"stage": 3, **config.get("zero_optimization", {})}
+        result[name] = worst(train(ctx, 3, **{**config, "zero_optimization": zero}), want)
+        result["ok"] &= result[name] <= 1e-5
+    return result
+
+
 def check_checkpointing(ctx: Context) -> dict[str, Any]:
     """Stage 3 with recomputation, both kinds, gives the bits it gives without."""
 
@@ -361,6 +392,7 @@ CHECKS = {
         check_routed,
         check_bits,
         check_memory,
+        check_settings,
         check_checkpointing,
         check_compile,
         check_overlap,

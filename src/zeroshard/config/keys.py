@@ -2,7 +2,8 @@
 
 Every key of a configuration is in exactly one class. `Honoured` keys are fields of the models in
 `schema`. The rest is listed here, each with its reason: `NoEffect` keys can be ignored without
-changing a single number, `Refused` keys cannot, except at the values that ask for nothing.
+changing a single number, `Refused` keys cannot, except at the values that ask for nothing. The
+keys inside a block that is listed here are in `contents` and of the class of their block.
 
 To build a feature, delete its row here and add a field there.
 """
@@ -12,20 +13,53 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from zeroshard.config.values import is_auto, is_block, is_list
+from zeroshard.config.kinds import (
+    Anything,
+    Block,
+    Count,
+    CountOrNone,
+    DtypeName,
+    Flag,
+    Kind,
+    LargestNumel,
+    Text,
+)
+from zeroshard.config.values import is_auto, is_block
 
 __all__ = [
     "ALIASES",
+    "DEVICE_SWITCHES",
     "ROWS",
+    "Always",
     "Honoured",
     "NoEffect",
     "Path",
     "Refused",
     "Treatment",
+    "on_device",
 ]
 
 Path = tuple[str, ...]
 """Where a key sits, from the top of the file."""
+
+
+def _not_given(value: object) -> bool:
+    """Accept null and "auto"."""
+    return value is None or is_auto(value)
+
+
+def _only(*values: object) -> Callable[[object], bool]:
+    """Accept null, "auto" and the given values; `True` is not 1 here."""
+
+    def fits(value: object) -> bool:
+        if isinstance(value, bool | int | float | str):
+            return is_auto(value) or any(
+                value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+                for allowed in values
+            )
+        return value is None
+
+    return fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +68,26 @@ class Honoured:
 
 
 @dataclass(frozen=True, slots=True)
+class Always:
+    """A mark on an honoured field that can be had at one value only."""
+
+    value: object
+    reason: str
+    """Why another value changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class NoEffect:
     """The key is accepted and changes nothing."""
 
     reason: str
+    """Why, as a whole sentence."""
+
+    kind: Kind = Anything
+    """What the value has to be; null and "auto" always may."""
+
+    asks_for_nothing: Callable[[object], bool] = _not_given
+    """Whether a value is what happens anyway, so that there is nothing to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +97,8 @@ class Refused:
     reason: str
     """Why the value cannot simply be ignored, as a whole sentence."""
 
-    harmless: Callable[[object], bool]
-    """Whether a value asks for nothing."""
+    asks_for_nothing: Callable[[object], bool]
+    """Whether a value is what happens anyway."""
 
     instead: str
     """What to write, as the hint of the error."""
@@ -57,45 +107,36 @@ class Refused:
     """The key inside a block that the error shows."""
 
     reported: bool = False
-    """Whether a harmless value still joins the no-effect warning."""
+    """Whether a value that asks for nothing is mentioned, as DeepSpeed stops at it."""
 
 
 Treatment = Honoured | NoEffect | Refused
 
 
-def _only(*values: object) -> Callable[[object], bool]:
-    """Accept null, "auto" and the given values; `True` is not 1 here."""
-
-    def harmless(value: object) -> bool:
-        if isinstance(value, bool | int | float | str):
-            return is_auto(value) or any(
-                value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
-                for allowed in values
-            )
-        return value is None
-
-    return harmless
-
-
 def _at_most(bound: int) -> Callable[[object], bool]:
     """Accept null, "auto" and numbers up to a bound."""
 
-    def harmless(value: object) -> bool:
+    def fits(value: object) -> bool:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return value <= bound
         return value is None or is_auto(value)
 
-    return harmless
-
-
-def _no_elements(value: object) -> bool:
-    """Accept null, "auto" and an empty list."""
-    return not value if is_list(value) else _only()(value)
+    return fits
 
 
 def _disabled(value: object) -> bool:
     """Accept null, false and a block whose switch is off or missing."""
     return _only(False)(value.get("enabled") if is_block(value) else value)
+
+
+def _nothing_given(value: object) -> bool:
+    """Accept null, "auto" and an empty block."""
+    return not value if is_block(value) else _not_given(value)
+
+
+def on_device(value: object) -> bool:
+    """Accept an offload block that leaves everything on the device."""
+    return _only("none")(value.get("device")) if is_block(value) else _not_given(value)
 
 
 def _nothing_enabled(value: object) -> bool:
@@ -111,13 +152,6 @@ def _empty(value: object) -> bool:
     return _disabled(value)
 
 
-def _on_device(value: object) -> bool:
-    """Accept an offload block that leaves everything on the device."""
-    if is_block(value):
-        return _only("none")(value.get("device"))
-    return _only(False)(value)
-
-
 def _no_ranks_per_tensor(value: object) -> bool:
     """Accept a tensor parallel block of one rank."""
     if not is_block(value):
@@ -127,10 +161,29 @@ def _no_ranks_per_tensor(value: object) -> bool:
     return _at_most(1)(value.get("autotp_size")) and _at_most(1)(size)
 
 
+def _without_effect(reason: str) -> NoEffect:
+    """Make the row of a switch."""
+    return NoEffect(reason, kind=Flag, asks_for_nothing=_only(False))
+
+
+def _block(reason: str, switch: str = "enabled") -> NoEffect:
+    """Make the row of a block with a switch."""
+
+    def is_off(value: object) -> bool:
+        return _only(False)(value.get(switch) if is_block(value) else value)
+
+    return NoEffect(reason, kind=Block, asks_for_nothing=is_off)
+
+
+def _settings(reason: str) -> NoEffect:
+    """Make the row of a block without a switch."""
+    return NoEffect(reason, kind=Block, asks_for_nothing=_nothing_given)
+
+
 def _switch(reason: str, *, subkey: str = "") -> Refused:
     return Refused(
         reason=reason,
-        harmless=_disabled,
+        asks_for_nothing=_disabled,
         instead='remove it, or set "enabled": false.' if subkey else "remove it, or set false.",
         subkey=subkey,
     )
@@ -139,77 +192,71 @@ def _switch(reason: str, *, subkey: str = "") -> Refused:
 def _removed(what: str, harmless: Callable[[object], bool] = _disabled) -> Refused:
     return Refused(
         reason=f"DeepSpeed itself has removed {what}, and it is not built yet here.",
-        harmless=harmless,
+        asks_for_nothing=harmless,
         instead="remove the key.",
         subkey="enabled",
         reported=True,
     )
 
 
-_UNOBSERVED = NoEffect("Monitoring and profiling are not built yet.")
-_NO_OFFLOAD = NoEffect("It tunes offloading, which is not built yet.")
-_NO_CHECKPOINTS = NoEffect("Checkpoints are not built yet.")
-_WHOLE_UNITS = NoEffect("Parameters are gathered, reduced and freed by units.")
-_ALWAYS_FREE = NoEffect("It guards a mechanism that this library does not have.")
+_UNOBSERVED = "Monitoring and profiling are not built yet."
+_NO_OFFLOAD = "It tunes offloading, which is not built yet."
+_NO_CHECKPOINTS = "Checkpoints are not built yet."
+_WHOLE_UNITS = "Parameters are gathered, reduced and freed by units."
+_ALWAYS_FREE = "It guards a mechanism that this library does not have."
+_AT_THE_TOP = 'Only the key inside the block "zero_optimization" counts, as in DeepSpeed.'
 
 _TOP: Mapping[str, NoEffect | Refused] = {
-    "activation_checkpointing": NoEffect("Checkpoint activations in the model itself."),
-    "aio": _NO_OFFLOAD,
+    "aio": _settings(_NO_OFFLOAD),
     "amp": _removed("Apex AMP"),
-    "autotuning": NoEffect("Tuning by trial runs is not built yet."),
-    "checkpoint": _NO_CHECKPOINTS,
-    "comet": _UNOBSERVED,
-    "comms_logger": _UNOBSERVED,
-    "compile": NoEffect("Compile the model's blocks with torch.compile."),
+    "autotuning": _block("Tuning by trial runs is not built yet."),
+    "checkpoint": _settings(_NO_CHECKPOINTS),
+    "comet": _block(_UNOBSERVED),
+    "comms_logger": _block(_UNOBSERVED),
+    "compile": _block("Compile the model's blocks with torch.compile.", switch="deepcompile"),
     "compression_training": _removed("compression training", _nothing_enabled),
-    "csv_monitor": _UNOBSERVED,
+    "csv_monitor": _block(_UNOBSERVED),
     "curriculum_learning": _removed("this form of curriculum learning"),
     "data_efficiency": Refused(
         reason="It changes which samples are seen, and it is not built yet.",
-        harmless=_disabled,
+        asks_for_nothing=_disabled,
         instead='remove it, or set "enabled": false.',
         subkey="enabled",
         reported=True,
     ),
-    "data_parallel_size": NoEffect("Every rank is data parallel."),
-    "disable_allgather": NoEffect("DeepSpeed ignores it too."),
-    "disable_python_gc": NoEffect("The garbage collector is left to the script."),
-    "dump_state": NoEffect("Print the configuration in the script."),
+    "data_parallel_size": NoEffect("Every rank is data parallel.", kind=Count),
+    "disable_allgather": _without_effect("DeepSpeed ignores it too."),
+    "disable_python_gc": _without_effect("The garbage collector is left to the script."),
+    "dump_state": _without_effect("`zeroshard config explain` prints the configuration."),
     "eigenvalue": _removed("eigenvalue estimation"),
     "elasticity": _removed("elastic batch sizes"),
     "expert_parallel": _switch("Expert parallelism is not built yet.", subkey="enabled"),
-    "flops_profiler": _UNOBSERVED,
+    "flops_profiler": _block(_UNOBSERVED),
     "gradient_allreduce_op": Refused(
         reason="Gradients are averaged over the ranks; a sum is not built yet.",
-        harmless=_only("mean"),
+        asks_for_nothing=_only("mean"),
         instead='set "mean", and multiply the loss by the number of ranks if a sum is meant.',
-    ),
-    "gradient_predivide_factor": Refused(
-        reason="Dividing in two steps rounds gradients differently, and it is not built yet.",
-        harmless=_only(1),
-        instead="remove it, or set 1.0.",
     ),
     "graph_harvesting": _removed("graph harvesting"),
     "hybrid_engine": _switch("An engine that also generates is not built yet.", subkey="enabled"),
-    "log_level": NoEffect('Set the level of the "zeroshard" logger.'),
+    "log_level": NoEffect('Set the level of the "zeroshard" logger.', kind=Text),
     "managed_gradient_accumulation": Refused(
         reason="Without it every step() is an optimizer step, which is not built yet.",
-        harmless=_only(True),
+        asks_for_nothing=_only(True),
         instead="remove it, and call engine.set_gradient_accumulation_boundary() instead.",
     ),
-    "memory_breakdown": _UNOBSERVED,
+    "memory_breakdown": _without_effect(_UNOBSERVED),
     "msamp": _switch("MS-AMP changes every number format, and it is not built yet."),
     "nebula": _removed("Nebula checkpoints"),
-    "pipeline": NoEffect("Pipeline parallelism is not built yet."),
-    "prescale_gradients": _switch(
-        "Dividing before the reduction rounds gradients differently, and it is not built yet."
-    ),
+    "pipeline": _settings("Pipeline parallelism is not built yet."),
     "progressive_layer_drop": _removed("progressive layer drop"),
     "quantize_training": _removed("quantized training", _nothing_enabled),
-    "seq_parallel_communication_data_type": NoEffect("Sequence parallelism is not built yet."),
+    "seq_parallel_communication_data_type": NoEffect(
+        "Sequence parallelism is not built yet.", kind=DtypeName
+    ),
     "sequence_parallel_size": Refused(
         reason="Sequence parallelism is not built yet.",
-        harmless=_at_most(1),
+        asks_for_nothing=_at_most(1),
         instead="remove it, or set 1.",
     ),
     "sparse_attention": _removed("sparse attention", _empty),
@@ -218,32 +265,29 @@ _TOP: Mapping[str, NoEffect | Refused] = {
     ),
     "tensor_parallel": Refused(
         reason="Tensor parallelism is not built yet.",
-        harmless=_no_ranks_per_tensor,
+        asks_for_nothing=_no_ranks_per_tensor,
         instead="remove the block.",
         subkey="autotp_size",
     ),
-    "tensorboard": _UNOBSERVED,
-    "timers": _UNOBSERVED,
-    "torch_autocast": _switch(
-        "The forward pass would run in other dtypes, which is not built yet.", subkey="enabled"
-    ),
-    "use_data_before_expert_parallelism": NoEffect("Expert parallelism is not built yet."),
-    "vocabulary_size": NoEffect("It only makes DeepSpeed print a warning."),
-    "wall_clock_breakdown": _UNOBSERVED,
-    "wandb": _UNOBSERVED,
-    "zero_force_ds_cpu_optimizer": _NO_OFFLOAD,
+    "tensorboard": _block(_UNOBSERVED),
+    "timers": _settings(_UNOBSERVED),
+    "use_data_before_expert_parallelism": _without_effect("Expert parallelism is not built yet."),
+    "vocabulary_size": NoEffect("It only makes DeepSpeed print a warning.", kind=CountOrNone),
+    "wall_clock_breakdown": _without_effect(_UNOBSERVED),
+    "wandb": _block(_UNOBSERVED),
+    "zero_force_ds_cpu_optimizer": _without_effect(_NO_OFFLOAD),
     # Some frameworks write these three dotted names at the top by mistake; DeepSpeed ignores them.
-    "zero_optimization.reduce_bucket_size": _WHOLE_UNITS,
-    "zero_optimization.stage3_param_persistence_threshold": _WHOLE_UNITS,
-    "zero_optimization.stage3_prefetch_bucket_size": _WHOLE_UNITS,
+    "zero_optimization.reduce_bucket_size": NoEffect(_AT_THE_TOP),
+    "zero_optimization.stage3_param_persistence_threshold": NoEffect(_AT_THE_TOP),
+    "zero_optimization.stage3_prefetch_bucket_size": NoEffect(_AT_THE_TOP),
 }
 
-_OPTIMIZER: Mapping[str, NoEffect | Refused] = {"legacy_fusion": _ALWAYS_FREE}
+_OPTIMIZER: Mapping[str, NoEffect | Refused] = {"legacy_fusion": _without_effect(_ALWAYS_FREE)}
 
 _OPTIMIZER_PARAMS: Mapping[str, NoEffect | Refused] = {
     "max_grad_norm": Refused(
         reason="Optimizers do not clip here, as in DeepSpeed.",
-        harmless=_only(),
+        asks_for_nothing=_not_given,
         instead='move the number to the top-level key "gradient_clipping".',
     ),
 }
@@ -255,75 +299,44 @@ _FP16: Mapping[str, NoEffect | Refused] = {
 _BF16: Mapping[str, NoEffect | Refused] = {
     "bf16_master_weights_and_grads": _switch("Master weights are fp32; bf16 is not built yet."),
     "bf16_optimizer_states": _switch("Optimizer state is fp32; bf16 is not built yet."),
-    "immediate_grad_update": NoEffect("Gradients are always accumulated as they arrive."),
+    "immediate_grad_update": _without_effect("Gradients are always accumulated as they arrive."),
 }
-
-_DATA_TYPES: Mapping[str, NoEffect | Refused] = {
-    "buffer_dtype": Refused(
-        reason="Buffers keep the dtype they were made in; casting them is not built yet.",
-        harmless=_only(),
-        instead="remove it, and cast the buffers in the model.",
-    ),
-    "keep_in_fp32_modules": Refused(
-        reason="Keeping some modules in fp32 changes the results, and it is not built yet.",
-        harmless=_no_elements,
-        instead='remove it, or set "auto".',
-    ),
-    "param_dtype": Refused(
-        reason="The fp16 and bf16 blocks choose the dtype; a second choice is not built yet.",
-        harmless=_only(),
-        instead='remove it, and set "enabled" in the fp16 or bf16 block.',
-    ),
-}
-
-
-def _offload(what: str) -> Refused:
-    return Refused(
-        reason=f"Moving {what} off the device is not built yet.",
-        harmless=_on_device,
-        instead='remove it, or set "device": "none".',
-        subkey="device",
-    )
-
 
 _ZERO: Mapping[str, NoEffect | Refused] = {
-    "compute_grad_norm": NoEffect("The norm is always computed."),
-    "cpu_offload": _switch("Moving optimizer state off the device is not built yet."),
-    "cpu_offload_param": _switch("Moving parameters off the device is not built yet."),
-    "cpu_offload_use_pin_memory": _NO_OFFLOAD,
-    "elastic_checkpoint": _ALWAYS_FREE,
-    "enable_sanity_checks": _ALWAYS_FREE,
-    "grad_hooks": _ALWAYS_FREE,
-    "leaf_module": NoEffect('Name the modules to gather as one in "zeroshard": {"units": []}.'),
+    "compute_grad_norm": NoEffect(
+        "The norm is always computed.", kind=Flag, asks_for_nothing=_only(True)
+    ),
+    "cpu_offload_use_pin_memory": _without_effect("DeepSpeed ignores it too."),
+    "elastic_checkpoint": _without_effect(_NO_CHECKPOINTS),
+    "enable_sanity_checks": _without_effect("What it checks is always checked."),
+    "grad_hooks": _without_effect(_ALWAYS_FREE),
     "legacy_stage1": _switch("DeepSpeed itself refuses it, and it is not built yet here."),
-    "load_from_fp32_weights": _NO_CHECKPOINTS,
-    "log_trace_cache_warnings": _ALWAYS_FREE,
-    "memory_efficient_linear": NoEffect("torch.nn.functional.linear is never replaced."),
-    "mics_hierarchical_params_gather": NoEffect("It tunes MiCS, which is not built yet."),
+    "load_from_fp32_weights": _without_effect(_NO_CHECKPOINTS),
+    "log_trace_cache_warnings": _without_effect(_ALWAYS_FREE),
+    "mics_hierarchical_params_gather": _without_effect("It tunes MiCS, which is not built yet."),
     "mics_shard_size": Refused(
         reason="Sharding over a part of the ranks is not built yet.",
-        harmless=_at_most(0),
+        asks_for_nothing=_at_most(0),
         instead="remove it, or set -1.",
     ),
-    "offload_optimizer": _offload("optimizer state"),
-    "offload_param": _offload("parameters"),
-    "override_module_apply": _ALWAYS_FREE,
-    "parameter_alignment": _WHOLE_UNITS,
-    "pipeline_loading_checkpoint": _ALWAYS_FREE,
-    "save_muon_momentum_buffer_in_memory": _NO_OFFLOAD,
-    "stage3_allgather_sequential": _WHOLE_UNITS,
-    "stage3_model_persistence_threshold": _WHOLE_UNITS,
-    "stage3_module_granularity_threshold": _WHOLE_UNITS,
-    "stage3_use_all_reduce_for_fetch_params": _WHOLE_UNITS,
-    "use_multi_rank_bucket_allreduce": _WHOLE_UNITS,
+    "override_module_apply": _without_effect(_ALWAYS_FREE),
+    "parameter_alignment": _without_effect(_WHOLE_UNITS),
+    "pipeline_loading_checkpoint": _without_effect(_ALWAYS_FREE),
+    "save_muon_momentum_buffer_in_memory": _without_effect(_NO_OFFLOAD),
+    "stage3_allgather_sequential": _without_effect(_WHOLE_UNITS),
+    "stage3_module_granularity_threshold": NoEffect(
+        _WHOLE_UNITS, kind=LargestNumel, asks_for_nothing=_only(0)
+    ),
+    "stage3_use_all_reduce_for_fetch_params": _without_effect(_WHOLE_UNITS),
+    "use_multi_rank_bucket_allreduce": _without_effect(_WHOLE_UNITS),
     "zenflow": Refused(
         reason="ZenFlow applies updates late, and it is not built yet.",
-        harmless=_only(False),
+        asks_for_nothing=_only(False),
         instead="remove the block.",
     ),
     "zero_hpz_partition_size": Refused(
         reason="A second copy of the parameters inside a node is not built yet.",
-        harmless=_at_most(1),
+        asks_for_nothing=_at_most(1),
         instead="remove it, or set 1.",
     ),
     "zero_quantized_gradients": _switch("Reducing in 4 bits is lossy, and it is not built yet."),
@@ -333,7 +346,7 @@ _ZERO: Mapping[str, NoEffect | Refused] = {
     "zero_quantized_weights": _switch("Gathering in 8 bits is lossy, and it is not built yet."),
     "zeropp_loco_param": Refused(
         reason="Error feedback for lossy reduction is not built yet.",
-        harmless=_only(False),
+        asks_for_nothing=_only(False),
         instead="remove the block.",
     ),
 }
@@ -344,7 +357,6 @@ _BLOCKS: Mapping[Path, Mapping[str, NoEffect | Refused]] = {
     ("optimizer", "params"): _OPTIMIZER_PARAMS,
     ("fp16",): _FP16,
     ("bf16",): _BF16,
-    ("data_types",): _DATA_TYPES,
     ("zero_optimization",): _ZERO,
 }
 
@@ -365,12 +377,19 @@ _STAGE3_KEYS = (
     "use_all_reduce_for_fetch_params",
 )
 
+DEVICE_SWITCHES: Mapping[Path, Path] = {
+    ("zero_optimization", "cpu_offload"): ("zero_optimization", "offload_optimizer"),
+    ("zero_optimization", "cpu_offload_param"): ("zero_optimization", "offload_param"),
+}
+"""Older switches, where true is the block with the device "cpu"."""
+
 ALIASES: Mapping[Path, Path] = {
     ("bfloat16",): ("bf16",),
     ("zero_optimization", "stage3_gather_fp16_weights_on_model_save"): (
         "zero_optimization",
         "stage3_gather_16bit_weights_on_model_save",
     ),
+    **DEVICE_SWITCHES,
     **{("zero_optimization", key): ("zero_optimization", f"stage3_{key}") for key in _STAGE3_KEYS},
 }
 """Second names of keys, each with the name used here."""

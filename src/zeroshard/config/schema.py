@@ -2,137 +2,70 @@
 
 The docstring under a field is its entry in the reference page, so it says what the key does and
 what DeepSpeed's default is where the two differ. A field whose type carries `NoEffect` is checked
-for its type and otherwise ignored. Keys without a field are in `keys`.
+for its type and otherwise ignored; one that carries `Always` can be had at one value only. Keys
+without a field are in `keys`.
 
-Values are taken strictly: `true` is not 1 and "8" is not 8. The one liberty is DeepSpeed's, that
-a whole number may be written as 5e8. Sub-blocks default to their models, so readers of a `Config`
-never test for a missing block.
+Sub-blocks default to their models, so readers of a `Config` never test for a missing block. What
+keys demand of each other is in `rules`; `load` checks it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from zeroshard.config.batch import Batch, resolve
-from zeroshard.config.keys import NoEffect
-from zeroshard.config.values import is_sequence
+from zeroshard.config.keys import Always, NoEffect, on_device
+from zeroshard.config.kinds import (
+    Count,
+    CountOrNone,
+    Device,
+    DtypeName,
+    Flag,
+    FlagOrNone,
+    Fraction,
+    LargestNumel,
+    LargestNumelFromOne,
+    Name,
+    Names,
+    NamesOrAuto,
+    NamesOrNone,
+    NotNegative,
+    PathOrNone,
+    Positive,
+    ScalePower,
+    SizeOrNone,
+    Stage,
+    StepsPerPrint,
+    expected,
+)
 
 __all__ = [
+    "ActivationCheckpointing",
     "Bf16Config",
     "Config",
     "DataTypes",
     "ExtensionConfig",
     "Fp16Config",
+    "LeafModule",
+    "OffloadOptimizer",
+    "OffloadParam",
     "OptimizerConfig",
     "SchedulerConfig",
+    "TorchAutocast",
     "ZeroConfig",
 ]
 
-TWO_PRECISIONS = "fp16 and bf16 cannot both be enabled"
-
-# A number that fp32 can still hold: larger loss scales are infinite in every compute dtype.
-_LARGEST_SCALE_POWER = 127
-_LAST_STAGE = 3
-
-_DTYPES = {
-    "fp32": "fp32",
-    "float32": "fp32",
-    "float": "fp32",
-    "fp16": "fp16",
-    "float16": "fp16",
-    "half": "fp16",
-    "bf16": "bf16",
-    "bfloat16": "bf16",
-}
-
-
-def expected(what: str) -> PydanticCustomError:
-    """Make the error of a value of the wrong kind; the caller adds the key and the value."""
-    return PydanticCustomError("expected", "{expected}", {"expected": what})
-
-
-def _whole(least: int, most: int | None = None, *, nullable: bool = False) -> BeforeValidator:
-    what = f"a whole number of at least {least}"
-    what += "" if most is None else f" and at most {most}"
-    what += " or null" if nullable else ""
-
-    def check(value: object) -> int | None:
-        if value is None and nullable:
-            return None
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise expected(what)
-        if value < least or (most is not None and value > most):
-            raise expected(what)
-        return value
-
-    return BeforeValidator(check)
-
-
-def _number(what: str) -> BeforeValidator:
-    def check(value: object) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise expected(what)
-        try:
-            number = float(value)
-        except OverflowError:
-            raise expected(what) from None
-        if not math.isfinite(number) or number < 0:
-            raise expected(what)
-        return number
-
-    return BeforeValidator(check)
-
-
-def _flag(*, nullable: bool = False) -> BeforeValidator:
-    def check(value: object) -> bool | None:
-        if isinstance(value, bool) or (value is None and nullable):
-            return value
-        raise expected("true, false or null" if nullable else "true or false")
-
-    return BeforeValidator(check)
-
-
-def _dtype(value: object) -> str | None:
-    if value is None:
-        return None
-    name = _DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
-    if name is None:
-        raise expected('"fp32", "fp16", "bf16" or null')
-    return name
-
-
-def _steps_per_print(value: object) -> object:
-    if isinstance(value, str | float) and value in ("Infinity", "inf", math.inf):
-        return None
-    return value
-
-
-def _name(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise expected("a name")
-    return value
-
-
-Count = Annotated[int, _whole(1)]
-CountOrNone = Annotated[int | None, _whole(1, nullable=True)]
-SizeOrNone = Annotated[int | None, _whole(0, nullable=True)]
-Flag = Annotated[bool, _flag()]
-FlagOrNone = Annotated[bool | None, _flag(nullable=True)]
-NotNegative = Annotated[float, _number("a finite number of at least 0")]
-DtypeName = Annotated[Literal["fp32", "fp16", "bf16"] | None, BeforeValidator(_dtype)]
-Name = Annotated[str, BeforeValidator(_name)]
-
-_UNITS = NoEffect("The unit is the bucket: it is gathered and reduced as a whole.")
-_OVERLAP = NoEffect("Communication runs beside computation wherever the device can do both.")
-_OWNED = NoEffect("Every rank reduces and keeps exactly its own shards.")
-_SAVING = NoEffect("Checkpoints are not built yet.")
+_ONE_BUFFER = Always(True, "The gradients of a unit always lie in one buffer.")
+_GATHERED = Always(True, "Parameters are always gathered by all-gather.")
+_NO_PATCH = Always(True, "torch.nn.functional.linear is never replaced.")
+_OFFLOADED = NoEffect(
+    "Offloading is not built yet: the state stays on the device, so no memory is saved, and the "
+    "numbers are the same.",
+    asks_for_nothing=on_device,
+)
 
 
 class _Block(BaseModel):
@@ -148,7 +81,7 @@ class OptimizerConfig(_Block):
     """The optimizer's name in any case: a class of torch.optim whose update is element-wise."""
 
     params: dict[str, object] = Field(default_factory=dict[str, object])
-    """Its arguments. "auto" leaves an argument to the optimizer's own default."""
+    """Its arguments. "auto" is resolved from the caller."""
 
 
 class SchedulerConfig(_Block):
@@ -158,14 +91,14 @@ class SchedulerConfig(_Block):
     """The schedule's name: a class of torch.optim.lr_scheduler."""
 
     params: dict[str, object] = Field(default_factory=dict[str, object])
-    """Its arguments. "auto" leaves an argument to the schedule's own default."""
+    """Its arguments. "auto" is resolved from the caller."""
 
 
 class Fp16Config(_Block):
     """Training in fp16 with a loss scale."""
 
     enabled: Flag = False
-    """Whether parameters are computed with in fp16. "auto" is false."""
+    """Whether the model computes in fp16; "auto" follows its parameters."""
 
     auto_cast: Flag = False
     """Whether floating-point inputs of the model are cast to fp16."""
@@ -173,7 +106,7 @@ class Fp16Config(_Block):
     loss_scale: NotNegative = 0.0
     """A fixed loss scale, or 0 for a dynamic one."""
 
-    initial_scale_power: Annotated[int, _whole(0, _LARGEST_SCALE_POWER)] = 16
+    initial_scale_power: ScalePower = 16
     """The dynamic loss scale starts at 2 to this power."""
 
     loss_scale_window: Count = 1000
@@ -200,10 +133,23 @@ class Bf16Config(_Block):
     """Training in bf16."""
 
     enabled: Flag = False
-    """Whether parameters are computed with in bf16. "auto" is false."""
+    """Whether the model computes in bf16; "auto" follows its parameters."""
 
     check_grad_overflow: Flag = True
     """Whether a step with infinite or NaN gradients is skipped."""
+
+
+class TorchAutocast(_Block):
+    """Computing in lower precision by torch.autocast, with parameters in fp32."""
+
+    enabled: Flag = False
+    """Whether forward runs under torch.autocast."""
+
+    dtype: DtypeName = None
+    """The dtype to cast to; null is torch's choice for the device."""
+
+    lower_precision_safe_modules: NamesOrNone = None
+    """Classes whose parameters are gathered in the lower dtype; null is linear and convolution."""
 
 
 class DataTypes(_Block):
@@ -212,80 +158,188 @@ class DataTypes(_Block):
     grad_accum_dtype: DtypeName = None
     """The dtype gradients are accumulated in; null is fp32 (DeepSpeed: the model's dtype)."""
 
+    param_dtype: DtypeName = None
+    """The dtype computed in, which has to be the one the fp16 and bf16 blocks choose."""
+
+    buffer_dtype: DtypeName = None
+    """The dtype floating-point buffers are cast to; null leaves them as they are."""
+
+    keep_in_fp32_modules: NamesOrAuto = ()
+    """Modules whose parameters stay fp32; "auto" is the list the model itself brings."""
+
+
+class ActivationCheckpointing(_Block):
+    """How zeroshard.checkpointing keeps the inputs of what it runs again in backward."""
+
+    partition_activations: Flag = False
+    """Whether kept inputs are divided over the ranks of a tensor parallel group."""
+
+    number_checkpoints: CountOrNone = None
+    """Number of checkpointed parts of the model."""
+
+    contiguous_memory_optimization: Flag = False
+    """Whether kept inputs lie in one buffer; needs partition_activations."""
+
+    synchronize_checkpoint_boundary: Flag = False
+    """Whether the device is waited for at both ends of a checkpointed part."""
+
+    profile: Flag = False
+    """Whether the time in checkpointed parts is measured."""
+
+    cpu_checkpointing: Flag = False
+    """Whether kept inputs are moved to the host."""
+
+
+class OffloadOptimizer(_Block):
+    """Where optimizer state and master weights live."""
+
+    device: Device = "none"
+    """The device that trains with "none", host memory with "cpu", files with "nvme"."""
+
+    nvme_path: PathOrNone = None
+    """The folder for the files of "nvme"."""
+
+    buffer_count: Count = 4
+    """Buffers between host memory and files."""
+
+    pin_memory: Flag = True
+    """Whether host memory is page-locked."""
+
+    pipeline_read: Flag = False
+    """Whether a part is read while the one before it is stepped."""
+
+    pipeline_write: Flag = False
+    """Whether a part is written while the one after it is stepped."""
+
+    fast_init: Flag = False
+    """Whether the files are made the quick way."""
+
+    ratio: Fraction = 1.0
+    """The part of the state that is moved."""
+
+    super_offload: Flag = False
+    """Whether DeepSpeed's variant for GPUs with a fast link to the host is meant."""
+
+    cpuadam_cores_perc: Fraction = 0.8
+    """The part of the host's cores that step the state."""
+
+
+class OffloadParam(_Block):
+    """Where the shards of parameters live at stage 3."""
+
+    device: Device = "none"
+    """The device that trains with "none", host memory with "cpu", files with "nvme"."""
+
+    nvme_path: PathOrNone = None
+    """The folder for the files of "nvme"."""
+
+    buffer_count: Count = 5
+    """Buffers between host memory and files."""
+
+    buffer_size: LargestNumelFromOne = 100_000_000
+    """Elements of one buffer."""
+
+    max_in_cpu: LargestNumel = 1_000_000_000
+    """Most elements in host memory with "nvme"."""
+
+    pin_memory: Flag = True
+    """Whether host memory is page-locked."""
+
+
+class LeafModule(_Block):
+    """Modules that are gathered as one, with everything below them."""
+
+    classes: Names = ()
+    """Class names, bare or with their module."""
+
+    names: Names = ()
+    """Paths in the model."""
+
+    name_suffixes: Names = ()
+    """Ends of paths in the model."""
+
 
 class ZeroConfig(_Block):
     """What is sharded over the ranks, and the tuning keys of DeepSpeed's ZeRO."""
 
-    stage: Literal[0, 1, 2, 3] = 0
+    stage: Stage = 0
     """0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
 
-    overlap_comm: Annotated[FlagOrNone, _OVERLAP] = None
-    """Whether DeepSpeed communicates on a side stream (its default: at stage 3 only)."""
+    overlap_comm: FlagOrNone = None
+    """Whether communication runs beside computation; null is true. false finishes each collective
+    before computation goes on (DeepSpeed: null is true at stage 3 only)."""
 
-    contiguous_gradients: Annotated[FlagOrNone, _UNITS] = None
-    """Whether DeepSpeed copies gradients into one buffer (its default: true)."""
+    contiguous_gradients: Annotated[Flag, _ONE_BUFFER] = True
+    """Whether the gradients of a unit lie in one buffer."""
 
-    reduce_scatter: Annotated[FlagOrNone, _OWNED] = None
-    """Whether DeepSpeed reduce-scatters gradients (its default: true)."""
+    reduce_scatter: Flag = True
+    """Whether gradients are averaged by reduce-scatter; false averages by all-reduce, of which
+    each rank keeps its part."""
 
-    allgather_partitions: Annotated[FlagOrNone, _OWNED] = None
-    """Whether parameters are gathered by all-gather (unused in DeepSpeed too)."""
+    allgather_partitions: Annotated[Flag, _GATHERED] = True
+    """Whether parameters are gathered by all-gather."""
 
-    reduce_bucket_size: Annotated[CountOrNone, _UNITS] = None
-    """Elements in one reduction of DeepSpeed (its default: 5e8)."""
+    reduce_bucket_size: LargestNumelFromOne = None
+    """Most elements of a unit that is put together from small layers outside blocks; null is the
+    engine's choice, and the smaller of this and allgather_bucket_size counts. A block is never
+    divided, since that saves neither memory nor time (DeepSpeed: 5e8)."""
 
-    allgather_bucket_size: Annotated[CountOrNone, _UNITS] = None
-    """Elements in one gather of DeepSpeed (its default: 5e8)."""
+    allgather_bucket_size: LargestNumelFromOne = None
+    """As reduce_bucket_size (DeepSpeed: 5e8)."""
 
-    sub_group_size: Annotated[CountOrNone, _UNITS] = None
-    """Elements DeepSpeed steps at once at stage 3 (its default: 1e9)."""
+    sub_group_size: LargestNumelFromOne = None
+    """Elements of a rank's master weights that are stepped at once; null is all
+    (DeepSpeed: 1e9)."""
 
-    stage3_prefetch_bucket_size: Annotated[SizeOrNone, _UNITS] = None
-    """Elements DeepSpeed gathers ahead (its default: 5e7); see zeroshard.lookahead_bytes."""
+    stage3_prefetch_bucket_size: LargestNumel = None
+    """Elements gathered ahead of their use, at least one unit unless 0; null is one unit
+    (DeepSpeed: 5e7)."""
 
-    stage3_param_persistence_threshold: Annotated[SizeOrNone, _UNITS] = None
-    """Largest parameter that DeepSpeed never frees (its default: 1e5 elements)."""
+    stage3_param_persistence_threshold: LargestNumel = None
+    """Parameters of at most this many elements stay full; null is 0 (DeepSpeed: 1e5)."""
 
-    stage3_max_live_parameters: Annotated[SizeOrNone, _UNITS] = None
-    """Elements DeepSpeed keeps gathered at most (its default: 1e9)."""
+    stage3_model_persistence_threshold: LargestNumel = None
+    """Most elements that stay full because of their size; null is no limit."""
 
-    stage3_max_reuse_distance: Annotated[SizeOrNone, _UNITS] = None
-    """Elements until reuse below which DeepSpeed does not free (its default: 1e9)."""
+    stage3_max_live_parameters: LargestNumel = None
+    """Elements full at once beyond which nothing is gathered ahead or kept; null is no limit
+    (DeepSpeed: 1e9)."""
 
-    stage3_gather_16bit_weights_on_model_save: Annotated[FlagOrNone, _SAVING] = None
-    """Whether DeepSpeed gathers 16-bit weights when a model is saved (its default: false)."""
+    stage3_max_reuse_distance: LargestNumel = None
+    """A unit needed again within so many elements stays full in between; null is 0
+    (DeepSpeed: 1e9)."""
 
-    round_robin_gradients: Annotated[FlagOrNone, _OWNED] = None
-    """Whether DeepSpeed deals gradients out over the ranks in turn (its default: false)."""
+    stage3_gather_16bit_weights_on_model_save: Flag = False
+    """Whether engine.save_16bit_model gathers the parameters, which it needs at stage 3."""
 
-    ignore_unused_parameters: Annotated[FlagOrNone, _OWNED] = None
-    """Whether parameters without a gradient are allowed (its default: true); they always are."""
+    round_robin_gradients: Flag = False
+    """Whether gradients are dealt out evenly over the ranks; every rank's part is of equal size
+    either way."""
 
-    @field_validator("stage", mode="before")
-    @classmethod
-    def _known_stage(cls, value: object) -> object:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LAST_STAGE:
-            return value
-        raise expected("0, 1, 2 or 3")
+    ignore_unused_parameters: Flag = True
+    """Whether a trained parameter may end a step without a gradient; false raises."""
+
+    memory_efficient_linear: Annotated[Flag, _NO_PATCH] = True
+    """Whether linear layers hold on to nothing more than they need in backward."""
+
+    leaf_module: LeafModule = LeafModule()
+    """Modules that are gathered as one."""
+
+    offload_optimizer: Annotated[OffloadOptimizer, _OFFLOADED] = OffloadOptimizer()
+    """Where optimizer state and master weights live."""
+
+    offload_param: Annotated[OffloadParam, _OFFLOADED] = OffloadParam()
+    """Where the shards of parameters live."""
 
 
 class ExtensionConfig(_Block):
     """Keys of this library that DeepSpeed does not have."""
 
-    units: tuple[Name, ...] = ()
+    units: Names = ()
     """Module classes or paths that form a unit each; empty finds the repeated blocks."""
 
     lookahead_bytes: SizeOrNone = None
     """Bytes gathered ahead of their use at stage 3; null leaves the choice to the engine."""
-
-    @field_validator("units", mode="before")
-    @classmethod
-    def _list_of_names(cls, value: object) -> object:
-        if not is_sequence(value):
-            raise expected("a list of class names or module paths")
-        return value
 
 
 class Config(_Block):
@@ -315,14 +369,26 @@ class Config(_Block):
     gradient_clipping: NotNegative = 1.0
     """Largest global 2-norm of the gradients; 0 does not clip."""
 
-    steps_per_print: Annotated[CountOrNone, BeforeValidator(_steps_per_print)] = None
+    steps_per_print: StepsPerPrint = None
     """Optimizer steps between progress lines; null and Infinity print none."""
 
     communication_data_type: DtypeName = None
     """The dtype gradients are reduced in; null is fp32 (DeepSpeed: the dtype computed in)."""
 
+    gradient_predivide_factor: Positive = 1.0
+    """Gradients are divided by this number before they are summed, and by the rest after."""
+
+    prescale_gradients: Flag = False
+    """Whether gradients are divided by the number of ranks before they are summed."""
+
+    torch_autocast: TorchAutocast = TorchAutocast()
+    """Computing in lower precision by torch.autocast."""
+
     data_types: DataTypes = DataTypes()
     """Dtypes beside the one computed in."""
+
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
+    """How zeroshard.checkpointing keeps activations."""
 
     zero_allow_untested_optimizer: Flag = False
     """Whether optimizers that were not tested with sharded state are allowed."""
@@ -335,14 +401,6 @@ class Config(_Block):
 
     zeroshard: ExtensionConfig = ExtensionConfig()
     """Keys of this library that DeepSpeed does not have."""
-
-    @field_validator("bf16")
-    @classmethod
-    def _one_precision(cls, value: Bf16Config, info: ValidationInfo) -> Bf16Config:
-        fp16 = info.data.get("fp16")
-        if value.enabled and isinstance(fp16, Fp16Config) and fp16.enabled:
-            raise PydanticCustomError("two_precisions", TWO_PRECISIONS)
-        return value
 
     @field_validator("zero_optimization", mode="before")
     @classmethod
@@ -365,11 +423,22 @@ BLOCKS: Mapping[tuple[str, ...], type[BaseModel]] = {
     ("scheduler",): SchedulerConfig,
     ("fp16",): Fp16Config,
     ("bf16",): Bf16Config,
+    ("torch_autocast",): TorchAutocast,
     ("data_types",): DataTypes,
+    ("activation_checkpointing",): ActivationCheckpointing,
     ("zero_optimization",): ZeroConfig,
+    ("zero_optimization", "leaf_module"): LeafModule,
+    ("zero_optimization", "offload_optimizer"): OffloadOptimizer,
+    ("zero_optimization", "offload_param"): OffloadParam,
     ("zeroshard",): ExtensionConfig,
 }
 """Every model by the place of its block."""
 
 OPEN_BLOCKS = frozenset({("optimizer", "params"), ("scheduler", "params")})
 """Blocks whose keys belong to somebody else."""
+
+AUTO_IS_A_VALUE = frozenset({("data_types", "keep_in_fp32_modules")})
+"""Fields that take "auto" themselves."""
+
+NEVER_AUTO = frozenset({("optimizer", "type"), ("scheduler", "type")})
+"""Fields that have no default for "auto" to stand for."""

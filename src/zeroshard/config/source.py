@@ -47,6 +47,7 @@ class Source:
 def read(source: str | Path | Mapping[str, object]) -> Source:
     """Read a dict, the path of a JSON file, or JSON in url-safe base64."""
     name = "the config dict"
+    _check_kind(source)
     try:
         if isinstance(source, Mapping):
             return Source(name, _plain_mapping(source))
@@ -61,6 +62,13 @@ def read(source: str | Path | Mapping[str, object]) -> Source:
         return decode(_read_file(source, name), name)
     except RecursionError:
         raise _too_deep(name) from None
+
+
+def _check_kind(source: object) -> None:
+    if not isinstance(source, str | Path | Mapping):
+        raise ConfigError(
+            compose(f"a configuration cannot be loaded from {show(source)}.", hint=_FORMS)
+        )
 
 
 def decode(text: str, name: str) -> Source:

@@ -12,6 +12,8 @@ therefore streams, of their own and overlap each other and the computation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +25,9 @@ from zeroshard.errors import DistributedError, Error, compose
 
 __all__ = [
     "DONE",
+    "MEAN",
     "Answered",
+    "Averaging",
     "Exchange",
     "Ticket",
     "all_gather",
@@ -51,15 +55,15 @@ class _Done:
         return
 
 
-class _Both:
-    """A reduction over the shard axis that an all-reduce over the replicate axis must follow."""
+class _Then:
+    """A collective that something else must follow once it is waited for."""
 
-    def __init__(self, first: Ticket, out: Tensor, axis: Axis) -> None:
-        self._first, self._out, self._axis = first, out, axis
+    def __init__(self, first: Ticket, follow: Callable[[], object]) -> None:
+        self._first, self._follow = first, follow
 
     def wait(self) -> None:
         self._first.wait()
-        _mean_over(self._out, self._axis).wait()
+        self._follow()
 
 
 DONE: Ticket = _Done()
@@ -100,26 +104,59 @@ def all_gather(full: Tensor, shard: Tensor, axis: Axis) -> Ticket:
     return _gather_op(full, shard, group=axis.gather, async_op=True)
 
 
-def _mean_over(tensor: Tensor, axis: Axis) -> Ticket:
-    if axis.reduce is None:
-        return DONE
-    work = dist.all_reduce(tensor, op=dist.ReduceOp.AVG, group=axis.reduce, async_op=True)
-    assert work is not None, "an asynchronous all-reduce returns its work"
-    return work
+@dataclass(frozen=True, slots=True)
+class Averaging:
+    """How a mean over the ranks is made, which decides how it rounds and where it may overflow.
+
+    ``before`` multiplies what goes on the wire and ``after`` the sum that comes back; their product
+    is 1 / ranks. Where both are None the backend averages. ``scatter`` is false to let every rank
+    receive the whole mean, of which it keeps its part.
+    """
+
+    before: float | None = None
+    after: float | None = None
+    scatter: bool = True
 
 
-def reduce_mean(out: Tensor, full: Tensor, mesh: Mesh) -> Ticket:
+MEAN = Averaging()
+"""The backend's own mean."""
+
+
+def reduce_mean(out: Tensor, full: Tensor, mesh: Mesh, how: Averaging = MEAN) -> Ticket:
     """Start averaging ``full`` over all ranks, keeping this rank's shard of the result in ``out``.
 
     ``out`` may be this rank's part of ``full``. The content of ``full`` is undefined afterwards.
     """
+    if how.before is not None:
+        full.mul_(how.before)
+    op = dist.ReduceOp.AVG if how.before is None and how.after is None else dist.ReduceOp.SUM
+    ticket = DONE
     if mesh.shard.reduce is None:
         if out.data_ptr() != full.data_ptr():
             out.copy_(full)
-        return _mean_over(out, mesh.replicate)
-    op = dist.ReduceOp.AVG
-    work: Ticket = _scatter_op(out, full, op=op, group=mesh.shard.reduce, async_op=True)
-    return work if mesh.replicate.reduce is None else _Both(work, out, mesh.replicate)
+    elif how.scatter:
+        ticket = _scatter_op(out, full, op=op, group=mesh.shard.reduce, async_op=True)
+    else:
+        ticket = _Then(_all_reduce(full, mesh.shard, op), lambda: _keep_part(out, full, mesh.shard))
+    if mesh.replicate.reduce is not None:
+        if ticket is DONE:
+            ticket = _all_reduce(out, mesh.replicate, op)
+        else:
+            ticket = _Then(ticket, lambda: _all_reduce(out, mesh.replicate, op).wait())
+    after = how.after
+    return ticket if after is None else _Then(ticket, lambda: out.mul_(after))
+
+
+def _all_reduce(tensor: Tensor, axis: Axis, op: Any) -> Ticket:
+    work = dist.all_reduce(tensor, op=op, group=axis.reduce, async_op=True)
+    assert work is not None, "an asynchronous all-reduce returns its work"
+    return work
+
+
+def _keep_part(out: Tensor, full: Tensor, axis: Axis) -> None:
+    mine = full.view(axis.size, -1)[axis.rank]
+    if out.data_ptr() != mine.data_ptr():
+        out.copy_(mine)
 
 
 def all_reduce_(tensor: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:

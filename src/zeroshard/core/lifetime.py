@@ -7,7 +7,7 @@ Training Trillion Parameter Models" (2020), section 5, with the bytes per elemen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 __all__ = ["STAGES", "Lifetime", "StateBytes", "lifetime", "state_bytes"]
@@ -33,6 +33,10 @@ class Lifetime:
     def grads_stay(self) -> bool:
         """Whether full gradients stay on the device from one micro-step to the next."""
         return self.reduce_grads == "at_boundary"
+
+    def with_params_that_stay(self) -> Lifetime:
+        """The lifetime of units that stay full beside others that are freed."""
+        return replace(self, free_params="never")
 
 
 STAGES = {

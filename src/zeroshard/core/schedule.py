@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal, NamedTuple
 
@@ -41,6 +42,7 @@ __all__ = [
     "END",
     "END_FORWARD",
     "STEP",
+    "Limits",
     "Op",
     "Schedule",
     "common_window",
@@ -51,6 +53,25 @@ __all__ = [
 _WINDOW = 64
 _WINDOW_AFTER_A_MISS = 2
 _LONGEST_RECORD = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a schedule may keep full beside what is in use, in bytes of full units.
+
+    ``ahead``: gathered before it is needed; None allows one unit of any size. ``live``: full at
+    once, beyond which nothing is gathered ahead or kept; what is needed is gathered all the same.
+    ``reuse``: a unit that is needed again within so many gathered bytes is not freed in between.
+    ``overlap``: false to finish each reduction before the computation goes on.
+    """
+
+    ahead: int | None = None
+    live: int | None = None
+    reuse: int = 0
+    overlap: bool = True
+
+
+DEFAULT = Limits()
 
 
 class Op(NamedTuple):
@@ -87,7 +108,11 @@ def common_window(wishes: Sequence[Sequence[Op]]) -> list[Op]:
 
 
 def look_ahead(
-    events: Iterable[Op], sizes: Mapping[int, int], ahead: Sequence[int], budget: int | None
+    events: Iterable[Op],
+    sizes: Mapping[int, int],
+    ahead: Sequence[int],
+    budget: int | None,
+    live: int | None = None,
 ) -> Iterator[Op]:
     """Pull gathers forward so that each starts before the unit is needed.
 
@@ -96,6 +121,7 @@ def look_ahead(
         sizes: bytes of each full unit.
         ahead: units already gathered before their time.
         budget: bytes that may be gathered before their time; None allows one unit of any size.
+        live: bytes of what is gathered early and the unit in use together.
     """
     due = deque(events)
     early = list(ahead)
@@ -116,6 +142,8 @@ def look_ahead(
                 break
             total = sum(sizes[unit] for unit in early) + sizes[coming.unit]
             if early if budget is None else total > budget:
+                break
+            if live is not None and total + sizes.get(op.unit, 0) > live:
                 break
             early.append(coming.unit)
             taken.append(coming.unit)
@@ -150,19 +178,21 @@ def mirror(forward: Sequence[Op], past_forward: Sequence[Op], past: Sequence[Op]
 class Schedule:
     """Issues the collectives of forward and backward passes in agreed windows.
 
-    See [Note: agreed windows]. ``budget`` is the number of bytes that may be gathered before they
-    are needed; None allows one unit of any size.
+    See [Note: agreed windows].
     """
 
-    def __init__(self, units: Sequence[Unit], mesh: Mesh, budget: int | None = None) -> None:
-        self._units, self._mesh, self._budget = units, mesh, budget
+    def __init__(self, units: Sequence[Unit], mesh: Mesh, limits: Limits = DEFAULT) -> None:
+        self._units, self._mesh, self._limits = units, mesh, limits
+        self._budget = limits.ahead if limits.overlap else 0
         self._index = {unit: index for index, unit in enumerate(units)}
         self._sizes = {index: unit.nbytes_full for index, unit in enumerate(units)}
         self._ask = Exchange(mesh, 1 + _WINDOW)
         self._window: deque[Op] = deque()
         self._trust = _WINDOW  # operations to agree on at once; few while expectations fail
         self._ahead: list[int] = []  # gathered, not needed yet, oldest first
-        self._kept: list[int] = []  # left full because the pass is expected to go on with them
+        self._kept: list[int] = []  # left full because the pass needs them again soon, oldest first
+        self._gathered = 0  # bytes needed since the record began ...
+        self._gathered_at: dict[int, int] = {}  # ... and up to the last use of each unit
         self._ready: list[int] = []  # gradients complete, reduction not issued
         self._reducing: Unit | None = None
         self._issued: set[int] = set()  # reduced since the last end of backward
@@ -188,7 +218,13 @@ class Schedule:
         self._mirrored, self._trust = None, _WINDOW
         self._history[self._kind, self._num_backwards] = self._record
         self._num_backwards += 1
-        self._record, self._cursor = [], 0
+        self._clear_record()
+        self._cursor = 0
+
+    def _clear_record(self) -> None:
+        self._record = []
+        self._gathered = 0
+        self._gathered_at.clear()
 
     @property
     def _past(self) -> Sequence[Op]:
@@ -210,45 +246,86 @@ class Schedule:
     def _note(self, op: Op) -> None:
         if len(self._record) < _LONGEST_RECORD:
             self._record.append(op)
+        if op.kind == "gather":
+            self._gathered += self._sizes[op.unit]
+            self._gathered_at[op.unit] = self._gathered
+        if not self._advance(op):
+            self._review_kept()
+
+    def _advance(self, op: Op) -> bool:
+        """Move on in what is expected; say whether this was it."""
         past = self._past
         if self._cursor is None:
-            return
+            return False
         if self._cursor < len(past) and past[self._cursor] == op:
             self._cursor += 1
-            return
+            return True
         # Something was skipped, or is new: go on after the next place where this happened before,
         # but not in backward while this is forward.
         for at in range(self._cursor, len(past)):
             if past[at] == op:
                 self._cursor = at + 1
-                return
+                break
             if past[at].kind == "end":
-                return
+                break
+        return False
+
+    def _coming(self) -> Iterator[Op]:
+        """What is to come until the end of the pass."""
+        past = self._past
+        return (
+            past[at] for at in range(len(past) if self._cursor is None else self._cursor, len(past))
+        )
 
     def _expected(self, now: Sequence[Op] = ()) -> Iterator[Op]:
         """What is to come after ``now`` until the next mark, gathers of kept units left out."""
-        past = self._past
-        start = len(past) if self._cursor is None else self._cursor
-        before = next((op for op in reversed(self._record) if op != END_FORWARD), None)
-        if before is not None and before.kind == "gather" and before not in now:
-            before = before if self._units[before.unit].is_full else None  # it was not kept
-        for op in (past[i] for i in range(start, len(past))):
+        gathered, gathered_at = self._gathered, dict(self._gathered_at)
+        stays = {op.unit for op in now}
+        stays.update(unit for unit in gathered_at if self._units[unit].is_full)
+        for op in self._coming():
             if op.kind == "end":
                 return
-            if op != before:
-                yield op
-            before = op
+            if op.kind == "gather":
+                between = gathered - gathered_at.get(op.unit, -self._limits.reuse - 1)
+                gathered += self._sizes[op.unit]
+                gathered_at[op.unit] = gathered
+                if op.unit in stays and between <= self._limits.reuse:
+                    continue
+                stays.add(op.unit)
+            yield op
 
     def keeps(self, unit: Unit) -> bool:
-        """Whether the pass goes on with this very unit, so that freeing it would be in vain."""
-        past = self._past
-        op = Op("gather", self._index[unit])
-        start = len(past) if self._cursor is None else self._cursor
-        if next((past[i] for i in range(start, len(past)) if past[i] != END_FORWARD), None) != op:
+        """Whether the pass needs this unit again so soon that freeing it would be in vain."""
+        index = self._index[unit]
+        if not self._is_near(index) or not self._is_room_for(0):
             return False
-        if op.unit not in self._kept:
-            self._kept.append(op.unit)
+        if index not in self._kept:
+            self._kept.append(index)
         return True
+
+    def _is_near(self, unit: int) -> bool:
+        """Whether a unit is expected to be needed again within the bytes of ``reuse``."""
+        between = 0
+        for op in self._coming():
+            if op.kind == "gather":
+                if op.unit == unit:
+                    return True
+                between += self._sizes[op.unit]
+                if between > self._limits.reuse:
+                    return False
+        return False
+
+    def _is_room_for(self, nbytes: int) -> bool:
+        if self._limits.live is None:
+            return True
+        full = (unit for unit in self._units if unit.is_full and not unit.lifetime.params_stay)
+        return sum(unit.nbytes_full for unit in full) + nbytes <= self._limits.live
+
+    def _review_kept(self) -> None:
+        """The pass took another way: free what it is not about to use."""
+        for index in [index for index in self._kept if not self._is_near(index)]:
+            self._kept.remove(index)
+            self._units[index].free()
 
     def _drop_kept(self) -> None:
         while self._kept:
@@ -261,9 +338,12 @@ class Schedule:
         assert not self._window, "a window is completed before the next is agreed on"
         reductions = [Op("reduce", unit) for unit in self._ready]
         due = [*now, *(op for op in self._expected(now) if op not in reductions)]
-        wish = [*reductions, *look_ahead(due, self._sizes, self._ahead, self._budget)]
+        wish = [*reductions, *self._look_ahead(due)]
         self._window.extend(self._exchange(wish[: self._trust]))
         self._trust = min(2 * self._trust, _WINDOW)
+
+    def _look_ahead(self, due: Iterable[Op]) -> Iterator[Op]:
+        return look_ahead(due, self._sizes, self._ahead, self._budget, self._limits.live)
 
     def _exchange(self, wish: Sequence[Op]) -> list[Op]:
         count = len(self._units)
@@ -309,6 +389,7 @@ class Schedule:
         if op.kind == "gather":
             # Where the unit is in use already, the gather only serves other ranks.
             if not unit.is_full:
+                self._make_room(op.unit)
                 self._ahead.append(op.unit)
             unit.gather()
             return
@@ -319,6 +400,8 @@ class Schedule:
         unit.reduce()
         self._reducing = unit
         self._issued.add(op.unit)
+        if not self._limits.overlap:
+            self._settle()
 
     def _settle(self) -> None:
         if self._reducing is not None:
@@ -338,6 +421,11 @@ class Schedule:
         while self._ahead and not self._fits(coming):
             self._units[self._ahead.pop(0)].free()
 
+    def _make_room(self, coming: int) -> None:
+        """Free kept units, those that are needed last first."""
+        while self._kept and not self._is_room_for(self._sizes[coming]):
+            self._units[self._kept.pop(0)].free()
+
     def _fits(self, coming: int) -> bool:
         if self._budget is None:
             return not self._ahead
@@ -350,7 +438,11 @@ class Schedule:
             if op.kind == "reduce":
                 may_start = op.unit in self._ready
             else:  # a unit in use is freed and gathered again, not gathered now
-                may_start = self._fits(op.unit) and not self._units[op.unit].is_full
+                may_start = (
+                    self._fits(op.unit)
+                    and not self._units[op.unit].is_full
+                    and self._is_room_for(self._sizes[op.unit])
+                )
             if not may_start:
                 return
             self._issue(self._window.popleft())
@@ -367,7 +459,6 @@ class Schedule:
                 self._note(op)
             unit.wait()
             return
-        self._drop_kept()
         self._note(op)
         if index in self._ahead:
             self._ahead.remove(index)
@@ -444,7 +535,7 @@ class Schedule:
                 self._note(END_FORWARD)
                 self._expect_backward()
             due = self._expected() if expects_backward else ()
-            wish = look_ahead(due, self._sizes, self._ahead, self._budget)
+            wish = self._look_ahead(due)
             # No reductions: a rank that gives its batch up would lose what others contribute.
             self._leave_forward([*takewhile(lambda op: op.kind == "gather", wish)])
         if is_own and not expects_backward:
@@ -490,7 +581,8 @@ class Schedule:
         self._settle()
         self._ready.clear()
         self._issued.clear()
-        self._record, self._cursor, self._mirrored = [], None, None
+        self._clear_record()
+        self._cursor = self._mirrored = None
 
     def _drop_ahead(self) -> None:
         self._drop_kept()

@@ -42,7 +42,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from zeroshard.core import tree
 from zeroshard.core.collectives import (
     DONE,
+    MEAN,
     Answered,
+    Averaging,
     Ticket,
     all_gather,
     broadcast_,
@@ -61,12 +63,17 @@ _ALIGN_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Dtypes of training; None keeps each parameter's own dtype."""
+    """Dtypes of training; ``compute`` None keeps each parameter's own dtype.
+
+    Gradients are averaged over ranks in ``reduce``, in the way of ``averaging``, and summed over
+    micro-steps in ``accumulate``.
+    """
 
     compute: torch.dtype | None = None
     master: torch.dtype = torch.float32
     reduce: torch.dtype = torch.float32
     accumulate: torch.dtype = torch.float32
+    averaging: Averaging = MEAN
 
 
 @dataclass(frozen=True, slots=True)
@@ -518,7 +525,8 @@ class Unit:
             in_place = wire is full and self.lifetime.grads_stay
             out = mine if in_place else torch.empty_like(mine)
             with Answered(self.mesh.rank, self._wants_reduce):
-                self._reducing = _Reduction(reduce_mean(out, wire, self.mesh), out, wire)
+                ticket = reduce_mean(out, wire, self.mesh, self.precision.averaging)
+            self._reducing = _Reduction(ticket, out, wire)
         self.has_gradient = False
 
     def _wide(self, dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,10 @@
 3. What is left of a section or of the model is gathered there as long as it is small. Else it is
    grouped in runs of neighbouring layers, and each run is gathered at its layers.
 
-Every group is split further until it is uniform in dtype and in whether it is trained. A parameter
+Modules marked as leaves are blocks wherever they are. Small parameters that are to stay full form a
+group of their own at the model.
+
+Every group is split further until it is uniform in dtype and kind. A parameter
 belongs to the first block that reaches it; a module outside that block that holds it too (tied
 weights) becomes another place where its unit is gathered.
 """
@@ -18,12 +21,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from zeroshard.core.unit import Member
 from zeroshard.errors import ConfigError, compose
 
-__all__ = ["Group", "choose_groups", "find_blocks"]
+__all__ = ["Group", "Kind", "choose_groups", "find_blocks", "find_leaves", "find_persistent"]
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _REPEATED_IN = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -44,27 +48,45 @@ _LAYER_BYTES = 16 * 2**20
 _GROUP_BYTES = 64 * 2**20
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the parameters of a unit have in common, beside the place where they are gathered.
+
+    ``trained``: an optimizer steps them. ``compute``: the dtype to compute in, None for their own.
+    ``persistent``: they stay full.
+    """
+
+    trained: bool
+    compute: torch.dtype | None = None
+    persistent: bool = False
+
+
 @dataclass(slots=True)
 class Group:
     """The parameters of one unit and the modules that use them."""
 
-    trained: bool
+    kind: Kind
     members: list[Member] = field(default_factory=list[Member])
     sites: list[nn.Module] = field(default_factory=list[nn.Module])
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The outermost modules that repeat side by side and have several layers, sections divided."""
-    return _find_blocks(model, _nbytes(model))[0]
+    return _find_blocks(model, _nbytes(model), set())[0]
 
 
-def _find_blocks(module: nn.Module, model_bytes: int) -> tuple[list[nn.Module], list[nn.Module]]:
+def _find_blocks(
+    module: nn.Module, model_bytes: int, leaves: set[nn.Module]
+) -> tuple[list[nn.Module], list[nn.Module]]:
     """The blocks inside a module, and the sections that hold some of them."""
     blocks: list[nn.Module] = []
     sections: list[nn.Module] = []
     repeated = _repeated(module)
     for child in module.children():
-        inner_blocks, inner_sections = _find_blocks(child, model_bytes)
+        if child in leaves:
+            blocks.append(child)
+            continue
+        inner_blocks, inner_sections = _find_blocks(child, model_bytes, leaves)
         if type(child) in repeated and _is_composite(child):
             if _is_section(child, inner_blocks, model_bytes):
                 inner_sections.append(child)
@@ -169,30 +191,83 @@ class _Place:
     key: tuple[object, ...]
 
 
+def find_leaves(
+    model: nn.Module,
+    *,
+    classes: Sequence[str] = (),
+    names: Sequence[str] = (),
+    suffixes: Sequence[str] = (),
+) -> list[nn.Module]:
+    """The modules of some classes, with some names in the model, or whose names end in a suffix.
+
+    A class is given by its name, alone or behind that of its Python module.
+    """
+    found: list[nn.Module] = []
+    for path, module in model.named_modules():
+        kind = type(module)
+        own_names = {kind.__name__, kind.__qualname__, f"{kind.__module__}.{kind.__qualname__}"}
+        is_suffix = any(path == end or path.endswith(f".{end}") for end in suffixes)
+        if path in names or is_suffix or own_names.intersection(classes):
+            found.append(module)
+    return found
+
+
+def find_persistent(
+    model: nn.Module, largest_numel: int, most_numel: int | None = None
+) -> set[nn.Parameter]:
+    """The parameters of at most ``largest_numel`` elements, ``most_numel`` elements in all.
+
+    In the order of names; one that does not fit any more leaves room for smaller ones after it.
+    """
+    chosen: set[nn.Parameter] = set()
+    total = 0
+    for param in model.parameters():
+        numel = param.numel()
+        if numel <= largest_numel and (most_numel is None or total + numel <= most_numel):
+            chosen.add(param)
+            total += numel
+    return chosen
+
+
 def choose_groups(
-    model: nn.Module, *, units: Sequence[str] = (), is_trained: Callable[[nn.Parameter], bool]
+    model: nn.Module,
+    *,
+    kind_of: Callable[[nn.Parameter], Kind],
+    units: Sequence[str] = (),
+    leaves: Iterable[nn.Module] = (),
+    most_numel: int | None = None,
 ) -> list[Group]:
     """Divide all parameters of a model into groups, in the order of ``named_parameters``.
 
     Args:
         model: the outermost module.
+        kind_of: what a parameter must have in common with those it is gathered with.
         units: class names or module paths to use as blocks instead of those found automatically.
-        is_trained: whether an optimizer steps the parameter.
+        leaves: modules that are a block each, beside the others.
+        most_numel: elements of a group that is put together from several layers.
 
     Raises:
         ConfigError: a name in ``units`` matches nothing.
     """
     holders = _holders(model)
+    marked = {module for module in leaves if not isinstance(module, _CONTAINERS)}
     if units:
-        found, sections = _named_blocks(model, units), list[nn.Module]()
+        found, sections = [*_named_blocks(model, units), *marked], list[nn.Module]()
     else:
-        found, sections = _find_blocks(model, _nbytes(model))
+        found, sections = _find_blocks(model, _nbytes(model), marked)
     blocks = set(found)
-    places = _places({param: paths[0] for param, paths in holders.items()}, blocks, set(sections))
+    kinds = {param: kind_of(param) for param in holders}
+    places = _places(
+        {param: paths[0] for param, paths in holders.items() if not kinds[param].persistent},
+        blocks,
+        set(sections),
+        most_numel,
+    )
     groups: dict[tuple[object, ...], Group] = {}
     for name, param in model.named_parameters():
-        place, trained = places[param], is_trained(param)
-        group = groups.setdefault((*place.key, param.dtype, trained), Group(trained=trained))
+        kind = kinds[param]
+        place = places.get(param, _Place(model, (model, "persistent")))
+        group = groups.setdefault((*place.key, param.dtype, kind), Group(kind))
         group.members.append(Member(name, param))
         for site in _sites(holders[param], place.site, blocks):
             if not any(site is known for known in group.sites):
@@ -201,7 +276,10 @@ def choose_groups(
 
 
 def _places(
-    paths: Mapping[nn.Parameter, _Path], blocks: set[nn.Module], sections: set[nn.Module]
+    paths: Mapping[nn.Parameter, _Path],
+    blocks: set[nn.Module],
+    sections: set[nn.Module],
+    most_numel: int | None,
 ) -> dict[nn.Parameter, _Place]:
     large = min(sum(param.nbytes for param in paths) * _LARGE_SHARE, _LAYER_BYTES)
     places: dict[nn.Parameter, _Place] = {}
@@ -216,8 +294,9 @@ def _places(
         else:
             left.setdefault(scope, []).append(_LeftOver(param, layer, position))
     for scope, left_overs in left.items():
-        inside = sum(each.param.nbytes for each in left_overs if each.layer is not scope)
-        places |= _places_at(scope, left_overs, at_layers=inside > _GROUP_BYTES)
+        inside = [each.param for each in left_overs if each.layer is not scope]
+        kept = _Bin(_GROUP_BYTES, most_numel)
+        places |= _places_at(scope, left_overs, most_numel, at_layers=not kept.holds(inside))
     return places
 
 
@@ -230,28 +309,52 @@ class _LeftOver:
     position: int  # among all parameters of the model
 
 
+@dataclass(slots=True)
+class _Bin:
+    """Parameters that are gathered together, up to a size; then those of the next bin."""
+
+    most_bytes: int
+    most_numel: int | None
+    number: int = 0
+    nbytes: int = 0
+    numel: int = 0
+
+    def holds(self, params: Iterable[nn.Parameter]) -> bool:
+        """Whether there is room for more."""
+        params = list(params)
+        nbytes = self.nbytes + sum(param.nbytes for param in params)
+        numel = self.numel + sum(param.numel() for param in params)
+        return nbytes <= self.most_bytes and (self.most_numel is None or numel <= self.most_numel)
+
+    def add(self, params: Iterable[nn.Parameter], *, to_next: bool = False) -> int:
+        """Take parameters in, in the next bin if they do not fit; return the bin's number."""
+        params = list(params)
+        if to_next or (self.numel and not self.holds(params)):
+            self.number, self.nbytes, self.numel = self.number + 1, 0, 0
+        self.nbytes += sum(param.nbytes for param in params)
+        self.numel += sum(param.numel() for param in params)
+        return self.number
+
+
 def _places_at(
-    scope: nn.Module, left_overs: Sequence[_LeftOver], *, at_layers: bool
+    scope: nn.Module, left_overs: Sequence[_LeftOver], most_numel: int | None, *, at_layers: bool
 ) -> dict[nn.Parameter, _Place]:
     """Group what is left of a section or of the model."""
     places: dict[nn.Parameter, _Place] = {}
-    sizes: Counter[nn.Module] = Counter()
+    own: dict[nn.Module, list[nn.Parameter]] = {}
     for each in left_overs:
-        sizes[each.layer] += each.param.nbytes
+        own.setdefault(each.layer, []).append(each.param)
+    kept, run = _Bin(_GROUP_BYTES, most_numel), _Bin(_LAYER_BYTES, most_numel)
     runs: dict[nn.Module, int] = {}
-    run = run_bytes = kept_bytes = end = 0
+    end = 0
     for each in left_overs:
         layer = each.layer
         if not at_layers or layer is scope:
-            places[each.param] = _Place(scope, (scope, "kept", kept_bytes // _GROUP_BYTES))
-            kept_bytes += each.param.nbytes
+            places[each.param] = _Place(scope, (scope, "kept", kept.add([each.param])))
             continue
         if layer not in runs:
             # Layers with a block or a large layer between them are not used together.
-            if each.position != end or run_bytes + sizes[layer] > _LAYER_BYTES:
-                run, run_bytes = run + 1, 0
-            runs[layer] = run
-            run_bytes += sizes[layer]
+            runs[layer] = run.add(own[layer], to_next=each.position != end)
         places[each.param] = _Place(layer, (scope, "run", runs[layer]))
         end = each.position + 1
     return places

@@ -6,7 +6,8 @@ The only place that turns configuration into core objects.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,26 @@ from zeroshard import config as configuration
 from zeroshard.core import world
 from zeroshard.core.collectives import broadcast_
 from zeroshard.core.hooks import Runtime, Site
+from zeroshard.core.leaves import marked
 from zeroshard.core.lifetime import Lifetime, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh
-from zeroshard.core.schedule import Schedule
-from zeroshard.core.unit import Precision, Unit, build_unit, slot_of
-from zeroshard.core.wrap import Group, choose_groups
+from zeroshard.core.schedule import Limits, Schedule
+from zeroshard.core.unit import Unit, build_unit, slot_of
+from zeroshard.core.usage import GradientWatch
+from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
+from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.engine import Engine, Settings
+from zeroshard.engine.precision import (
+    DTYPES,
+    autocast_dtype,
+    compute_dtypes,
+    make_scaler,
+    precision,
+)
 from zeroshard.errors import ConfigError, UsageError, compose
 from zeroshard.logs import show_messages
 from zeroshard.optim.factory import make_optimizer, make_schedule
-from zeroshard.optim.scaler import LossScaler, ScalePolicy
 from zeroshard.optim.sharded import (
     ShardedOptimizer,
     StepPolicy,
@@ -39,7 +49,6 @@ from zeroshard.optim.sharded import (
 __all__ = ["initialize"]
 
 _log = logging.getLogger(__name__)
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 ConfigSource = str | Path | Mapping[str, object]
 
@@ -94,7 +103,10 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
                 hint="leave them out.",
             )
         )
-    settings = configuration.load(_config_source(args, config, config_params))
+    facts = collect_facts(
+        args, model, model_parameters, optimizer=optimizer, lr_scheduler=lr_scheduler
+    )
+    settings = configuration.load(_config_source(args, config, config_params), facts)
     world.init_distributed(distributed_port=distributed_port)
     device = world.device()
     batch = settings.batch(dist.get_world_size())
@@ -120,14 +132,13 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
             drop_last=settings.dataloader_drop_last,
             pin_memory=device.type == "cuda",
         )
-    groups = choose_groups(
-        model, units=settings.zeroshard.units, is_trained=lambda p: p.requires_grad and p in trained
-    )
+    groups = _choose_groups(model, trained, life, settings, device)
 
     # From here on nothing is refused, and the model changes.
     mesh = build_mesh(shard_size, device, timeout=world.patience())
     runtime = _shard(model, groups, mesh, life, settings)
     sharded = None
+    scaler = make_scaler(settings, device)
     if inner is not None:
         sharded = ShardedOptimizer(
             inner,
@@ -135,10 +146,10 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
             mesh,
             policy=StepPolicy(
                 clip=settings.gradient_clipping,
-                skip_on_overflow=settings.fp16.enabled
+                skip_on_overflow=scaler is not None
                 or (settings.bf16.enabled and settings.bf16.check_grad_overflow),
             ),
-            scaler=_make_scaler(settings),
+            scaler=scaler,
         )
     engine = Engine(
         model,
@@ -150,8 +161,12 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
             cast_inputs_to=torch.float16
             if settings.fp16.enabled and settings.fp16.auto_cast
             else None,
+            autocast=autocast_dtype(settings, device),
         ),
         sharded=sharded,
+        watch=None
+        if settings.zero_optimization.ignore_unused_parameters
+        else GradientWatch(runtime.units, mesh),
         lr_scheduler=scheduler,
         training_dataloader=loader,
         local_rank=world.local_rank(),
@@ -301,6 +316,41 @@ def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
         )
 
 
+def _choose_groups(
+    model: nn.Module,
+    trained: set[nn.Parameter],
+    life: Lifetime,
+    settings: configuration.Config,
+    device: torch.device,
+) -> list[Group]:
+    """Divide the parameters into units, as the configuration wants it."""
+    zero = settings.zero_optimization
+    leaf = zero.leaf_module
+    leaves = find_leaves(model, classes=leaf.classes, names=leaf.names, suffixes=leaf.name_suffixes)
+    if not leaves and (leaf.classes or leaf.names or leaf.name_suffixes):
+        _log.warning("zero_optimization.leaf_module: no module of the model matches.")
+    persistent = set[nn.Parameter]()
+    if not life.params_stay:
+        persistent = find_persistent(
+            model,
+            zero.stage3_param_persistence_threshold or 0,
+            zero.stage3_model_persistence_threshold,
+        )
+    buckets = (zero.reduce_bucket_size, zero.allgather_bucket_size)
+    compute_dtype = compute_dtypes(model, settings, device)
+    return choose_groups(
+        model,
+        kind_of=lambda param: Kind(
+            trained=param.requires_grad and param in trained,
+            compute=compute_dtype(param),
+            persistent=param in persistent,
+        ),
+        units=settings.zeroshard.units,
+        leaves=[*leaves, *marked(model)],
+        most_numel=min((size for size in buckets if size is not None), default=None),
+    )
+
+
 def _shard(
     model: nn.Module,
     groups: list[Group],
@@ -309,53 +359,51 @@ def _shard(
     settings: configuration.Config,
 ) -> Runtime:
     """Move the model's parameters into units and hook its modules."""
-    _place_buffers(model, mesh)
-    precision = _precision(settings)
+    buffer_dtype = settings.data_types.buffer_dtype
+    _place_buffers(model, mesh, DTYPES[buffer_dtype] if buffer_dtype else None)
+    dtypes = precision(settings, mesh.world)
     units = [
         build_unit(
-            group.members, trained=group.trained, lifetime=life, mesh=mesh, precision=precision
+            group.members,
+            trained=group.kind.trained,
+            lifetime=life.with_params_that_stay() if group.kind.persistent else life,
+            mesh=mesh,
+            precision=replace(dtypes, compute=group.kind.compute),
         )
         for group in groups
     ]
-    schedule = Schedule(units, mesh, settings.zeroshard.lookahead_bytes)
+    schedule = Schedule(units, mesh, _limits(units, settings))
     runtime = Runtime(model, _make_sites(model, groups, units), units, schedule)
     runtime.attach()
     return runtime
 
 
-def _place_buffers(model: nn.Module, mesh: Mesh) -> None:
+def _place_buffers(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None) -> None:
     """Move buffers to the device, with the values of rank 0 everywhere."""
     for buffer in model.buffers():
-        buffer.data = buffer.data.to(mesh.device)
+        buffer.data = buffer.data.to(mesh.device, dtype if buffer.is_floating_point() else None)
         broadcast_(buffer.data, mesh)
 
 
-def _precision(settings: configuration.Config) -> Precision:
-    compute = None
-    if settings.fp16.enabled:
-        compute = torch.float16
-    elif settings.bf16.enabled:
-        compute = torch.bfloat16
-    return Precision(
-        compute=compute,
-        reduce=_DTYPES[settings.communication_data_type or "fp32"],
-        accumulate=_DTYPES[settings.data_types.grad_accum_dtype or "fp32"],
-    )
+def _limits(units: Sequence[Unit], settings: configuration.Config) -> Limits:
+    """Turn counts of elements into bytes of the units that are gathered."""
+    zero = settings.zero_optimization
+    largest = max((unit.nbytes_full for unit in units), default=0)
+    numel = sum(unit.layout.full_numel for unit in units)
+    per_element = sum(unit.nbytes_full for unit in units) / max(numel, 1)
 
+    def nbytes(elements: int | None) -> int | None:
+        return None if elements is None else int(elements * per_element)
 
-def _make_scaler(settings: configuration.Config) -> LossScaler | None:
-    fp16 = settings.fp16
-    if not fp16.enabled:
-        return None
-    return LossScaler(
-        ScalePolicy(
-            initial=fp16.loss_scale or 2.0**fp16.initial_scale_power,
-            dynamic=fp16.loss_scale == 0,
-            window=fp16.loss_scale_window,
-            hysteresis=fp16.hysteresis,
-            consecutive_hysteresis=fp16.consecutive_hysteresis,
-            minimum=fp16.min_loss_scale,
-        )
+    ahead = settings.zeroshard.lookahead_bytes
+    if ahead is None and (prefetch := nbytes(zero.stage3_prefetch_bucket_size)) is not None:
+        # One unit is always worth it: without any, no gather overlaps the computation.
+        ahead = max(prefetch, largest) if prefetch else 0
+    return Limits(
+        ahead=ahead,
+        live=nbytes(zero.stage3_max_live_parameters),
+        reuse=nbytes(zero.stage3_max_reuse_distance) or 0,
+        overlap=zero.overlap_comm is not False,
     )
 
 

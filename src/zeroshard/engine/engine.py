@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from zeroshard.core import tree
 from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
+from zeroshard.core.usage import GradientWatch
 from zeroshard.engine.data import ShardedLoader
 from zeroshard.engine.diagnose import explain_backward
 from zeroshard.errors import UsageError, compose
@@ -35,6 +36,7 @@ class Settings:
     batch: Batch
     steps_per_print: int | None = None
     cast_inputs_to: torch.dtype | None = None
+    autocast: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Engine(nn.Module):
         settings: Settings,
         *,
         sharded: ShardedOptimizer | None,
+        watch: GradientWatch | None = None,
         lr_scheduler: Any = None,
         training_dataloader: ShardedLoader | None = None,
         local_rank: int = 0,
@@ -81,7 +84,7 @@ class Engine(nn.Module):
         self.local_rank, self.global_rank, self.world_size = local_rank, mesh.rank, mesh.world
         self.device = mesh.device
         self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
-        self._sharded = sharded
+        self._sharded, self._watch = sharded, watch
         self._boundary_override: bool | None = None
         self._is_in_no_sync = False
         self._num_backwards_seen = 0
@@ -116,12 +119,21 @@ class Engine(nn.Module):
         if (dtype := self.settings.cast_inputs_to) is not None:
             args, kwargs = tree.replace((args, kwargs), lambda t: _cast(t, dtype))
         try:
-            return self.module(*args, **kwargs)
+            with self._casting():
+                return self.module(*args, **kwargs)
         except Exception:
             # Recomputation ends in an exception of torch's own once it has what it needs.
             if not in_backward():
                 self._recover()
             raise
+
+    def _casting(self) -> AbstractContextManager[object]:
+        if self.settings.autocast is None:
+            return nullcontext()
+        # Autocast's own cache of cast weights would keep units full that were freed.
+        stays = all(unit.lifetime.params_stay for unit in self.runtime.units)
+        kind, dtype = self.device.type, self.settings.autocast
+        return torch.autocast(kind, dtype, cache_enabled=stays)
 
     def backward(
         self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
@@ -228,6 +240,8 @@ class Engine(nn.Module):
     def _take_step(self, sharded: ShardedOptimizer, lr_kwargs: Mapping[str, Any]) -> None:
         self.runtime.keep_edits()
         self.runtime.flush()
+        if self._watch is not None:
+            self._watch.check()
         self._was_step_applied = sharded.step(divide_by=self.gradient_accumulation_steps())
         if not self._was_step_applied:
             self.skipped_steps += 1
@@ -316,6 +330,8 @@ class Engine(nn.Module):
         """Forget the gradients accumulated since the last optimizer step."""
         if self._sharded is not None:
             self._sharded.clear_gradients()
+            if self._watch is not None:
+                self._watch.forget()
             self._num_backwards_seen = self.runtime.num_backwards
 
     def was_step_applied(self) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zeroshard.errors import Error, UsageError, compose
+from zeroshard.launch.config_command import config
 
 if TYPE_CHECKING:
     from zeroshard.launch.elastic import Kind
@@ -106,6 +107,9 @@ def entry() -> None:
       zeroshard --num_gpus 4 train.py --lr 1e-4
       zeroshard -m package.train
     """  # noqa: D301 - click's mark of lines to leave as they are
+
+
+entry.add_command(config)
 
 
 def _at_least_one(_ctx: click.Context, _option: click.Parameter, given: int | None) -> int | None:

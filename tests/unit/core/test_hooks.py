@@ -23,7 +23,7 @@ from zeroshard.core.mesh import Axis, Mesh, build_mesh
 from zeroshard.core.scaling import ScaledLoss
 from zeroshard.core.schedule import Schedule
 from zeroshard.core.unit import Precision, Unit, build_unit
-from zeroshard.core.wrap import choose_groups
+from zeroshard.core.wrap import Kind, choose_groups
 from zeroshard.errors import UsageError
 from zeroshard.optim.sharded import ShardedOptimizer, StepPolicy
 
@@ -84,12 +84,12 @@ def make_runtime(
 ) -> Runtime:
     """Units, sites and hooks over a model, as the engine makes them."""
     mesh, life = mesh or alone(), STAGES[stage]
-    groups = choose_groups(model, is_trained=is_trained)
+    groups = choose_groups(model, kind_of=lambda param: Kind(is_trained(param)))
     users: dict[nn.Module, list[Unit]] = {model: []}
     units: list[Unit] = []
     for group in groups:
         unit = build_unit(
-            group.members, trained=group.trained, lifetime=life, mesh=mesh, precision=precision
+            group.members, trained=group.kind.trained, lifetime=life, mesh=mesh, precision=precision
         )
         units.append(unit)
         for module in group.sites:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from zeroshard.core import schedule as schedule_module
 from zeroshard.core.lifetime import STAGES, Lifetime
-from zeroshard.core.schedule import END, Op, Schedule, common_window, look_ahead, mirror
+from zeroshard.core.schedule import END, Limits, Op, Schedule, common_window, look_ahead, mirror
 from zeroshard.errors import DistributedError
 
 WINDOW = 64
@@ -382,6 +382,9 @@ class Model:
 
     sizes: Sequence[int]
     budget: int | None = None
+    live: int | None = None
+    reuse: int = 0
+    overlap: bool = True
     frozen: frozenset[int] = frozenset()
     stays: bool = False
 
@@ -405,7 +408,8 @@ class Rank:
             for index, size in enumerate(model.sizes)
         ]
         self.trained = [unit for unit in self.units if unit.index not in model.frozen]
-        self.schedule = Schedule(self.units, Mesh(rank, world), model.budget)  # type: ignore[arg-type]
+        limits = Limits(model.budget, model.live, model.reuse, model.overlap)
+        self.schedule = Schedule(self.units, Mesh(rank, world), limits)  # type: ignore[arg-type]
         self.open: list[FakeUnit] = []
         self.kept: set[FakeUnit] = set()
         self.in_backward = False
@@ -416,10 +420,11 @@ class Rank:
         if self.model.stays:
             return
         early = [u for u in self.units if u.is_full and u not in self.open and u not in self.kept]
-        if self.model.budget is None:
+        budget = self.model.budget if self.model.overlap else 0
+        if budget is None:
             assert len(early) <= 1, f"{[u.name for u in early]} are there before their time"
         elif len(early) > 1:
-            assert sum(unit.nbytes_full for unit in early) <= self.model.budget
+            assert sum(unit.nbytes_full for unit in early) <= budget
 
     def run(self, passes: Sequence[Pass]) -> None:
         for number, one in enumerate(passes):
@@ -549,6 +554,9 @@ def models(draw: st.DrawFn) -> Model:
     return Model(
         sizes=all_sizes,
         budget=draw(budgets),
+        live=draw(budgets),
+        reuse=draw(st.sampled_from((0, 0, 4, 12, 100))),
+        overlap=draw(st.integers(0, 3)) > 0,
         frozen=draw(st.frozensets(st.integers(0, len(all_sizes) - 1), max_size=1)),
         stays=draw(st.integers(0, 5)) == 0,
     )
@@ -656,6 +664,46 @@ def assert_seldom_talks(log: Log, passes: Sequence[Pass], num_first: int) -> Non
     counts = zip(passes, log.issued, log.num_exchanges, strict=True)
     for one, issued, num_exchanges in list(counts)[num_first:]:
         assert num_exchanges <= exchanges_at_most(one, len(issued))
+
+
+def num_gathers(log: Log) -> int:
+    """In the last pass."""
+    return sum(op.kind == "gather" for op in log.issued[-1])
+
+
+@pytest.mark.parametrize(
+    ("reuse", "gathers"),
+    # Five units of 10 bytes: the last is used twice in a row, the one before it 20 bytes apart ...
+    [(0, 9), (19, 9), (20, 8), (39, 8), (40, 7), (80, 5), (10**6, 5)],
+)
+def test_units_within_the_reuse_distance_are_gathered_once(reuse: int, gathers: int) -> None:
+    model = Model([10] * 5, reuse=reuse)
+    for log in simulate(model, [[chain(5)] * 4] * 2):
+        assert num_gathers(log) == gathers
+        assert_seldom_talks(log, [chain(5)] * 4, num_first=1)
+
+
+def test_what_stays_for_reuse_makes_room_for_what_is_needed() -> None:
+    model = Model([10] * 5, budget=0, live=30, reuse=10**6)
+    rank = Rank(0, model, World(1))
+    most = 0
+
+    def sample() -> None:
+        nonlocal most
+        most = max(most, sum(unit.nbytes_full for unit in rank.units if unit.is_full))
+
+    for unit in rank.units:
+        unit.on_gather = sample
+    rank.run([chain(5)] * 3)
+    assert most == 30
+    # The first two units gave way to those after them.
+    assert num_gathers(rank.log) == 7
+
+
+def test_ranks_that_keep_different_units_serve_each_other() -> None:
+    forth, back = chain(4), chain(4, [3, 2, 1, 0])
+    ranks = [[forth] * 3 + [back] * 3, [back] * 3 + [forth] * 3]
+    simulate(Model([10] * 4, reuse=10**6), ranks)
 
 
 @pytest.mark.parametrize("num_units", [1, 2, 5, 70])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from zeroshard.core import wrap
-from zeroshard.core.wrap import Group, choose_groups, find_blocks
+from zeroshard.core.wrap import Group, Kind, choose_groups, find_blocks
 from zeroshard.errors import ConfigError
 
 WIDTH = 8
@@ -66,7 +66,7 @@ class Row:
 
 
 def groups_of(model: nn.Module, units: Sequence[str] = ()) -> list[Group]:
-    return choose_groups(model, units=units, is_trained=lambda param: param.requires_grad)
+    return choose_groups(model, units=units, kind_of=lambda param: Kind(param.requires_grad))
 
 
 def rows(model: nn.Module, units: Sequence[str] = ()) -> list[Row]:
@@ -414,7 +414,7 @@ def test_a_block_is_split_by_whether_it_is_trained() -> None:
     net = Net(num_blocks=2)
     next(net.blocks.children()).up.requires_grad_(False)
     frozen, trained = groups_of(net)[1:3]
-    assert (frozen.trained, trained.trained) == (False, True)
+    assert (frozen.kind.trained, trained.kind.trained) == (False, True)
     assert frozen.sites == trained.sites
     assert [member.name for member in frozen.members] == members_of("blocks.0")[:2]
 
@@ -436,7 +436,7 @@ def test_every_parameter_is_in_one_unit_uniform_in_dtype_and_training(
     assert len(members) == len(list(net.parameters()))
     for group in groups:
         assert len({member.param.dtype for member in group.members}) == 1
-        assert {member.param.requires_grad for member in group.members} == {group.trained}
+        assert {member.param.requires_grad for member in group.members} == {group.kind.trained}
         assert len(group.sites) == len(set(group.sites)) > 0
 
 
