@@ -157,6 +157,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         mesh,
         Settings(
             batch=batch,
+            config=settings,
             steps_per_print=settings.steps_per_print,
             cast_inputs_to=torch.float16
             if settings.fp16.enabled and settings.fp16.auto_cast
