@@ -278,3 +278,25 @@ def test_gradients_flow_into_parameters_gathered_inside_a_forward(stage: int) ->
             for param in want.parameters():
                 param -= LR * param.grad
     assert_equal_weights(weights_of(engine), dict(want.named_parameters()))
+
+
+@on_ranks(2, STAGES)
+def test_each_rank_may_run_an_unwrapped_model_as_often_as_it_likes(stage: int) -> None:
+    engine, other = make(stage), make(stage)
+    train(engine, 1)
+    train(other, 1)
+    want = weights_of(engine)
+    for model in (engine, engine.module):
+        with zero.unwrap_model_for_generation(model) as plain:
+            assert plain is engine.module
+            for _ in range(1 + 2 * dist.get_rank()):
+                assert not plain(batch(0)).requires_grad
+            assert_equal_weights(dict(plain.named_parameters()), want)
+        assert nothing_is_full(engine)
+    with pytest.raises(InjectedError), zero.unwrap_model_for_generation(engine):
+        raise InjectedError
+    for number in (1, 2):
+        for each in (engine, other):
+            each.backward(loss_of(each, number))
+            each.step()
+    assert_equal_weights(weights_of(engine), weights_of(other))

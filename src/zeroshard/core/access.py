@@ -138,6 +138,7 @@ def gathered(params: Gatherable, modifier_rank: int | None = None) -> Iterator[N
 
 
 def _check_access(unit: Unit, modifier_rank: int | None) -> None:
+    unit.check_present()
     if unit.mesh.is_destroyed and not unit.lifetime.params_stay:
         raise UsageError(
             compose(

@@ -32,7 +32,8 @@ Hooks are invisible to torch.compile, which compiles what lies between them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -139,7 +140,7 @@ class Runtime:
         ]
         self._counts = {unit: _Counts() for unit in units}
         self._training = False
-        self._finish_queued = self._is_listening = False
+        self._finish_queued = self._is_listening = self._is_quiet = False
         self._active: list[Site] = []  # sites whose forward is running, innermost last
         self._edited: set[Unit] = set()
         self._held: set[Unit] = set()  # full until the end of backward
@@ -172,11 +173,13 @@ class Runtime:
         @apart
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # A copy of the module has copies of its hooks, and parameters of its own.
-            return self._before_forward(site, args, kwargs) if module is site.module else None
+            is_ours = module is site.module and not self._is_quiet
+            return self._before_forward(site, args, kwargs) if is_ours else None
 
         @apart
         def after(module: nn.Module, args: Any, output: Any) -> Any:
-            return self._after_forward(site, output) if module is site.module else None
+            is_ours = module is site.module and not self._is_quiet
+            return self._after_forward(site, output) if is_ours else None
 
         module = site.module
         self._handles += [
@@ -190,6 +193,16 @@ class Runtime:
             handle.remove()
         self._handles.clear()
         unwatch(self._watched)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Do nothing in forward; for units that are held, and without gradients."""
+        self._is_quiet, before = True, self._is_quiet
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._is_quiet = before
 
     def add_use(self, module: nn.Module, unit: Unit) -> Site:
         """Gather a unit whenever ``module`` runs, too."""
@@ -249,6 +262,8 @@ class Runtime:
         return args, kwargs
 
     def _begin_forward(self) -> None:
+        for unit in self.units:
+            unit.check_present()
         if self._finish_queued:
             raise UsageError(
                 compose(

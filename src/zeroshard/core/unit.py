@@ -202,6 +202,16 @@ def _freed_read(param: Tensor | None) -> UsageError:
 
 
 @dataclass(frozen=True, slots=True)
+class Holdings:
+    """The tensors that hold a unit on this rank now. See [Note: flat units]."""
+
+    parameters: tuple[Tensor, ...]
+    master: Tensor | None
+    grad_shard: Tensor | None
+    full_gradient: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Reduction:
     """An averaging under way; keeps its two ends alive."""
 
@@ -252,6 +262,7 @@ class Unit:
         self.drop_use: Callable[[nn.Module], object] | None = None
         self.use_here: Callable[[], bool] | None = None
         self.engine: Callable[[], Any] | None = None  # a weak reference, set by the engine
+        self.is_parked = False  # the memory of its parameters is elsewhere for a while
         self._num_holds = 0
         self.modifier_rank: int | None = None  # whose edits the access under way keeps
         self._versions = self._count_edits()
@@ -317,6 +328,7 @@ class Unit:
 
     def gather(self) -> None:
         """Start making the parameters full. A collective over the shard axis."""
+        self.check_present()
         self._end_gather()
         with record_function(f"zeroshard::gather ({self.name})"):
             self._full.allocate()
@@ -343,6 +355,11 @@ class Unit:
             return
         if self._num_holds:
             return
+        self._hide()
+        self._full.release()
+
+    def _hide(self) -> None:
+        """Let nothing that can be reached from outside refer to the full parameters."""
         self._end_gather()
         placeholder = self._placeholder
         for param, own_class in zip(self._params, self._classes, strict=True):
@@ -350,7 +367,6 @@ class Unit:
             if own_class is nn.Parameter:
                 param.__class__ = FreedParameter
         self._is_readable = self._is_outlined = False
-        self._full.release()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -371,6 +387,50 @@ class Unit:
                 self._end_gather()
                 self._full.leave()
                 self._show(self._full.views)
+
+    @property
+    def holdings(self) -> Holdings:
+        """The tensors whose memory may be moved between two passes, after :meth:`park`."""
+        self.settle()
+        self._end_gather()
+        full = (self._full.tensor,) if self.is_full else ()
+        has_buffer = self._gradient is not None and self._gradient.is_allocated
+        return Holdings(
+            parameters=(*full, *self._store.tensors),
+            master=self.master,
+            grad_shard=self.grad_shard,
+            full_gradient=self._buffer.tensor if has_buffer else None,
+        )
+
+    def check_present(self) -> None:
+        """Refuse to read parameters whose memory has been moved.
+
+        Raises:
+            UsageError: it has.
+        """
+        if self.is_parked:
+            raise UsageError(
+                compose(
+                    f"{self.name} was wanted while parameters are offloaded to host memory.",
+                    hint="call engine.reload_states() first.",
+                )
+            )
+
+    def park(self) -> None:
+        """Let nothing outside refer to parameters whose memory is about to be moved."""
+        self._hide()
+        self.is_parked = True
+
+    def unpark(self) -> None:
+        """Go on with the memory as it was."""
+        self.is_parked = False
+        if self.is_full:
+            self.wait()
+
+    def show_slices(self, master: Tensor) -> None:
+        """Let the optimizer's slices be those of this copy of the master weights."""
+        for piece, part in zip(self.slices, self._cut(master), strict=True):
+            piece.data = part
 
     @property
     def is_held(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.diagnose import explain_backward
 from zeroshard.engine.export import load_weights, save_weights, weights_of
 from zeroshard.engine.getters import Getters
+from zeroshard.engine.offload import Offloaded, offload, states_named
 from zeroshard.errors import UsageError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
 
@@ -95,6 +96,7 @@ class Engine(Getters):
         self._counts_from = 0  # the micro-step from which accumulations are counted
         self._is_step_due = False  # a coalesced group of micro-steps has ended
         self._is_in_no_sync = False
+        self._offloaded: Offloaded | None = None
         self._num_backwards_seen = 0
         self._was_step_applied = False
         for unit in runtime.units:
@@ -185,6 +187,7 @@ class Engine(Getters):
                     "parameter of the model trainable.",
                 )
             )
+        self.check_present("engine.backward()")
         steps = self.gradient_accumulation_steps()
         weight = 1.0 if scale_wrt_gas else float(steps)
         try:
@@ -235,6 +238,7 @@ class Engine(Getters):
                     hint='call engine.step(lr_kwargs={"metrics": loss}).',
                 )
             )
+        self.check_present("engine.step()")
         self._check_scaled()
         for unit in self.runtime.units:
             unit.check_untouched()
@@ -509,6 +513,63 @@ class Engine(Getters):
         """
         raise _no_checkpoints("load_checkpoint", "engine.load_module_state_dict(state) loads")
 
+    # State that makes room for a while
+
+    def offload_states(
+        self,
+        include: Iterable[object] | None = None,
+        device: str | torch.device = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Move model state to host memory, until ``reload_states``; between two passes.
+
+        Args:
+            include: kinds of state, members of ``zero.OffloadStateTypeEnum`` or their names; all by
+                default. State that shares memory goes together.
+            device: "cpu".
+            pin_memory: use pinned host memory for state of GPUs.
+            non_blocking: do not make the host wait for the copies.
+
+        Raises:
+            UsageError: the device is another one, a kind is unknown, a pass is under way, or state
+                is offloaded already.
+        """
+        kinds = states_named(include)
+        name = str(getattr(device, "value", device))
+        if name != "cpu":
+            raise UsageError(
+                compose(
+                    f"offload_states() cannot move state to {name!r}.",
+                    hint='pass device="cpu"; host memory is the only place.',
+                )
+            )
+        self.check_present("offload_states()")
+        units, optimizer = self.runtime.units, self.optimizer
+        self._offloaded = offload(
+            units, optimizer, kinds, pin=pin_memory, non_blocking=non_blocking
+        )
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what ``offload_states`` moved; nothing if nothing is offloaded."""
+        if self._offloaded is not None:
+            self._offloaded.reload(non_blocking)
+            self._offloaded = None
+
+    def check_present(self, call: str) -> None:
+        """Refuse a call that needs state which is offloaded.
+
+        Raises:
+            UsageError: some is.
+        """
+        if self._offloaded is not None:
+            raise UsageError(
+                compose(
+                    f"{call} was called while state is offloaded to host memory.",
+                    hint="call engine.reload_states() first.",
+                )
+            )
+
     # Other calls of scripts
 
     def compile(
@@ -581,6 +642,7 @@ class Engine(Getters):
 
     def destroy(self) -> None:
         """Remove the hooks, give gradients and process groups back; the engine is used up."""
+        self.reload_states()
         self.zero_grad()
         self.runtime.detach()
         self.mesh.destroy()

@@ -4,7 +4,20 @@ Models built in shards, full parameters outside of forward, and the state of sin
 """
 
 from zeroshard.core.external import register_external_parameter, unregister_external_parameter
-from zeroshard.zero.gather import GatheredParameters
+from zeroshard.engine.data import RepeatingLoader
+from zeroshard.engine.offload import OffloadStateTypeEnum
+from zeroshard.zero.estimators import (
+    estimate_zero1_model_states_mem_needs,
+    estimate_zero1_model_states_mem_needs_all_cold,
+    estimate_zero1_model_states_mem_needs_all_live,
+    estimate_zero2_model_states_mem_needs,
+    estimate_zero2_model_states_mem_needs_all_cold,
+    estimate_zero2_model_states_mem_needs_all_live,
+    estimate_zero3_model_states_mem_needs,
+    estimate_zero3_model_states_mem_needs_all_cold,
+    estimate_zero3_model_states_mem_needs_all_live,
+)
+from zeroshard.zero.gather import GatheredParameters, unwrap_model_for_generation
 from zeroshard.zero.leaves import (
     get_z3_leaf_modules,
     set_z3_leaf_module,
@@ -33,6 +46,17 @@ from zeroshard.zero.state import (
 
 __all__ = [
     "GatheredParameters",
+    "OffloadStateTypeEnum",
+    "RepeatingLoader",
+    "estimate_zero1_model_states_mem_needs",
+    "estimate_zero1_model_states_mem_needs_all_cold",
+    "estimate_zero1_model_states_mem_needs_all_live",
+    "estimate_zero2_model_states_mem_needs",
+    "estimate_zero2_model_states_mem_needs_all_cold",
+    "estimate_zero2_model_states_mem_needs_all_live",
+    "estimate_zero3_model_states_mem_needs",
+    "estimate_zero3_model_states_mem_needs_all_cold",
+    "estimate_zero3_model_states_mem_needs_all_live",
     "get_z3_leaf_modules",
     "register_external_parameter",
     "safe_get_full_fp32_param",
@@ -54,6 +78,7 @@ __all__ = [
     "set_z3_leaf_modules_by_suffix",
     "unregister_external_parameter",
     "unset_z3_leaf_modules",
+    "unwrap_model_for_generation",
     "z3_leaf_module",
     "z3_leaf_parameter",
 ]

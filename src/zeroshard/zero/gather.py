@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 
 from torch import nn
 
 from zeroshard.core.access import Gatherable, gathered, parameters_in
 from zeroshard.core.external import register_external_parameter
+from zeroshard.core.hooks import Runtime
 from zeroshard.core.unit import slot_of
+from zeroshard.engine.engine import Engine
 
-__all__ = ["GatheredParameters"]
+__all__ = ["GatheredParameters", "unwrap_model_for_generation"]
 
 
 class GatheredParameters:
@@ -54,3 +57,28 @@ class GatheredParameters:
         traceback: TracebackType | None,
     ) -> None:
         self._entered.pop().__exit__(kind, error, traceback)
+
+
+@contextmanager
+def unwrap_model_for_generation(model: nn.Module) -> Iterator[nn.Module]:
+    """A block in which a model is full and runs as in plain PyTorch; a collective at its start.
+
+    Inside, ranks run the model as often as each of them likes, since no rank waits for another, and
+    gradients are off. The block gives the model without its engine.
+
+    Args:
+        model: an engine, or its model.
+    """
+    module = model.module if isinstance(model, Engine) else model
+    with ExitStack() as inside:
+        inside.enter_context(gathered(module))
+        for runtime in _runtimes(module):
+            inside.enter_context(runtime.quiet())
+        yield module
+
+
+def _runtimes(module: nn.Module) -> list[Runtime]:
+    """Those of the engines that hold the module's parameters."""
+    slots = (slot_of(param) for param in module.parameters())
+    engines = (slot.unit.engine() for slot in slots if slot is not None and slot.unit.engine)
+    return list(dict.fromkeys(engine.runtime for engine in engines if engine is not None))

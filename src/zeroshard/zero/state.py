@@ -100,7 +100,10 @@ def _place(param: Tensor) -> _Place | None:
     if slot is None or not slot.unit.is_trained or slot.unit.engine is None:
         return None
     engine: Engine | None = slot.unit.engine()
-    return None if engine is None else _Place(slot, engine)
+    if engine is None:
+        return None
+    engine.check_present(f"access to the state of {slot.unit.members[slot.index].name}")
+    return _Place(slot, engine)
 
 
 def _checked(value: Tensor, shape: torch.Size, whose: str) -> Tensor:
