@@ -1,12 +1,14 @@
 """Write docs/reference/configuration.md from the configuration schema.
 
 Every statement on the page is taken from the code that acts on it: field types, defaults and
-docstrings from `zeroshard.config.schema`, and the reasons for ignored and refused keys from
-`zeroshard.config.keys`. With --check nothing is written, and a page that differs is an error.
+docstrings from `zeroshard.config.schema`, the reasons for ignored and refused keys from
+`zeroshard.config.keys`, and what is inside their blocks from `zeroshard.config.contents`. With
+--check nothing is written, and a page that differs is an error.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import types
@@ -17,7 +19,8 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from zeroshard.config import keys, schema
+from zeroshard.config import contents, keys, kinds, schema
+from zeroshard.config import table as known
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "configuration.md"
 
@@ -30,11 +33,17 @@ A configuration is DeepSpeed's JSON: a file, its path in `--deepspeed_config`, o
 to `zeroshard.initialize(config=...)`. A key not on this page is an error at every level, except in
 `optimizer.params` and `scheduler.params`, which go to the optimizer and the schedule.
 
-| status | meaning |
+Every key is in one class:
+
+| class | meaning |
 |---|---|
 | honoured | the key does what its row says |
-| no effect | the value is accepted and changes no number; the row says why |
-| refused | an error, except at values that ask for nothing (null, "auto", switched off) |
+| no effect | the value is checked and changes no number; one warning says why |
+| refused | an error that says what to write instead |
+
+Of a value that asks for nothing, such as null, "auto" or a block that is switched off, nothing is
+said. The keys inside a block without a class of their own are in the class of the block. The
+[guide](../guides/configuration.md) shows how to see what a file means.
 """
 
 NAMES_OF_TYPES = {
@@ -54,7 +63,11 @@ def values(annotation: object) -> str:
     """Describe in JSON's words what a field accepts."""
     origin = typing.get_origin(annotation)
     parts = typing.get_args(annotation)
-    if origin is typing.Annotated:
+    if annotation is kinds.Anything:
+        words = "anything"
+    elif annotation is kinds.Block:
+        words = "block"
+    elif origin is typing.Annotated:
         words = values(parts[0])
     elif origin is typing.Literal:
         words = ", ".join(f"`{json.dumps(part)}`" for part in parts)
@@ -77,6 +90,7 @@ def default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, BaseModel) or value == {}:
         return ""
+    value = list(value) if isinstance(value, tuple) else value
     return f"`{json.dumps(value)}`"
 
 
@@ -91,29 +105,41 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[st
         yield f"| {' | '.join(in_one_line(cell) for cell in row)} |"
 
 
+def named(path: keys.Path) -> str:
+    """Write a key's name, as a link if it is a block with a section of its own."""
+    name = f"`{path[-1]}`"
+    return f"[{name}](#{anchor(path)})" if path in sections() else name
+
+
+def anchor(path: keys.Path) -> str:
+    return name_of(path).replace(".", "")
+
+
 def row_of_field(path: keys.Path, field: FieldInfo) -> tuple[str, ...]:
     meaning = field.description
     assert meaning, f"{name_of(path)} has no docstring"
-    ignored = next((part for part in field.metadata if isinstance(part, keys.NoEffect)), None)
-    status = "honoured" if ignored is None else f"no effect. {ignored.reason}"
-    key = f"`{path[-1]}`"
-    if path in schema.BLOCKS:
-        key = f"[{key}](#{name_of(path).replace('.', '')})"
-    return key, values(field.annotation), default(field), meaning, status
+    key = known.TABLE[path]
+    status = "honoured"
+    if isinstance(key.treatment, keys.NoEffect):
+        status = "no effect" + ("" if known.is_inside(path) else f". {key.treatment.reason}")
+    elif key.always is not None:
+        value = json.dumps(key.always.value)
+        status = f"honoured at `{value}`; another value has no effect. {key.always.reason}"
+    return named(path), values(field.annotation), default(field), meaning, status
 
 
 def row_of_other_key(path: keys.Path, row: keys.NoEffect | keys.Refused) -> tuple[str, ...]:
-    if isinstance(row, keys.Refused):
-        return (
-            f"`{path[-1]}`",
-            f"refused. {row.reason}",
-            f"{row.instead[0].upper()}{row.instead[1:]}",
-        )
-    return f"`{path[-1]}`", f"no effect. {row.reason}", ""
+    words = values(contents.KINDS[path]) if path in contents.KINDS else ""
+    if isinstance(row, keys.NoEffect):
+        words = words or values(row.kind)
+        return named(path), words, f"no effect. {row.reason}", ""
+    instead = f"{row.instead[0].upper()}{row.instead[1:]}"
+    return named(path), words, f"refused. {row.reason}", instead
 
 
-def section(block: keys.Path, model: type[BaseModel] | None) -> Iterator[str]:
+def section(block: keys.Path) -> Iterator[str]:
     """Yield one block: what it is, its fields, then the keys that are known and not acted on."""
+    model = schema.BLOCKS.get(block)
     yield ""
     yield f"## {name_of(block) or 'Top level'}"
     if model is not None:
@@ -123,25 +149,41 @@ def section(block: keys.Path, model: type[BaseModel] | None) -> Iterator[str]:
         yield ""
         fields = model.model_fields.items()
         rows = (row_of_field((*block, name), field) for name, field in fields)
-        yield from table(("key", "values", "default", "meaning", "status"), rows)
+        yield from table(("key", "values", "default", "meaning", "class"), rows)
     others = {path: row for path, row in sorted(keys.ROWS.items()) if path[:-1] == block}
     if others:
         yield ""
         rows = (row_of_other_key(path, row) for path, row in others.items())
-        yield from table(("other key", "status", "instead"), rows)
+        yield from table(("other key", "values", "class", "instead"), rows)
+    inside = [path for path in contents.KINDS if path[:-1] == block and path not in keys.ROWS]
+    inside = [path for path in inside if path in known.TABLE]
+    if inside and block:
+        yield ""
+        rows = ((named(path), values(contents.KINDS[path])) for path in inside)
+        yield from table(("key", "values"), rows)
+
+
+@functools.cache
+def sections() -> tuple[keys.Path, ...]:
+    """Return the blocks in the order of the page: each behind the one that holds it."""
+    blocks: list[keys.Path] = []
+
+    def add(block: keys.Path) -> None:
+        blocks.append(block)
+        inside = dict.fromkeys(path[:-1] for path in known.TABLE if len(path) > len(block) + 1)
+        for path in inside:
+            if path[:-1] == block:
+                add(path)
+
+    add(())
+    return tuple(blocks)
 
 
 def render() -> str:
     """Return the text of the page."""
-    models: dict[keys.Path, type[BaseModel]] = dict(schema.BLOCKS)
-    blocks = list(models)
-    # A block without a model, such as optimizer.params, stands behind the block that holds it.
-    for path in keys.ROWS:
-        if path[:-1] not in blocks:
-            blocks.insert(blocks.index(path[:-2]) + 1, path[:-1])
     lines = [INTRODUCTION.rstrip("\n")]
-    for block in blocks:
-        lines.extend(section(block, models.get(block)))
+    for block in sections():
+        lines.extend(section(block))
     lines.extend(["", "## Second names", ""])
     rows = ((f"`{name_of(old)}`", f"`{name_of(new)}`") for old, new in keys.ALIASES.items())
     lines.extend(table(("key", "is read as"), rows))

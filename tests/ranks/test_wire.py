@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -216,6 +216,65 @@ def test_without_overlap_each_collective_ends_before_the_next_begins(stage: int)
         assert beside.most_under_way > 1
         assert alone.most_under_way == 1
     assert_equal(alone.weights, beside.weights)
+
+
+# Steps ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_sub_group_size_steps_a_few_units_at_a_time(
+    stage: int, optimizer: Literal["adamw", "sgd"]
+) -> None:
+    def work(rank: int, world: int) -> list[tuple[list[int], dict[str, Tensor]]]:
+        found = []
+        for keys in ({}, {"sub_group_size": 200}, {"sub_group_size": 10**9}):
+            extra = {"zero_optimization": {"stage": stage, **keys}}
+            wanted = Setting(stage, WORLD, clip=0.1, optimizer=optimizer, extra=extra)
+            engine = make_engine(PLAIN, wanted)
+            stepped: list[int] = []
+
+            def count(
+                inner: torch.optim.Optimizer, *_: object, stepped: list[int] = stepped
+            ) -> None:
+                pieces = [p for group in inner.param_groups for p in group["params"]]
+                stepped.append(sum(p.numel() for p in pieces if p.grad is not None))
+
+            engine.optimizer.register_step_pre_hook(count)
+            train(engine, PLAIN, wanted, rank)
+            largest = max(unit.layout.shard_numel for unit in engine.runtime.units)
+            assert "sub_group_size" not in keys or max(stepped) <= max(
+                keys["sub_group_size"], largest
+            )
+            found.append((stepped, full_weights(engine)))
+        return found
+
+    for whole, parts, large in run_ranks(work, WORLD):
+        assert len(whole[0]) == len(large[0]) == 3 and len(parts[0]) > 6
+        assert sum(parts[0]) == sum(whole[0])
+        assert_equal(parts[1], whole[1])
+        assert_equal(large[1], whole[1])
+
+
+def test_an_optimizer_that_looks_at_all_parameters_steps_them_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    extra = {
+        "optimizer": {"type": "Lamb", "params": {"lr": 0.01}},
+        "zero_optimization": {"stage": 2, "sub_group_size": 10},
+    }
+    wanted = Setting(2, WORLD, extra=extra)
+
+    def work(rank: int, world: int) -> tuple[int, str]:
+        engine = make_engine(PLAIN, wanted)
+        steps: list[int] = []
+        engine.optimizer.register_step_pre_hook(lambda *_: steps.append(1))
+        train(engine, PLAIN, wanted, rank)
+        return len(steps), caplog.text
+
+    for steps, text in run_ranks(work, WORLD):
+        assert steps == 3
+        assert "sub_group_size is ignored: Lamb" in text
 
 
 # Gathers and what stays full --------------------------------------------------------------------

@@ -148,10 +148,10 @@ class _Resolution:
     def _precision(self, path: Path) -> Answer | Unknown:
         for other in (*_PRECISIONS, _AUTOCAST):
             if other != path and self._value(other) is True:
-                return Answer(False, f"{'.'.join(other)} is true")
+                return Answer(False, f"{'.'.join(other)} = true")
         dtype = self._facts.dtype
         if dtype is not None:
-            return Answer(dtype == _PRECISIONS[path], f"the model's parameters are {dtype}")
+            return Answer(dtype == _PRECISIONS[path], f"the model's {dtype} parameters")
         return self._ask(path, _default(path))
 
     def _size(self, path: Path) -> Answer:
@@ -159,7 +159,7 @@ class _Resolution:
         if hidden is None:
             return _default(path)
         value, formula = _SIZES[path]
-        return Answer(value(hidden), f"{formula}, hidden size {hidden}")
+        return Answer(value(hidden), f"{formula} with the model's hidden size {hidden}")
 
     def _peak(self, path: Path) -> Answer | Unknown:
         source = self._facts.given.get(_LR)

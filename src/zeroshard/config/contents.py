@@ -21,7 +21,6 @@ from zeroshard.config.kinds import (
     Kind,
     Names,
     NotNegative,
-    PathOrNone,
     SizeOrNone,
     Text,
     Whole,
@@ -30,7 +29,7 @@ from zeroshard.config.kinds import (
 
 __all__ = ["KINDS"]
 
-_MONITOR = {"enabled": Flag, "output_path": PathOrNone, "job_name": Text}
+_MONITOR = {"enabled": Flag, "output_path": Text, "job_name": Text}
 
 _CHECKPOINT = {
     "tag_validation": one_of("Ignore", "Warn", "Fail"),
@@ -203,7 +202,7 @@ _TREE: _Tree = {
         "module_depth": Whole,
         "top_modules": Count,
         "detailed": Flag,
-        "output_file": PathOrNone,
+        "output_file": Text,
     },
     "hybrid_engine": {
         "enabled": Flag,

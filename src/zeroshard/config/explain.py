@@ -131,9 +131,15 @@ class _Explainer:
             return "auto", "auto (resolved from the caller)"
         if isinstance(answer, Answer):
             return value, _auto(answer)
-        if path in self._given and self._given[path] is not None:
+        if self._is_given(path):
             return value, self._where(path)
         return value, "default"
+
+    def _is_given(self, path: Path) -> bool:
+        """Tell whether the file has the key, or an older switch in place of its block."""
+        if path in self._given:
+            return self._given[path] is not None
+        return len(path) > 1 and isinstance(self._given.get(path[:-1]), bool)
 
     def _where(self, path: Path) -> str:
         if any(path[:end] in self._changed for end in range(1, len(path) + 1)):

@@ -136,7 +136,7 @@ def _nothing_given(value: object) -> bool:
 
 def on_device(value: object) -> bool:
     """Accept an offload block that leaves everything on the device."""
-    return _only("none")(value.get("device")) if is_block(value) else _not_given(value)
+    return _only("none")(value.get("device")) if is_block(value) else _only(False)(value)
 
 
 def _nothing_enabled(value: object) -> bool:

@@ -78,7 +78,8 @@ class OptimizerConfig(_Block):
     """Which optimizer to make."""
 
     type: Name
-    """The optimizer's name in any case: a class of torch.optim whose update is element-wise."""
+    """The optimizer's name in any case: a class of torch.optim, Lion, Lamb, Muon, an 8-bit
+    optimizer of bitsandbytes or torchao, or one of mup."""
 
     params: dict[str, object] = Field(default_factory=dict[str, object])
     """Its arguments. "auto" is resolved from the caller."""
@@ -88,7 +89,8 @@ class SchedulerConfig(_Block):
     """Which learning rate schedule to make."""
 
     type: Name
-    """The schedule's name: a class of torch.optim.lr_scheduler."""
+    """The schedule's name: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest, or a
+    class of torch.optim.lr_scheduler."""
 
     params: dict[str, object] = Field(default_factory=dict[str, object])
     """Its arguments. "auto" is resolved from the caller."""
@@ -178,13 +180,13 @@ class ActivationCheckpointing(_Block):
     """Number of checkpointed parts of the model."""
 
     contiguous_memory_optimization: Flag = False
-    """Whether kept inputs lie in one buffer; needs partition_activations."""
+    """Whether copies of inputs lie in one buffer; needs number_checkpoints."""
 
     synchronize_checkpoint_boundary: Flag = False
     """Whether the device is waited for at both ends of a checkpointed part."""
 
     profile: Flag = False
-    """Whether the time in checkpointed parts is measured."""
+    """Nothing is printed: torch.profiler shows every checkpointed part by name."""
 
     cpu_checkpointing: Flag = False
     """Whether kept inputs are moved to the host."""
@@ -331,6 +333,11 @@ class ZeroConfig(_Block):
     offload_param: Annotated[OffloadParam, _OFFLOADED] = OffloadParam()
     """Where the shards of parameters live."""
 
+    @field_validator("offload_optimizer", "offload_param", mode="before")
+    @classmethod
+    def _nothing_as_switch(cls, value: object) -> object:
+        return {} if value is False else value
+
 
 class ExtensionConfig(_Block):
     """Keys of this library that DeepSpeed does not have."""
@@ -391,7 +398,7 @@ class Config(_Block):
     """How zeroshard.checkpointing keeps activations."""
 
     zero_allow_untested_optimizer: Flag = False
-    """Whether optimizers that were not tested with sharded state are allowed."""
+    """Whether optimizers that are not known to be element-wise may step shards."""
 
     dataloader_drop_last: Flag = False
     """Whether the engine's data loader drops an incomplete last batch."""

@@ -35,6 +35,7 @@ __all__ = [
     "broadcast_",
     "mean_",
     "reduce_mean",
+    "scatter_",
 ]
 
 # torch 2.13 renamed the two and warns about the old names; older versions know only those.
@@ -181,6 +182,19 @@ def broadcast_(tensor: Tensor, mesh: Mesh, src: int = 0) -> Tensor:
     if mesh.replicate.gather is not None:
         dist.broadcast(tensor, group_src=row, group=mesh.replicate.gather)
     return tensor
+
+
+def scatter_(out: Tensor, rows: Tensor | None, mesh: Mesh) -> Tensor:
+    """Overwrite ``out`` with this rank's row of a tensor that rank 0 has, and no other rank."""
+    parts = None if rows is None else list(rows)
+    if mesh.shard.gather is None:
+        if parts is not None:
+            out.copy_(parts[0])
+    elif mesh.replicate.rank == 0:
+        dist.scatter(out, parts, group_src=0, group=mesh.shard.gather)
+    if mesh.replicate.gather is not None:
+        dist.broadcast(out, group_src=0, group=mesh.replicate.gather)
+    return out
 
 
 class Exchange:

@@ -81,9 +81,13 @@ class Layout:
 
     def owned(self, index: int, rank: int) -> Range:
         """The part of parameter ``index`` that ``rank`` owns, in the parameter's own elements."""
-        full, shard = self.full(index), self.shard(rank)
-        start = min(max(shard.start - full.start, 0), full.numel)
-        stop = min(max(shard.stop - full.start, 0), full.numel)
+        return self.within(index, self.shard(rank))
+
+    def within(self, index: int, part: Range) -> Range:
+        """What of parameter ``index`` lies in a part of the flat buffer, in its own elements."""
+        full = self.full(index)
+        start = min(max(part.start - full.start, 0), full.numel)
+        stop = min(max(part.stop - full.start, 0), full.numel)
         return Range(start, stop)
 
     def slice_of(self, index: int, rank: int) -> Range:

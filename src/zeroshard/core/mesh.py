@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from zeroshard.errors import UsageError
 
-__all__ = ["Axis", "Mesh", "build_mesh"]
+__all__ = ["Axis", "Mesh", "build_mesh", "default_mesh"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +111,16 @@ def build_mesh(shard_size: int, device: torch.device, timeout: timedelta | None 
     mesh = Mesh(_axis(rows, rank, timeout), _axis(columns, rank, timeout), control, device)
     atexit.register(_destroy_at_exit, weakref.ref(mesh))
     return mesh
+
+
+def default_mesh(device: torch.device) -> Mesh:
+    """All ranks as one shard axis over the default process group, which is not ours to destroy.
+
+    For work before there is an engine: any number of such meshes costs nothing.
+    """
+    if not dist.is_initialized():
+        raise UsageError("torch.distributed is not initialised; call zeroshard.init_distributed().")
+    world, group = dist.get_world_size(), dist.group.WORLD
+    if world == 1:
+        return Mesh(Axis(1, 0), Axis(1, 0), None, device)
+    return Mesh(Axis(world, dist.get_rank(), group, group), Axis(1, 0), None, device)

@@ -186,6 +186,11 @@ class Schedule:
         self._budget = limits.ahead if limits.overlap else 0
         self._index = {unit: index for index, unit in enumerate(units)}
         self._sizes = {index: unit.nbytes_full for index, unit in enumerate(units)}
+        self._reuse = limits.reuse
+        if limits.live is not None:
+            # A pass there and back has half of this full at its turning point, and the unit in use.
+            room = limits.live - max(self._sizes.values(), default=0)
+            self._reuse = min(limits.reuse, max(2 * room, 0))
         self._ask = Exchange(mesh, 1 + _WINDOW)
         self._window: deque[Op] = deque()
         self._trust = _WINDOW  # operations to agree on at once; few while expectations fail
@@ -286,10 +291,10 @@ class Schedule:
             if op.kind == "end":
                 return
             if op.kind == "gather":
-                between = gathered - gathered_at.get(op.unit, -self._limits.reuse - 1)
+                between = gathered - gathered_at.get(op.unit, -self._reuse - 1)
                 gathered += self._sizes[op.unit]
                 gathered_at[op.unit] = gathered
-                if op.unit in stays and between <= self._limits.reuse:
+                if op.unit in stays and between <= self._reuse:
                     continue
                 stays.add(op.unit)
             yield op
@@ -297,23 +302,24 @@ class Schedule:
     def keeps(self, unit: Unit) -> bool:
         """Whether the pass needs this unit again so soon that freeing it would be in vain."""
         index = self._index[unit]
-        if not self._is_near(index) or not self._is_room_for(0):
+        distance = self._distance(index)
+        if distance is None or (distance and not self._is_room_for(0)):
             return False
         if index not in self._kept:
             self._kept.append(index)
         return True
 
-    def _is_near(self, unit: int) -> bool:
-        """Whether a unit is expected to be needed again within the bytes of ``reuse``."""
+    def _distance(self, unit: int) -> int | None:
+        """Bytes that are expected to be gathered before a unit is needed again; None if many."""
         between = 0
         for op in self._coming():
             if op.kind == "gather":
                 if op.unit == unit:
-                    return True
+                    return between
                 between += self._sizes[op.unit]
-                if between > self._limits.reuse:
-                    return False
-        return False
+                if between > self._reuse:
+                    return None
+        return None
 
     def _is_room_for(self, nbytes: int) -> bool:
         if self._limits.live is None:
@@ -323,7 +329,7 @@ class Schedule:
 
     def _review_kept(self) -> None:
         """The pass took another way: free what it is not about to use."""
-        for index in [index for index in self._kept if not self._is_near(index)]:
+        for index in [each for each in self._kept if self._distance(each) is None]:
             self._kept.remove(index)
             self._units[index].free()
 

@@ -50,13 +50,28 @@ from zeroshard.core.collectives import (
     broadcast_,
     reduce_mean,
 )
-from zeroshard.core.layout import Layout
+from zeroshard.core.layout import Layout, Range
 from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.store import DeviceStore, Store
+from zeroshard.core.values import deal, pass_round, put
 from zeroshard.errors import UsageError, compose
 
-__all__ = ["FlatBuffer", "Member", "Precision", "Slot", "Unit", "build_unit", "slot_of"]
+__all__ = [
+    "FlatBuffer",
+    "FreedParameter",
+    "Member",
+    "Precision",
+    "Slot",
+    "Unit",
+    "build_unit",
+    "full_nbytes",
+    "full_shape",
+    "is_waiting",
+    "keep_until_engine",
+    "restore",
+    "slot_of",
+]
 
 _ALIGN_BYTES = 16
 
@@ -149,6 +164,7 @@ class FreedParameter(nn.Parameter):
             Tensor.to,
             Tensor.untyped_storage,
             torch._has_compatible_shallow_copy_type,
+            torch.is_floating_point,
         }
     )
 
@@ -173,7 +189,8 @@ class FreedParameter(nn.Parameter):
             return False
         name = getattr(getattr(func, "__self__", None), "__name__", "")
         if name == "data" and func.__name__ == "__set__":
-            return args[-1].numel() == 0  # as when a module is moved; anything else would be lost
+            # As when a module is moved. Anything else, a cast included, would be lost.
+            return args[-1].numel() == 0 and args[-1].dtype == args[0].dtype
         return name not in {"H", "T", "data", "imag", "mH", "mT", "real"}
 
     def __deepcopy__(self, memo: object) -> NoReturn:
@@ -186,19 +203,22 @@ class FreedParameter(nn.Parameter):
 def _freed_read(param: Tensor | None) -> UsageError:
     slot = slot_of(param) if param is not None else None
     what, where = "a parameter", ""
+    hint = (
+        "wrap the read in zeroshard.gathered(...); if a module reads it in forward, "
+        "declare that: zeroshard.register_external_parameter(module, parameter)."
+    )
     if slot is None:
         where = " Its engine is gone, and with it the data: gather it before engine.destroy()."
     else:
         what = slot.unit.members[slot.index].name
         shape, shards = tuple(slot.unit.shapes[slot.index]), slot.unit.mesh.shard.size
         where = f" Its shape is {shape}; its data lives in {shards} shards."
-    return UsageError(
-        compose(
-            f"{what} was read while its unit is freed.{where}",
-            hint="wrap the read in zeroshard.gathered(...); if a module reads it in forward, "
-            "declare that: zeroshard.register_external_parameter(module, parameter).",
-        )
-    )
+        if slot.unit.is_kept_for_engine:
+            hint = (
+                "wrap the read in zeroshard.gathered(...); to run the model, pass it to "
+                "zeroshard.initialize() first; to cast it, name a dtype where it is built."
+            )
+    return UsageError(compose(f"{what} was read while its unit is freed.{where}", hint=hint))
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +283,7 @@ class Unit:
         self.use_here: Callable[[], bool] | None = None
         self.engine: Callable[[], Any] | None = None  # a weak reference, set by the engine
         self.is_parked = False  # the memory of its parameters is elsewhere for a while
+        self.is_kept_for_engine = False  # by its parameters
         self._num_holds = 0
         self.modifier_rank: int | None = None  # whose edits the access under way keeps
         self._versions = self._count_edits()
@@ -669,6 +690,65 @@ def slot_of(param: Tensor) -> Slot | None:
     return None if entry is None or unit is None else Slot(unit, entry[1])
 
 
+# The attribute by which a parameter keeps its unit until an engine takes the parameter over.
+_KEEPER = "_zeroshard_keeper"
+
+
+class _Keeper:
+    """Owns a unit that no engine owns yet; a pickled parameter leaves it behind."""
+
+    __slots__ = ("unit",)
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def keep_until_engine(unit: Unit) -> None:
+    """Let the parameters own their unit: there is data as long as there is a parameter of it."""
+    keeper = _Keeper(unit)
+    unit.is_kept_for_engine = True
+    for member in unit.members:
+        setattr(member.param, _KEEPER, keeper)
+
+
+def _release_keeper(param: Tensor) -> None:
+    if hasattr(param, _KEEPER):
+        delattr(param, _KEEPER)
+
+
+def is_waiting(param: Tensor) -> bool:
+    """Whether a parameter lives in shards but no engine manages it yet."""
+    return vars(param).get(_KEEPER) is not None
+
+
+def full_shape(param: Tensor) -> torch.Size:
+    """The shape of a parameter, whether it is full or freed."""
+    slot = slot_of(param)
+    return param.shape if slot is None else slot.unit.shapes[slot.index]
+
+
+def full_nbytes(param: Tensor) -> int:
+    """Bytes of a parameter when it is full."""
+    return full_shape(param).numel() * param.dtype.itemsize
+
+
+def restore(unit: Unit) -> Tensor:
+    """Make the parameters of a unit ordinary and full again. A collective.
+
+    Returns:
+        The flat tensor that they are views of.
+    """
+    unit.gather()
+    unit.wait()
+    for param in unit._params:
+        _SLOTS.pop(param)
+        _release_keeper(param)
+    return unit._full.tensor
+
+
 def build_unit(
     members: Sequence[Member],
     *,
@@ -680,28 +760,37 @@ def build_unit(
     """Move parameters into a new unit, with the values of rank 0. A collective.
 
     Master weights are taken before the cast to the compute dtype, so nothing is rounded away.
+    Parameters that wait for an engine are taken out of the shards in which they wait. Where
+    parameters do not stay full, nothing here is larger than a shard.
     """
     params = [member.param for member in members]
     own_dtype = params[0].dtype
     compute = precision.compute if own_dtype.is_floating_point and precision.compute else own_dtype
+    wide = torch.float64 if own_dtype == torch.float64 else precision.master
+    shapes = [full_shape(param) for param in params]
     layout = Layout(
-        numels=tuple(param.numel() for param in params),
+        numels=tuple(shape.numel() for shape in shapes),
         world=mesh.shard.size,
         align=max(1, _ALIGN_BYTES // compute.itemsize),
     )
-    shapes = [param.shape for param in params]
+    mine = layout.shard(mesh.shard.rank)
+    part = Range(0, layout.full_numel) if lifetime.params_stay else mine
+    full = gradient = None
     with torch.no_grad():
-        source = torch.zeros(layout.full_numel, dtype=own_dtype, device=mesh.device)
-        for index, param in enumerate(params):
-            source[layout.full(index).slice()].copy_(param.detach().reshape(-1))
-        broadcast_(source, mesh)
-        mine = layout.shard(mesh.shard.rank).slice()
-        full = source.to(compute)
-        shard = full[mine] if lifetime.params_stay else full[mine].clone()
-        wide = torch.float64 if own_dtype == torch.float64 else precision.master
-        same = compute == wide
-        master = (shard if same else source[mine].to(wide, copy=True)) if trained else None
-        gradient = None
+        # Without master weights, nobody asks for more digits than the compute dtype has.
+        values = _values(params, layout, part, mesh, own_dtype if trained else compute)
+        if lifetime.params_stay:
+            full = values.to(compute)
+            shard, values = full[mine.slice()], values[mine.slice()]
+        else:
+            shard = values.to(compute)
+        _vacate(params, mesh)
+        if full is None:
+            full = torch.empty(layout.full_numel, dtype=compute, device=mesh.device)
+        master = shard
+        if trained and compute != wide:
+            # Of a larger buffer only a part is kept, which must not keep the rest.
+            master = values.to(wide, copy=lifetime.params_stay)
         if trained:
             kept = precision.accumulate if lifetime.grads_stay else precision.reduce
             buffer_dtype = torch.float64 if own_dtype == torch.float64 else kept
@@ -715,13 +804,55 @@ def build_unit(
         mesh,
         full=FlatBuffer(full, layout, shapes),
         store=DeviceStore(shard),
-        master=master,
+        master=master if trained else None,
         gradient=gradient,
         precision=precision,
     )
     for index, param in enumerate(params):
-        param.grad = None
         _SLOTS[param] = (weakref.ref(unit), index)
-    unit.wait()
-    unit.free()
+    if lifetime.params_stay:
+        unit.wait()
+    else:
+        unit.free()
     return unit
+
+
+def _values(
+    params: Sequence[nn.Parameter], layout: Layout, part: Range, mesh: Mesh, dtype: torch.dtype
+) -> Tensor:
+    """The values of this rank's shard, or of the whole flat buffer."""
+    own = [None if is_waiting(param) else param.detach() for param in params]
+    out = torch.zeros(part.numel, dtype=dtype, device=mesh.device)
+    if any(param is not None for param in own):
+        if part == layout.shard(mesh.shard.rank):
+            deal(own, layout, out, mesh)
+        else:
+            for index, param in enumerate(own):
+                if param is not None:
+                    put(out, part, layout, index, param.reshape(-1), 0)
+            broadcast_(out, mesh)
+    waiting: dict[Unit, list[tuple[int, int]]] = {}
+    for index, param in enumerate(params):
+        slot = slot_of(param)
+        if own[index] is None and slot is not None:
+            waiting.setdefault(slot.unit, []).append((index, slot.index))
+    for unit, places in waiting.items():
+        old = unit.layout
+        shard = unit._store.read(out.new_empty(old.shard_numel))
+        for given, row in pass_round(shard, old, unit.mesh):
+            for index, old_index in places:
+                inside = old.within(old_index, given)
+                start = old.full(old_index).start + inside.start - given.start
+                values = row[start : start + inside.numel]
+                put(out, part, layout, index, values, inside.start)
+    return out
+
+
+def _vacate(params: Sequence[nn.Parameter], mesh: Mesh) -> None:
+    """Give back the memory that parameters have: their own, or the shards in which they wait."""
+    for param in params:
+        if type(param) is FreedParameter:
+            object.__setattr__(param, "__class__", nn.Parameter)
+        param.data = torch.empty(0, dtype=param.dtype, device=mesh.device)
+        param.grad = None
+        _release_keeper(param)

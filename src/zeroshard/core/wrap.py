@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from zeroshard.core.unit import Member
+from zeroshard.core.unit import Member, full_nbytes, full_shape
 from zeroshard.errors import ConfigError, compose
 
 __all__ = ["Group", "Kind", "choose_groups", "find_blocks", "find_leaves", "find_persistent"]
@@ -130,7 +130,7 @@ def _is_section(module: nn.Module, inner_blocks: list[nn.Module], model_bytes: i
 
 
 def _nbytes(module: nn.Module) -> int:
-    return sum(param.nbytes for param in module.parameters())
+    return sum(full_nbytes(param) for param in module.parameters())
 
 
 def _named_blocks(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
@@ -222,7 +222,7 @@ def find_persistent(
     chosen: set[nn.Parameter] = set()
     total = 0
     for param in model.parameters():
-        numel = param.numel()
+        numel = full_shape(param).numel()
         if numel <= largest_numel and (most_numel is None or total + numel <= most_numel):
             chosen.add(param)
             total += numel
@@ -281,7 +281,7 @@ def _places(
     sections: set[nn.Module],
     most_numel: int | None,
 ) -> dict[nn.Parameter, _Place]:
-    large = min(sum(param.nbytes for param in paths) * _LARGE_SHARE, _LAYER_BYTES)
+    large = min(sum(full_nbytes(param) for param in paths) * _LARGE_SHARE, _LAYER_BYTES)
     places: dict[nn.Parameter, _Place] = {}
     left: dict[nn.Module, list[_LeftOver]] = {}
     for position, (param, path) in enumerate(paths.items()):
@@ -322,8 +322,8 @@ class _Bin:
     def holds(self, params: Iterable[nn.Parameter]) -> bool:
         """Whether there is room for more."""
         params = list(params)
-        nbytes = self.nbytes + sum(param.nbytes for param in params)
-        numel = self.numel + sum(param.numel() for param in params)
+        nbytes = self.nbytes + sum(full_nbytes(param) for param in params)
+        numel = self.numel + sum(full_shape(param).numel() for param in params)
         return nbytes <= self.most_bytes and (self.most_numel is None or numel <= self.most_numel)
 
     def add(self, params: Iterable[nn.Parameter], *, to_next: bool = False) -> int:
@@ -331,8 +331,8 @@ class _Bin:
         params = list(params)
         if to_next or (self.numel and not self.holds(params)):
             self.number, self.nbytes, self.numel = self.number + 1, 0, 0
-        self.nbytes += sum(param.nbytes for param in params)
-        self.numel += sum(param.numel() for param in params)
+        self.nbytes += sum(full_nbytes(param) for param in params)
+        self.numel += sum(full_shape(param).numel() for param in params)
         return self.number
 
 
@@ -365,7 +365,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _own_bytes(module: nn.Module) -> int:
-    return sum(param.nbytes for param in module.parameters(recurse=False))
+    return sum(full_nbytes(param) for param in module.parameters(recurse=False))
 
 
 def _sites(paths: list[_Path], primary: nn.Module, blocks: set[nn.Module]) -> Iterable[nn.Module]:

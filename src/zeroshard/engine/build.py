@@ -5,6 +5,7 @@ The only place that turns configuration into core objects.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,11 +20,13 @@ from zeroshard import config as configuration
 from zeroshard.core import world
 from zeroshard.core.collectives import broadcast_
 from zeroshard.core.hooks import Runtime, Site
+from zeroshard.core.host import trim
+from zeroshard.core.init import suspended
 from zeroshard.core.leaves import marked
 from zeroshard.core.lifetime import Lifetime, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh
 from zeroshard.core.schedule import Limits, Schedule
-from zeroshard.core.unit import Unit, build_unit, slot_of
+from zeroshard.core.unit import Unit, build_unit, is_waiting, slot_of
 from zeroshard.core.usage import GradientWatch
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
 from zeroshard.engine.arguments import collect_facts
@@ -38,7 +41,8 @@ from zeroshard.engine.precision import (
 )
 from zeroshard.errors import ConfigError, UsageError, compose
 from zeroshard.logs import show_messages
-from zeroshard.optim.factory import make_optimizer, make_schedule
+from zeroshard.optim.factory import make_optimizer
+from zeroshard.optim.schedules import make_schedule
 from zeroshard.optim.sharded import (
     ShardedOptimizer,
     StepPolicy,
@@ -53,6 +57,7 @@ _log = logging.getLogger(__name__)
 ConfigSource = str | Path | Mapping[str, object]
 
 
+@suspended()
 def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     args: Any = None,
     model: nn.Module | None = None,
@@ -148,6 +153,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
                 clip=settings.gradient_clipping,
                 skip_on_overflow=scaler is not None
                 or (settings.bf16.enabled and settings.bf16.check_grad_overflow),
+                most_numel=settings.zero_optimization.sub_group_size,
             ),
             scaler=scaler,
         )
@@ -229,7 +235,7 @@ def _resolve_optimizer(
     if optimizer is not None:
         return optimizer(params)
     assert settings.optimizer is not None, "there is an optimizer, or a block that describes it"
-    return make_optimizer(settings.optimizer.type, params, settings.optimizer.params)
+    return make_optimizer(settings.optimizer.type, params, settings.optimizer.params, model)
 
 
 def _resolve_scheduler(
@@ -271,11 +277,19 @@ def _resolve_scheduler(
 def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
     ignored: list[str] = []
     for name, param in model.named_parameters():
-        if slot_of(param) is not None:
+        slot = slot_of(param)
+        if slot is not None and not is_waiting(param):
             raise UsageError(
                 compose(
                     f"{name} belongs to another engine already.",
                     hint="give each engine a model of its own.",
+                )
+            )
+        if slot is not None and slot.unit.is_full:
+            raise UsageError(
+                compose(
+                    f"{name} is gathered, and edits made to it would be lost.",
+                    hint="leave zeroshard.gathered(...) before initialize().",
                 )
             )
         if param.is_meta:
@@ -363,16 +377,19 @@ def _shard(
     buffer_dtype = settings.data_types.buffer_dtype
     _place_buffers(model, mesh, DTYPES[buffer_dtype] if buffer_dtype else None)
     dtypes = precision(settings, mesh.world)
-    units = [
-        build_unit(
+    # Parameters that were replaced after they were sharded keep their shards in a cycle.
+    gc.collect()
+    units: list[Unit] = []
+    for group in groups:
+        unit = build_unit(
             group.members,
             trained=group.kind.trained,
             lifetime=life.with_params_that_stay() if group.kind.persistent else life,
             mesh=mesh,
             precision=replace(dtypes, compute=group.kind.compute),
         )
-        for group in groups
-    ]
+        units.append(unit)
+        trim()
     schedule = Schedule(units, mesh, _limits(units, settings))
     runtime = Runtime(model, _make_sites(model, groups, units), units, schedule)
     runtime.attach()

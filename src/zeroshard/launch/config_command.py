@@ -85,7 +85,10 @@ def _as_tables(entries: Sequence[Entry]) -> str:
     console = Console(width=width, color_system=None, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:
         for block, inside in blocks.items():
-            table = Table(block or "top level", "value", "source", "class", box=None)
+            table = Table(box=None)
+            table.add_column(block or "top level", no_wrap=True)
+            for title in ("value", "source", "class"):
+                table.add_column(title, overflow="fold")
             said: set[str] = set()
             for entry in inside:
                 table.add_row(*_row(entry, repeated=entry.reason in said))

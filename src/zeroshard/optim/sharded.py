@@ -20,18 +20,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zeroshard.core.collectives import Answered, all_reduce_
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import Unit, slot_of
 from zeroshard.errors import UsageError, compose
 from zeroshard.optim.factory import ELEMENTWISE
+from zeroshard.optim.lamb import Lamb
+from zeroshard.optim.muon import Muon
+from zeroshard.optim.packages import is_quantized_elementwise
 from zeroshard.optim.scaler import LossScaler
+from zeroshard.optim.whole import Sharded, WholeOptimizer
 
 __all__ = ["ShardedOptimizer", "StepPolicy", "check_optimizer", "optimizer_parameters"]
 
 _log = logging.getLogger(__name__)
 _ROW = 4096  # elements that are summed in the dtype of the gradient
+_SHARDABLE = ELEMENTWISE | {Lamb, Muon}
+_TORCH_MUON = getattr(torch.optim, "Muon", None)  # since torch 2.9
+_UNFIT: Mapping[type, str] = {
+    torch.optim.LBFGS: "computes the loss several times in one step, which engine.step() cannot do",
+    torch.optim.SparseAdam: "takes sparse gradients only, and gradients are dense here",
+}
+_LOOKS_FURTHER: Mapping[type, str] = {
+    torch.optim.Adafactor: "keeps averages over the rows and columns of whole matrices",
+}
 
 
 def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
@@ -42,10 +56,15 @@ def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parame
 
 @dataclass(frozen=True, slots=True)
 class StepPolicy:
-    """What happens between backward and the optimizer: ``clip`` 0 does not clip."""
+    """What happens between backward and the optimizer: ``clip`` 0 does not clip.
+
+    ``most_numel``: elements of this rank's master weights that are stepped at once, at least those
+    of one unit; None steps all at once.
+    """
 
     clip: float = 0.0
     skip_on_overflow: bool = False
+    most_numel: int | None = None
 
 
 def check_optimizer(
@@ -69,15 +88,36 @@ def check_optimizer(
                     f"{tuple(param.shape)} that is not a parameter of the model."
                 )
     kind = type(optimizer)
-    if kind not in ELEMENTWISE and num_shards > 1 and not allow_untested:
+    if kind in _UNFIT:
+        raise UsageError(
+            compose(f"{kind.__name__} {_UNFIT[kind]}.", hint="use another optimizer, such as Adam.")
+        )
+    if num_shards == 1 or kind in _SHARDABLE or is_quantized_elementwise(kind):
+        return
+    if kind is _TORCH_MUON:
         raise UsageError(
             compose(
-                f"{kind.__name__} is not known to update each element on its own, and every rank "
-                f"here steps 1/{num_shards} of each parameter: numbers could be wrong.",
+                "torch.optim.Muon steps whole matrices, and every rank here steps "
+                f"1/{num_shards} of each parameter.",
+                hint='name it in the configuration, "optimizer": {"type": "Muon"}, or pass a '
+                "zeroshard.optim.Muon: it takes all parameters, and gathers what it needs.",
+            )
+        )
+    if not allow_untested:
+        reason = _LOOKS_FURTHER.get(kind, "is not known to update each element on its own")
+        raise UsageError(
+            compose(
+                f"{kind.__name__} {reason}, and every rank here steps 1/{num_shards} of each "
+                "parameter: numbers could be wrong.",
                 hint='use "stage": 0, or set "zero_allow_untested_optimizer": true if the '
                 "update of an element depends on that element alone.",
             )
         )
+
+
+def steps_in_parts(kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether several steps over a few parameters each are one step over all of them."""
+    return kind in ELEMENTWISE or is_quantized_elementwise(kind)
 
 
 def _square(shard: Tensor) -> Tensor:
@@ -88,6 +128,13 @@ def _square(shard: Tensor) -> Tensor:
         torch.linalg.vector_norm(shard[rows * _ROW :]).view(1),
     ]
     return torch.cat(norms).double().square().sum()
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Bytes of memory; quantised state is a tensor that consists of others."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.nbytes
+    return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
 
 
 class ShardedOptimizer:
@@ -112,11 +159,15 @@ class ShardedOptimizer:
         self._square = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._stepping = False
         self._adopt()
+        self._parts = self._divide()
         self._num_slices = sum(len(group["params"]) for group in inner.param_groups)
         inner.register_step_pre_hook(self._refuse_direct_step)
 
     def _adopt(self) -> None:
         """Exchange parameters for slices in every group, and slice the state they already have."""
+        needs_whole = isinstance(self.inner, WholeOptimizer)
+        if isinstance(self.inner, WholeOptimizer):
+            self.inner.whole = Sharded(self.units, self.mesh)
         old_state = dict(self.inner.state)
         self.inner.state.clear()
         for group in self.inner.param_groups:
@@ -126,7 +177,7 @@ class ShardedOptimizer:
                 if slot is None or not slot.unit.is_trained:
                     continue  # a frozen parameter is never stepped
                 piece = slot.unit.slices[slot.index]
-                if piece.numel():
+                if piece.numel() or needs_whole:
                     slices.append(piece)
                     if param in old_state:
                         self.inner.state[piece] = self._slice_state(
@@ -134,14 +185,46 @@ class ShardedOptimizer:
                         )
             group["params"] = slices
 
+    def _divide(self) -> list[list[Unit]]:
+        """The units of each part of a step, in order."""
+        most = self.policy.most_numel
+        if most is None:
+            return [list(self.units)]
+        if not steps_in_parts(type(self.inner)):
+            _log.warning(
+                "zero_optimization.sub_group_size is ignored: %s may look at all parameters in one "
+                "step, so it steps all at once.",
+                type(self.inner).__name__,
+            )
+            return [list(self.units)]
+        parts: list[list[Unit]] = []
+        room = 0
+        for unit in self.units:
+            if unit.layout.shard_numel > room:
+                parts.append([])
+                room = most
+            parts[-1].append(unit)
+            room -= unit.layout.shard_numel
+        return parts
+
     def _slice_state(self, state: Mapping[str, Any], unit: Unit, index: int) -> dict[str, Any]:
         owned = unit.layout.owned(index, self.mesh.shard.rank)
         numel, piece = unit.layout.numels[index], unit.slices[index]
         sliced: dict[str, Any] = {}
         for key, value in state.items():
             is_count = key == "step"  # a scalar whatever the parameter's shape
-            if isinstance(value, Tensor) and not is_count and value.numel() == numel:
+            if not isinstance(value, Tensor) or is_count:
+                pass
+            elif value.numel() == numel:
                 value = value.reshape(-1)[owned.slice()].to(piece.device).view(piece.shape).clone()
+            elif value.dim() and self.mesh.shard.size > 1:
+                raise UsageError(
+                    compose(
+                        f"{unit.members[index].name}: the optimizer's state {key!r} has "
+                        f"{value.numel()} elements, so it cannot be cut like the parameter.",
+                        hint="pass an optimizer that has not made a step yet.",
+                    )
+                )
             sliced[key] = value
         return sliced
 
@@ -177,18 +260,6 @@ class ShardedOptimizer:
         return not overflow
 
     def _apply(self, norm: Tensor, divisor: float) -> None:
-        shards: list[Tensor] = []
-        for unit in self.units:
-            unit.expose_gradients()
-            assert unit.grad_shard is not None, f"{unit.name} has no gradient after backward"
-            shards.append(unit.grad_shard)
-        if self.policy.clip > 0:
-            # torch.nn.utils.clip_grad_norm_ has the same epsilon.
-            factor = (self.policy.clip / (norm + 1e-6)).clamp(max=1.0) / divisor
-            for shard in shards:
-                shard.mul_(factor)
-        elif divisor != 1.0:
-            torch._foreach_mul_(shards, 1.0 / divisor)
         if sum(len(group["params"]) for group in self.inner.param_groups) != self._num_slices:
             raise UsageError(
                 compose(
@@ -196,18 +267,38 @@ class ShardedOptimizer:
                     hint="add parameters to the optimizer before initialize().",
                 )
             )
+        factor: Tensor | None = None
+        if self.policy.clip > 0:
+            # torch.nn.utils.clip_grad_norm_ has the same epsilon.
+            factor = (self.policy.clip / (norm + 1e-6)).clamp(max=1.0) / divisor
+        for units in self._parts:
+            self._step_units(units, factor, divisor)
+        for unit in self.units:
+            if unit.is_full:
+                unit.wait()
+
+    def _step_units(self, units: Sequence[Unit], factor: Tensor | None, divisor: float) -> None:
+        """Step the slices of some units; torch's optimizers pass over those without gradients."""
+        shards: list[Tensor] = []
+        for unit in units:
+            unit.expose_gradients()
+            assert unit.grad_shard is not None, f"{unit.name} has no gradient after backward"
+            shards.append(unit.grad_shard)
+        if factor is not None:
+            for shard in shards:
+                shard.mul_(factor)
+        elif divisor != 1.0:
+            torch._foreach_mul_(shards, 1.0 / divisor)
         self._stepping = True
         try:
             self.inner.step()
         finally:
             self._stepping = False
-        self.clear_gradients()
+        for unit in units:
+            unit.clear_gradients()
         with torch.no_grad():
-            for unit in self.units:
+            for unit in units:
                 unit.publish()
-            for unit in self.units:
-                if unit.is_full:
-                    unit.wait()
 
     def _global_norm(self) -> Tensor:
         """L2 norm over all gradients of all ranks, before unscaling and clipping."""
@@ -227,7 +318,7 @@ class ShardedOptimizer:
     def state_bytes(self) -> int:
         """Bytes of state on this rank: moments, and master weights kept beside parameters."""
         moments = sum(
-            value.nbytes
+            _bytes_of(value)
             for state in self.inner.state.values()
             for value in state.values()
             if isinstance(value, Tensor) and value.dim()

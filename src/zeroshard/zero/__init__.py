@@ -18,6 +18,7 @@ from zeroshard.zero.estimators import (
     estimate_zero3_model_states_mem_needs_all_live,
 )
 from zeroshard.zero.gather import GatheredParameters, unwrap_model_for_generation
+from zeroshard.zero.init import Init
 from zeroshard.zero.leaves import (
     get_z3_leaf_modules,
     set_z3_leaf_module,
@@ -46,6 +47,7 @@ from zeroshard.zero.state import (
 
 __all__ = [
     "GatheredParameters",
+    "Init",
     "OffloadStateTypeEnum",
     "RepeatingLoader",
     "estimate_zero1_model_states_mem_needs",

@@ -12,12 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from forked import run_ranks
 from zeroshard.core.lifetime import STAGES
 from zeroshard.core.mesh import Axis, Mesh, build_mesh
 from zeroshard.core.unit import Member, Precision, Unit, build_unit
 from zeroshard.errors import LossScaleError, UsageError
+from zeroshard.optim import Lamb, Muon
 from zeroshard.optim.factory import ELEMENTWISE
 from zeroshard.optim.scaler import LossScaler, ScalePolicy
 from zeroshard.optim.sharded import (
@@ -271,6 +273,16 @@ def test_optimizer_state_counts_moments_and_separate_master_weights() -> None:
         assert sharded.state_bytes() == moments + masters
 
 
+def test_state_that_consists_of_other_tensors_counts_as_these() -> None:
+    params = make_params()
+    inner = torch.optim.SGD(params, lr=0.1)
+    sharded = ShardedOptimizer(inner, make_units(params), alone(), policy=PLAIN)
+    piece = next(iter(optimizer_parameters(inner)))
+    codes, scales = torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
+    inner.state[piece] = {"momentum_buffer": TwoTensor(codes, scales)}
+    assert sharded.state_bytes() == 8
+
+
 # Refusals ---------------------------------------------------------------------------------------
 
 
@@ -326,17 +338,70 @@ class MyAdam(torch.optim.Adam):
     """A subclass may do anything."""
 
 
-@pytest.mark.parametrize("cls", [torch.optim.Adafactor, MyAdam])
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (torch.optim.Adafactor, "Adafactor keeps averages over the rows and columns"),
+        (MyAdam, "MyAdam is not known to update each element on its own"),
+    ],
+)
 def test_an_optimizer_that_may_look_at_whole_matrices_is_refused_on_shards(
-    cls: type[torch.optim.Optimizer],
+    cls: type[torch.optim.Optimizer], reason: str
 ) -> None:
     model = nn.Linear(2, 2)
     inner = cls(model.parameters(), lr=0.1)
-    with pytest.raises(UsageError, match=rf"{cls.__name__} is not known .* 1/2 of each") as error:
+    with pytest.raises(UsageError, match=rf"{reason}.* 1/2 of each") as error:
         check_optimizer(inner, model, 2)
     assert '"zero_allow_untested_optimizer": true' in str(error.value)
     check_optimizer(inner, model, 2, allow_untested=True)
     check_optimizer(inner, model, 1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (torch.optim.LBFGS, "LBFGS computes the loss several times in one step"),
+        (torch.optim.SparseAdam, "SparseAdam takes sparse gradients only"),
+    ],
+)
+def test_an_optimizer_that_no_engine_can_step_is_always_refused(
+    cls: type[torch.optim.Optimizer], reason: str
+) -> None:
+    model = nn.Linear(2, 2)
+    inner = cls(list(model.parameters()), lr=0.1)
+    for num_shards in (1, 2):
+        with pytest.raises(UsageError, match=reason):
+            check_optimizer(inner, model, num_shards, allow_untested=True)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
+def test_torchs_own_muon_is_refused_on_shards_for_ours() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    inner = torch.optim.Muon(model.parameters())
+    with pytest.raises(UsageError, match=r'hint: name it(.|\n)*"Muon"(.|\n)*zeroshard.optim.Muon'):
+        check_optimizer(inner, model, 2, allow_untested=True)
+    check_optimizer(inner, model, 1)
+
+
+@pytest.mark.parametrize("cls", [Lamb, Muon])
+def test_an_optimizer_that_asks_for_whole_parameters_is_accepted_on_shards(
+    cls: type[torch.optim.Optimizer],
+) -> None:
+    model = nn.Linear(2, 2, bias=False)
+    check_optimizer(cls(model.parameters()), model, 2)
+
+
+def cut_state_that_does_not_fit(rank: int, world: int) -> None:
+    params = make_params()
+    inner = torch.optim.Adafactor(params[1:2], lr=0.1)
+    plain_step(inner, params[1:2], make_grads(0)[1:2])
+    mesh = build_mesh(world, CPU)
+    with pytest.raises(UsageError, match=r"u0\.p1: .* state 'row_var' has 3 elements(.|\n)*hint: "):
+        ShardedOptimizer(inner, make_units(params, 1, mesh), mesh, policy=PLAIN)
+
+
+def test_state_that_cannot_be_cut_like_its_parameter_is_refused() -> None:
+    on_two_ranks(cut_state_that_does_not_fit)
 
 
 @pytest.mark.parametrize("cls", sorted(ELEMENTWISE, key=lambda cls: cls.__name__))
