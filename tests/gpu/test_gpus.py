@@ -34,8 +34,8 @@ def run_checks(
 
 @pytest.mark.timeout(120)
 def test_the_checks_for_gpus_pass_at_toy_size_on_two_cpu_ranks() -> None:
-    results = run_checks(2, "--toy", "--only", "parity", "routed", "memory", "settings")
-    assert len(results) == 4
+    results = run_checks(2, "--toy", "--only", "parity", "routed", "memory", "settings", "access")
+    assert len(results) == 5
     assert {name: line for name, line in results.items() if not line["ok"]} == {}
 
 

@@ -50,7 +50,7 @@ from zeroshard.optim.sharded import (
     optimizer_parameters,
 )
 
-__all__ = ["initialize", "register_external_parameter"]
+__all__ = ["initialize"]
 
 _log = logging.getLogger(__name__)
 
@@ -163,6 +163,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         mesh,
         Settings(
             batch=batch,
+            config=settings,
             steps_per_print=settings.steps_per_print,
             cast_inputs_to=torch.float16
             if settings.fp16.enabled and settings.fp16.auto_cast
@@ -429,20 +430,3 @@ def _make_sites(model: nn.Module, groups: list[Group], units: list[Unit]) -> lis
             users.setdefault(module, []).append(unit)
     names = {module: name for name, module in model.named_modules()}
     return [Site(names[module], module, used) for module, used in users.items()]
-
-
-def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
-    """Keep a parameter full while a module runs that uses it without holding it.
-
-    Raises:
-        UsageError: no engine manages the parameter (yet).
-    """
-    slot = slot_of(parameter)
-    if slot is None or slot.unit.add_use is None:
-        raise UsageError(
-            compose(
-                "register_external_parameter(): no engine manages this parameter.",
-                hint="call it after initialize(), with a parameter of engine.module.",
-            )
-        )
-    slot.unit.add_use(module)
