@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zeroshard import checkpointing, zero
     from zeroshard.core.access import gathered
+    from zeroshard.core.external import register_external_parameter
     from zeroshard.core.world import init_distributed
     from zeroshard.engine.arguments import add_config_arguments
-    from zeroshard.engine.build import initialize, register_external_parameter
+    from zeroshard.engine.build import initialize
     from zeroshard.engine.engine import Engine, MemoryReport
     from zeroshard.errors import ConfigError, DistributedError, Error, LossScaleError, UsageError
 
@@ -43,7 +44,7 @@ _HOMES = {
     "gathered": "core.access",
     "init_distributed": "core.world",
     "initialize": "engine.build",
-    "register_external_parameter": "engine.build",
+    "register_external_parameter": "core.external",
 }
 
 

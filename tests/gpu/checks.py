@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import zeroshard
 from zeroshard.core.lifetime import state_bytes
 from zeroshard.core.unit import full_nbytes
+from zeroshard.zero import state
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))
 from llama import Llama, LlamaConfig
@@ -401,6 +402,54 @@ def check_overlap(ctx: Context) -> dict[str, Any]:
     return result
 
 
+def check_access(ctx: Context) -> dict[str, Any]:
+    """State goes to the host and back bit by bit, and the GPU's memory with it; edits last."""
+    result: dict[str, Any] = {}
+    for stage in STAGES:
+        engines = []
+        for offloads in (False, True):
+            engine = make_engine(seeded(lambda: Llama(ctx.large)), stage, bf16={"enabled": True})
+            head = engine.module.head.weight
+            for step in range(2):
+                x = ctx.tokens(step, 0, ctx.rank, ctx.large)
+                engine.backward(loss_of(engine(x), x))
+                if offloads:
+                    before = allocated(ctx)
+                    engine.offload_states()
+                    left = allocated(ctx)
+                    engine.reload_states()
+                grad = state.safe_get_full_grad(head)
+                state.safe_set_full_grad(head, grad * 0.5)
+                engine.step()
+                moment = state.safe_get_full_optimizer_state(head, "exp_avg")
+                state.safe_set_full_optimizer_state(head, moment * 2, "exp_avg")
+                with zeroshard.gathered(head, modifier_rank=0):
+                    if ctx.rank == 0:
+                        head.data[0].zero_()
+            master = state.safe_get_full_fp32_param(head)
+            engines.append((full_weights(engine), master, engine.module_state_dict()))
+            engine.destroy()
+        (plain, plain_master, _), (moved, moved_master, saved) = engines
+        result[f"stage {stage}"] = {
+            "same": all(torch.equal(plain[k], moved[k]) for k in plain)
+            and torch.equal(plain_master, moved_master),
+            "edited": bool((moved_master[0] == 0).all()) and bool((moved_master[1] != 0).any()),
+            "saved": all(torch.equal(saved[k], moved[k].cpu()) for k in moved if saved),
+            "left": left / before if ctx.on_gpu else 0.0,
+        }
+        del engine, head, engines, plain, moved, grad, moment, master
+        gc.collect()
+    result["ok"] = all(
+        each["same"] and each["edited"] and each["saved"] and each["left"] < 0.1
+        for each in result.values()
+    )
+    return result
+
+
+def allocated(ctx: Context) -> int:
+    return torch.cuda.memory_allocated() if ctx.on_gpu else 0
+
+
 def covered(span: tuple[float, float], others: list[tuple[float, float]]) -> float:
     """Length of the part of a span that the union of the others covers."""
     pieces = sorted(
@@ -424,6 +473,7 @@ CHECKS = {
         check_memory,
         check_init,
         check_settings,
+        check_access,
         check_checkpointing,
         check_compile,
         check_overlap,

@@ -14,6 +14,7 @@ run one after the other on one stream.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,12 +57,17 @@ class _Moved:
     """A flat tensor on the host, and on the device while it leaves and while it is wanted."""
 
     def __init__(self, tensor: Tensor, host: Tensor, link: _Link) -> None:
+        self._transfer: Ticket = DONE
         self._here: Tensor | None = tensor
         self._host, self._link, self._device = host, link, tensor.device
         # A tensor that came back has no other owner who could edit it.
         self._version: int | None = tensor._version
         self._is_edited = False
         self._transfer = link.copy(host, tensor)
+
+    def __del__(self) -> None:
+        # A graph that is dropped may take it along on its way.
+        self._transfer.wait()
 
     def leave(self) -> None:
         """Give up the device's memory."""
@@ -104,9 +110,8 @@ class _Waiting:
 class Group:
     """What one call of a checkpointed function has on the host."""
 
-    def __init__(self, host: Host, before: Group | None) -> None:
-        self._host = host
-        self._before = None if before is None else weakref.ref(before)
+    def __init__(self, host: Host, before: Callable[[], Group | None]) -> None:
+        self._host, self._before = host, before
         self._moved: list[_Moved] = []
 
     def put(self, tensor: Tensor) -> _Waiting:
@@ -128,29 +133,31 @@ class Group:
     def was_taken(self, moved: _Moved) -> None:
         """After the last of them, which are taken in order, go for those of the call before."""
         if moved is self._moved[-1]:
-            self._host.look_ahead(None if self._before is None else self._before())
+            self._host.look_ahead(self._before)
+
+
+def _nothing() -> None:
+    return
 
 
 class Host:
     """Moves the inputs of checkpointed functions to host memory and back.
 
-    Graphs own the groups. Only a group that is on its way back is held here as well, because its
-    buffers must not be freed before they have arrived, even if its graph is dropped.
+    The graphs own the groups; here they are only pointed at.
     """
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
         self._links: dict[torch.device, _Link] = {}
-        self._newest: weakref.ref[Group] | None = None
-        self._ahead: Group | None = None
+        self._newest: Callable[[], Group | None] = _nothing
+        self._ahead: Callable[[], Group | None] = _nothing
 
     def begin(self) -> Group:
         """A group for the call that begins; the one before gives up its device memory."""
-        self.look_ahead(None)
-        newest = None if self._newest is None else self._newest()
-        if newest is not None:
+        self.look_ahead(_nothing)
+        if newest := self._newest():
             newest.leave()
-        group = Group(self, newest)
+        group = Group(self, before=self._newest)
         self._newest = weakref.ref(group)
         return group
 
@@ -161,10 +168,10 @@ class Host:
             link = self._links[tensor.device] = _Link(tensor.device)
         return _Moved(tensor, self._slots.empty(tensor.numel(), like=tensor), link)
 
-    def look_ahead(self, group: Group | None) -> None:
-        """Bring a group back before it is asked for; at most one is on its way."""
-        if self._ahead is not None:
-            self._ahead.leave()
-        self._ahead = group
-        if group is not None:
+    def look_ahead(self, find: Callable[[], Group | None]) -> None:
+        """Bring a group back before it is asked for; at most one is on the device that early."""
+        if ahead := self._ahead():
+            ahead.leave()
+        self._ahead = find
+        if group := find():
             group.come()

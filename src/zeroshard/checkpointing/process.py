@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 # The number that Megatron adds to a seed for streams that differ between model-parallel ranks.
 _SEED_OFFSET = 2718
@@ -86,25 +87,23 @@ def configure(
     """
     show_messages(world.rank_so_far)
     block = read_block(deepspeed_config)
-
-    def choose(argument: bool | None, configured: bool) -> bool:
-        return configured if argument is None else argument
-
     _process.use(
         Settings(
             model_parallel=model_parallel_axis(mpu_),
-            partition=choose(partition_activations, block.partition_activations),
-            on_host=choose(checkpoint_in_cpu, block.cpu_checkpointing),
-            contiguous=choose(contiguous_checkpointing, block.contiguous_memory_optimization),
-            num_checkpoints=block.number_checkpoints
-            if num_checkpoints is None
-            else num_checkpoints,
-            synchronize=choose(synchronize, block.synchronize_checkpoint_boundary),
-            profile=choose(profile, block.profile),
+            partition=_choose(partition_activations, block.partition_activations),
+            on_host=_choose(checkpoint_in_cpu, block.cpu_checkpointing),
+            contiguous=_choose(contiguous_checkpointing, block.contiguous_memory_optimization),
+            num_checkpoints=_choose(num_checkpoints, block.number_checkpoints),
+            synchronize=_choose(synchronize, block.synchronize_checkpoint_boundary),
+            profile=_choose(profile, block.profile),
         )
     )
     _process.is_configured = True
     _process.settings.warn()
+
+
+def _choose(argument: Value | None, configured: Value) -> Value:
+    return configured if argument is None else argument
 
 
 def is_configured() -> bool:

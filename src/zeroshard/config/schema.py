@@ -180,13 +180,13 @@ class ActivationCheckpointing(_Block):
     """Number of checkpointed parts of the model."""
 
     contiguous_memory_optimization: Flag = False
-    """Whether kept inputs lie in one buffer; needs partition_activations."""
+    """Whether copies of inputs lie in one buffer; needs number_checkpoints."""
 
     synchronize_checkpoint_boundary: Flag = False
     """Whether the device is waited for at both ends of a checkpointed part."""
 
     profile: Flag = False
-    """Whether the time in checkpointed parts is measured."""
+    """Nothing is printed: torch.profiler shows every checkpointed part by name."""
 
     cpu_checkpointing: Flag = False
     """Whether kept inputs are moved to the host."""

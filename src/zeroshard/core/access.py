@@ -1,31 +1,65 @@
-"""Reading and editing full parameters outside of forward and backward."""
+"""Reading and editing parameters, which ranks hold in parts, outside of forward and backward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from zeroshard.core.collectives import broadcast_
-from zeroshard.core.unit import Unit, slot_of
+from zeroshard.core.collectives import Answered, all_gather, broadcast_
+from zeroshard.core.unit import Slot, Unit, slot_of
 from zeroshard.errors import UsageError, compose
 
-__all__ = ["gathered", "guard_state_dict"]
+__all__ = [
+    "Gatherable",
+    "assemble",
+    "gathered",
+    "guard_state_dict",
+    "named_without_reading",
+    "parameters_in",
+    "refresh",
+    "stacked",
+]
 
 
-def _units(params: nn.Module | Tensor | Iterable[Tensor]) -> list[Unit]:
-    """The units of the given parameters, in the order of their first parameter's name."""
+Gatherable: TypeAlias = nn.Module | Tensor | Iterable[Any] | None
+"""A module, a parameter, None, or an iterable of these, however nested."""
+
+
+def parameters_in(params: Gatherable) -> list[Tensor]:
+    """The parameters and other tensors of a module, or of nested iterables of modules and tensors.
+
+    Raises:
+        UsageError: something else is among them.
+    """
+    if params is None:
+        return []
+    if isinstance(params, Tensor):
+        return [params]
     if isinstance(params, nn.Module):
-        params = params.parameters()
-    elif isinstance(params, Tensor):
-        params = [params]
+        return list(params.parameters())
+    if isinstance(params, Mapping):
+        params = params.values()
+    if isinstance(params, (str, bytes)) or not isinstance(params, Iterable):
+        raise UsageError(
+            compose(
+                f"parameters to gather were given as a {type(params).__name__}.",
+                hint="pass a module, a parameter, or an iterable of them.",
+            )
+        )
+    return [tensor for each in params for tensor in parameters_in(each)]
+
+
+def _units(params: Gatherable) -> list[Unit]:
+    """The units of the given parameters, in the order of their first parameter's name."""
     units: dict[int, Unit] = {}
-    for param in params:
+    for param in parameters_in(params):
         slot = slot_of(param)
         if slot is not None:
             units[id(slot.unit)] = slot.unit
@@ -33,52 +67,165 @@ def _units(params: nn.Module | Tensor | Iterable[Tensor]) -> list[Unit]:
 
 
 @contextmanager
-def gathered(
-    params: nn.Module | Tensor | Iterable[Tensor], modifier_rank: int | None = None
-) -> Iterator[None]:
+def gathered(params: Gatherable, modifier_rank: int | None = None) -> Iterator[None]:
     """Parameters are full inside; a collective that every rank enters.
 
     Whole units are gathered, so the neighbours of a parameter become readable with it. Parameters
     that no engine manages are left alone.
 
+    It may be nested. What an outer one holds is full on every rank, so for that an inner one does
+    nothing at entry, and any subset of the ranks may enter it. The outermost one that names a
+    ``modifier_rank`` keeps the edits, when it is left:
+
+    ==============  ==============  ========================================================
+    outer           inner           edits made in the inner one
+    ==============  ==============  ========================================================
+    none            none            an error, as there is nobody to keep them
+    none            a rank          kept when the inner one is left; every rank enters it
+    a rank          none, or equal  kept when the outer one is left
+    a rank          another rank    an error at entry, as the outer one would overwrite them
+    ==============  ==============  ========================================================
+
+    In a forward, the units belong to the running module from then on, and are full in its backward.
+
+    An exception inside changes nothing about that, so ranks that raise and ranks that do not stay
+    in step.
+
     Args:
-        params: a module, a parameter, or several parameters.
+        params: a module, a parameter, or an iterable of these, however nested. None, tensors and
+            parameters that no engine manages may be among them.
         modifier_rank: the rank whose edits are kept, in the weights that gathers read and in the
-            master weights. Without it edits are lost where parameters are freed, and must not be
-            made where they stay.
+            master weights.
+
+    Raises:
+        UsageError: there is no such rank, an enclosing one names another, or, at the end, a
+            parameter was edited and no rank was named. Edits through ``param.data`` are not seen.
     """
     units = _units(params)
     for unit in units:
-        if unit.mesh.is_destroyed and not unit.lifetime.params_stay:
-            raise UsageError(
-                compose(
-                    f"{unit.name} cannot be gathered: its engine was destroyed, and other ranks "
-                    "hold the rest of it.",
-                    hint="gather what is wanted before engine.destroy().",
-                )
-            )
-    were_full = [unit.is_full for unit in units]
+        _check_access(unit, modifier_rank)
+    were_full: list[bool] = []
     for unit in units:
+        is_used = unit.use_here is not None and not unit.is_held and unit.use_here()
+        were_full.append(unit.is_full)
         # Also where it is full here: between forward and backward other ranks may have freed it.
-        if not unit.lifetime.params_stay:
+        if not (unit.lifetime.params_stay or unit.is_held or is_used):
             unit.gather()
         unit.wait()
+    lost: list[str] = []
     with ExitStack() as afterwards:  # the last entry comes first
         for unit, was_full in zip(units, were_full, strict=True):
             if not was_full:
                 afterwards.callback(unit.free)
+            if not unit.is_held:
+                afterwards.callback(lambda unit=unit: lost.extend(unit.edited))
         for unit in units:
             afterwards.enter_context(unit.held())
         if modifier_rank is not None:
-            afterwards.callback(_adopt, units, modifier_rank)
+            kept = [unit for unit in units if unit.modifier_rank is None]
+            afterwards.callback(_adopt, kept, modifier_rank)
+            for unit in kept:
+                unit.modifier_rank = modifier_rank
         yield
+    if lost:
+        raise UsageError(
+            compose(
+                f"{lost[0]} was edited inside gathered(...) that names no modifier_rank: no other "
+                "rank knows of the edit, nor do the master weights, and it would be lost.",
+                hint="pass modifier_rank=RANK on every rank; the edits of that rank are kept.",
+            )
+        )
+
+
+def _check_access(unit: Unit, modifier_rank: int | None) -> None:
+    unit.check_present()
+    if unit.mesh.is_destroyed and not unit.lifetime.params_stay:
+        raise UsageError(
+            compose(
+                f"{unit.name} cannot be gathered: its engine was destroyed, and other ranks "
+                "hold the rest of it.",
+                hint="gather what is wanted before engine.destroy().",
+            )
+        )
+    if modifier_rank is None:
+        return
+    if not isinstance(modifier_rank, int) or not 0 <= modifier_rank < unit.mesh.world:
+        raise UsageError(
+            compose(
+                f"modifier_rank is {modifier_rank!r}, but the ranks that hold {unit.name} are "
+                f"0 to {unit.mesh.world - 1}.",
+                hint="name one of these ranks, the same on all of them.",
+            )
+        )
+    if unit.modifier_rank not in {None, modifier_rank}:
+        raise UsageError(
+            compose(
+                f"{unit.name} is gathered with modifier_rank={modifier_rank} inside of another "
+                f"that names rank {unit.modifier_rank}, whose weights would replace the edits.",
+                hint="name the same rank in both, or leave the outer one first.",
+            )
+        )
 
 
 @torch.no_grad()
 def _adopt(units: Iterable[Unit], src: int) -> None:
     """Keep the edits of rank ``src`` on all ranks."""
     for unit in units:
-        unit.adopt(partial(broadcast_, mesh=unit.mesh, src=src))
+        unit.modifier_rank = None
+    for unit in units:
+        with Answered(unit.mesh.rank, f"to share the edits of {unit.name}"):
+            unit.adopt(partial(broadcast_, mesh=unit.mesh, src=src))
+
+
+def assemble(piece: Tensor, slot: Slot) -> Tensor:
+    """A parameter-shaped tensor from every rank's slice of it; a collective over the shard axis.
+
+    Args:
+        piece: this rank's slice, of one dtype on all ranks, and empty where it owns nothing.
+        slot: the parameter's place.
+    """
+    unit, index = slot.unit, slot.index
+    owned = [unit.layout.owned(index, rank) for rank in range(unit.mesh.shard.size)]
+    longest = max(1, *(part.numel for part in owned))
+    mine = torch.zeros(longest, dtype=piece.dtype, device=unit.mesh.device)
+    mine[: piece.numel()].copy_(piece.reshape(-1))
+    pieces = stacked(mine, unit)
+    flat = torch.cat([row[: part.numel] for row, part in zip(pieces, owned, strict=True)])
+    return flat.view(unit.shapes[index])
+
+
+def stacked(mine: Tensor, unit: Unit) -> Tensor:
+    """The tensors that the ranks of the shard axis give, of one shape, one after another."""
+    axis = unit.mesh.shard
+    mine = mine.to(unit.mesh.device).contiguous()
+    rows = mine.new_empty((axis.size, *mine.shape))
+    with Answered(unit.mesh.rank, f"to read the state of {unit.name}"):
+        all_gather(rows.view(-1), mine.view(-1), axis).wait()
+    return rows
+
+
+def refresh(unit: Unit) -> None:
+    """Show edited master weights to whoever reads parameters from now on; a collective."""
+    with torch.no_grad():
+        unit.write_master()
+        was_full = unit.is_full
+        unit.gather()  # also where it is not full here: between two passes it may be on other ranks
+        unit.wait()
+        if not was_full:
+            unit.free()
+
+
+# Whether a state dict is made for its names alone.
+_ONLY_NAMES = ContextVar("only_names", default=False)
+
+
+def named_without_reading(model: nn.Module) -> dict[str, Any]:
+    """The model's state dict with the parameters themselves, freed or not, in place of copies."""
+    token = _ONLY_NAMES.set(True)
+    try:
+        return model.state_dict(keep_vars=True)
+    finally:
+        _ONLY_NAMES.reset(token)
 
 
 def guard_state_dict(model: nn.Module, on_load: Callable[[Unit], object]) -> list[RemovableHandle]:
@@ -88,6 +235,8 @@ def guard_state_dict(model: nn.Module, on_load: Callable[[Unit], object]) -> lis
     """
 
     def before_save(module: nn.Module, *_: object) -> None:
+        if _ONLY_NAMES.get():
+            return
         _refuse_freed(module, "state_dict()", "with zeroshard.gathered(model):")
 
     def before_load(

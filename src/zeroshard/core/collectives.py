@@ -33,6 +33,7 @@ __all__ = [
     "all_gather",
     "all_reduce_",
     "broadcast_",
+    "mean_",
     "reduce_mean",
     "scatter_",
 ]
@@ -163,6 +164,13 @@ def all_reduce_(tensor: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tens
     """Reduce ``tensor`` in place over an axis, in order with the computation."""
     if axis.reduce is not None:
         dist.all_reduce(tensor, op=op, group=axis.reduce)
+    return tensor
+
+
+def mean_(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """Average ``tensor`` in place over all ranks, in order with the computation."""
+    for axis in (mesh.shard, mesh.replicate):
+        all_reduce_(tensor, axis, dist.ReduceOp.AVG)
     return tensor
 
 

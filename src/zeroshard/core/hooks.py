@@ -32,7 +32,8 @@ Hooks are invisible to torch.compile, which compiles what lies between them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -44,7 +45,7 @@ from torch.utils.hooks import RemovableHandle
 from zeroshard.core import tree
 from zeroshard.core.access import guard_state_dict
 from zeroshard.core.edges import apart, on_gradient
-from zeroshard.core.external import unwatch, watch
+from zeroshard.core.external import declared, unwatch, watch
 from zeroshard.core.scaling import ScaledLoss, rescale
 from zeroshard.core.schedule import Schedule
 from zeroshard.core.unit import Unit, slot_of
@@ -63,7 +64,7 @@ class Site:
 
     def __init__(self, name: str, module: nn.Module, units: Sequence[Unit]) -> None:
         self.name, self.module, self.units = name, module, tuple(units)
-        self._num_own_units = len(units)
+        self.own_units = self.units  # others are added to them
         self.calls: list[_Use] = []  # calls in forward now, innermost last
 
     @property
@@ -77,7 +78,7 @@ class Site:
             type(module) is nn.Embedding
             and set(module._parameters) == {"weight"}
             and len(module._forward_pre_hooks) == len(module._forward_hooks) == 1  # our own
-            and len(self.units) == self._num_own_units
+            and self.units == self.own_units
         )
         return not is_bare
 
@@ -139,7 +140,7 @@ class Runtime:
         ]
         self._counts = {unit: _Counts() for unit in units}
         self._training = False
-        self._finish_queued = self._is_listening = False
+        self._finish_queued = self._is_listening = self._is_quiet = False
         self._active: list[Site] = []  # sites whose forward is running, innermost last
         self._edited: set[Unit] = set()
         self._held: set[Unit] = set()  # full until the end of backward
@@ -161,16 +162,24 @@ class Runtime:
         self._handles += guard_state_dict(self.root, self._edited.add)
         for unit in self.units:
             unit.add_use = partial(self.add_use, unit=unit)
+            unit.drop_use = partial(self._drop_use, unit=unit)
+            unit.use_here = partial(self._use_here, unit)
+        for module, param in declared(self.root):
+            slot = slot_of(param)
+            if slot is not None and slot.unit.add_use is not None:
+                slot.unit.add_use(module)
 
     def _attach_site(self, site: Site) -> None:
         @apart
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # A copy of the module has copies of its hooks, and parameters of its own.
-            return self._before_forward(site, args, kwargs) if module is site.module else None
+            is_ours = module is site.module and not self._is_quiet
+            return self._before_forward(site, args, kwargs) if is_ours else None
 
         @apart
         def after(module: nn.Module, args: Any, output: Any) -> Any:
-            return self._after_forward(site, output) if module is site.module else None
+            is_ours = module is site.module and not self._is_quiet
+            return self._after_forward(site, output) if is_ours else None
 
         module = site.module
         self._handles += [
@@ -185,6 +194,16 @@ class Runtime:
         self._handles.clear()
         unwatch(self._watched)
 
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Do nothing in forward; for units that are held, and without gradients."""
+        self._is_quiet, before = True, self._is_quiet
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._is_quiet = before
+
     def add_use(self, module: nn.Module, unit: Unit) -> Site:
         """Gather a unit whenever ``module`` runs, too."""
         for site in self.sites:
@@ -192,10 +211,17 @@ class Runtime:
                 if unit not in site.units:
                     site.units = (*site.units, unit)
                 return site
-        site = Site(type(module).__name__, module, [unit])
+        site = Site(type(module).__name__, module, ())
+        site.units = (unit,)
         self.sites = (*self.sites, site)
         self._attach_site(site)
         return site
+
+    def _drop_use(self, module: nn.Module, unit: Unit) -> None:
+        """Take back ``add_use``."""
+        for site in self.sites:
+            if site.module is module and unit not in site.own_units:
+                site.units = tuple(used for used in site.units if used is not unit)
 
     def _on_read(self, param: nn.Parameter) -> None:
         """A parameter was looked up; if it is freed, the module that runs uses it from now on."""
@@ -236,6 +262,8 @@ class Runtime:
         return args, kwargs
 
     def _begin_forward(self) -> None:
+        for unit in self.units:
+            unit.check_present()
         if self._finish_queued:
             raise UsageError(
                 compose(
@@ -359,6 +387,14 @@ class Runtime:
         self._counts[unit].open += 1
         self._counts[unit].uses += self._training and not in_backward()
         self.schedule.need(unit)
+
+    def _use_here(self, unit: Unit) -> bool:
+        """If a forward is running, let its innermost call use the unit, in backward too."""
+        if not self._active:
+            return False
+        if not self._counts[unit].open:
+            self._use_in(self._active[-1], unit)
+        return True
 
     def _entering(self) -> Tensor:
         assert self.loss_scale is not None, "a scaled output outlived its loss scaler"

@@ -7,6 +7,7 @@ host memory and files are others with the same two verbs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -20,6 +21,11 @@ class Store(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes the store keeps on the device."""
+        ...
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """What it keeps on the device."""
         ...
 
     def read(self, into: Tensor) -> Tensor:
@@ -41,6 +47,11 @@ class DeviceStore:
     def nbytes(self) -> int:
         """Bytes the store keeps on the device."""
         return self.tensor.nbytes
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """What it keeps on the device."""
+        return (self.tensor,)
 
     def read(self, into: Tensor) -> Tensor:
         """The stored tensor itself; nothing is copied."""

@@ -222,6 +222,16 @@ def _freed_read(param: Tensor | None) -> UsageError:
 
 
 @dataclass(frozen=True, slots=True)
+class Holdings:
+    """The tensors that hold a unit on this rank now. See [Note: flat units]."""
+
+    parameters: tuple[Tensor, ...]
+    master: Tensor | None
+    grad_shard: Tensor | None
+    full_gradient: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Reduction:
     """An averaging under way; keeps its two ends alive."""
 
@@ -267,9 +277,16 @@ class Unit:
         self._reducing: _Reduction | None = None
         self.has_gradient = False
         self.grad_shard: Tensor | None = None
-        self.add_use: Callable[[nn.Module], object] | None = None  # set by the runtime
+        # Set by the runtime, for modules that use the unit without holding its parameters.
+        self.add_use: Callable[[nn.Module], object] | None = None
+        self.drop_use: Callable[[nn.Module], object] | None = None
+        self.use_here: Callable[[], bool] | None = None
+        self.engine: Callable[[], Any] | None = None  # a weak reference, set by the engine
+        self.is_parked = False  # the memory of its parameters is elsewhere for a while
         self.is_kept_for_engine = False  # by its parameters
         self._num_holds = 0
+        self.modifier_rank: int | None = None  # whose edits the access under way keeps
+        self._versions = self._count_edits()
         self.slices = () if master is None else self._make_slices(master)
 
     def _make_slices(self, master: Tensor) -> tuple[nn.Parameter, ...]:
@@ -332,6 +349,7 @@ class Unit:
 
     def gather(self) -> None:
         """Start making the parameters full. A collective over the shard axis."""
+        self.check_present()
         self._end_gather()
         with record_function(f"zeroshard::gather ({self.name})"):
             self._full.allocate()
@@ -358,6 +376,11 @@ class Unit:
             return
         if self._num_holds:
             return
+        self._hide()
+        self._full.release()
+
+    def _hide(self) -> None:
+        """Let nothing that can be reached from outside refer to the full parameters."""
         self._end_gather()
         placeholder = self._placeholder
         for param, own_class in zip(self._params, self._classes, strict=True):
@@ -365,7 +388,6 @@ class Unit:
             if own_class is nn.Parameter:
                 param.__class__ = FreedParameter
         self._is_readable = self._is_outlined = False
-        self._full.release()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -374,15 +396,80 @@ class Unit:
         For a unit that is full.
         """
         num_users = self._full.num_users
+        if not self._num_holds:
+            self._versions = self._count_edits()
         self._num_holds += 1
         try:
             yield
         finally:
             self._num_holds -= 1
-            if not self.lifetime.params_stay and self._full.num_users > num_users:
+            may_leave = not (self._num_holds or self.lifetime.params_stay)
+            if may_leave and self._full.num_users > num_users:
                 self._end_gather()
                 self._full.leave()
                 self._show(self._full.views)
+
+    @property
+    def holdings(self) -> Holdings:
+        """The tensors whose memory may be moved between two passes, after :meth:`park`."""
+        self.settle()
+        self._end_gather()
+        full = (self._full.tensor,) if self.is_full else ()
+        has_buffer = self._gradient is not None and self._gradient.is_allocated
+        return Holdings(
+            parameters=(*full, *self._store.tensors),
+            master=self.master,
+            grad_shard=self.grad_shard,
+            full_gradient=self._buffer.tensor if has_buffer else None,
+        )
+
+    def check_present(self) -> None:
+        """Refuse to read parameters whose memory has been moved.
+
+        Raises:
+            UsageError: it has.
+        """
+        if self.is_parked:
+            raise UsageError(
+                compose(
+                    f"{self.name} was wanted while parameters are offloaded to host memory.",
+                    hint="call engine.reload_states() first.",
+                )
+            )
+
+    def park(self) -> None:
+        """Let nothing outside refer to parameters whose memory is about to be moved."""
+        self._hide()
+        self.is_parked = True
+
+    def unpark(self) -> None:
+        """Go on with the memory as it was."""
+        self.is_parked = False
+        if self.is_full:
+            self.wait()
+
+    def show_slices(self, master: Tensor) -> None:
+        """Let the optimizer's slices be those of this copy of the master weights."""
+        for piece, part in zip(self.slices, self._cut(master), strict=True):
+            piece.data = part
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the parameters are kept full, which they are on all ranks then."""
+        return self._num_holds > 0
+
+    def _count_edits(self) -> list[int]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return [param._version for param in self._params]
+
+    @property
+    def edited(self) -> list[str]:
+        """Names of parameters that were edited in place since they are held.
+
+        Autograd counts such edits, but not those of ``param.data``.
+        """
+        counts = zip(self.members, self._versions, self._count_edits(), strict=True)
+        return [member.name for member, before, now in counts if now != before]
 
     def outline(self) -> None:
         """Give freed parameters their shapes back, without memory and without a gather.
@@ -402,14 +489,19 @@ class Unit:
 
     def publish(self) -> None:
         """Put the stepped master weights where gathers read; start one where parameters stay."""
-        assert self.master is not None, f"{self.name} is frozen and has no master weights"
-        self._store.write(self.master)
-        # A graph from before the step must not be run backward with the weights after it.
-        increment_version(self._params)
+        self.write_master()
         if self.lifetime.params_stay or self._num_holds:
             self.gather()
         else:
             self.free()
+
+    def write_master(self) -> None:
+        """Put the master weights where gathers read."""
+        assert self.master is not None, f"{self.name} is frozen and has no master weights"
+        self._store.write(self.master)
+        # A graph from before the step must not be run backward with the weights after it.
+        increment_version(self._params)
+        self._versions = self._count_edits()
 
     def check_untouched(self) -> None:
         """Refuse to go on with parameters that were moved, cast, frozen or unfrozen meanwhile.
@@ -441,6 +533,7 @@ class Unit:
             # What was not edited keeps the digits that the compute dtype cannot hold.
             same = self.master.to(mine.dtype) == mine
             self.master.copy_(torch.where(same, self.master, mine.to(self.master.dtype)))
+        self._versions = self._count_edits()
 
     # Gradients
 
@@ -469,6 +562,15 @@ class Unit:
         torch._foreach_copy_([buffer.views[index] for index in arrived], given)
         self.has_gradient = True
         return True
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Dtype of the full gradient."""
+        return self._buffer.tensor.dtype
+
+    def unreduced(self, index: int) -> Tensor | None:
+        """What this rank alone has of a parameter's gradient since the last reduction, if any."""
+        return self._buffer.views[index] if self.has_gradient else None
 
     def _checked(self, index: int, grad: Tensor) -> Tensor:
         if grad.layout != torch.strided:

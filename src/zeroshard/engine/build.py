@@ -50,7 +50,7 @@ from zeroshard.optim.sharded import (
     optimizer_parameters,
 )
 
-__all__ = ["initialize", "register_external_parameter"]
+__all__ = ["initialize"]
 
 _log = logging.getLogger(__name__)
 
@@ -163,6 +163,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         mesh,
         Settings(
             batch=batch,
+            config=settings,
             steps_per_print=settings.steps_per_print,
             cast_inputs_to=torch.float16
             if settings.fp16.enabled and settings.fp16.auto_cast
@@ -344,12 +345,9 @@ def _choose_groups(
     if not leaves and (leaf.classes or leaf.names or leaf.name_suffixes):
         _log.warning("zero_optimization.leaf_module: no module of the model matches.")
     persistent = set[nn.Parameter]()
-    if not life.params_stay:
-        persistent = find_persistent(
-            model,
-            zero.stage3_param_persistence_threshold or 0,
-            zero.stage3_model_persistence_threshold,
-        )
+    largest = zero.stage3_param_persistence_threshold
+    if largest and not life.params_stay:
+        persistent = find_persistent(model, largest, zero.stage3_model_persistence_threshold)
     buckets = (zero.reduce_bucket_size, zero.allgather_bucket_size)
     compute_dtype = compute_dtypes(model, settings, device)
     return choose_groups(
@@ -432,20 +430,3 @@ def _make_sites(model: nn.Module, groups: list[Group], units: list[Unit]) -> lis
             users.setdefault(module, []).append(unit)
     names = {module: name for name, module in model.named_modules()}
     return [Site(names[module], module, used) for module, used in users.items()]
-
-
-def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
-    """Keep a parameter full while a module runs that uses it without holding it.
-
-    Raises:
-        UsageError: no engine manages the parameter (yet).
-    """
-    slot = slot_of(parameter)
-    if slot is None or slot.unit.add_use is None:
-        raise UsageError(
-            compose(
-                "register_external_parameter(): no engine manages this parameter.",
-                hint="call it after initialize(), with a parameter of engine.module.",
-            )
-        )
-    slot.unit.add_use(module)

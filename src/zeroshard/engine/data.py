@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from zeroshard.errors import UsageError
+from zeroshard.errors import UsageError, compose
 
-__all__ = ["ShardedLoader", "make_loader"]
+__all__ = ["RepeatingLoader", "ShardedLoader", "make_loader"]
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +46,40 @@ class ShardedLoader:
         return iter(self.loader)
 
 
+class RepeatingLoader:
+    """The batches of a loader without end: what comes after the last is its next pass.
+
+    Args:
+        loader: anything that can be iterated again and again.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self._batches = iter(loader)
+
+    def __len__(self) -> int:
+        """Batches of one pass."""
+        loader: Any = self.loader
+        return len(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        for batch in self._batches:
+            return batch
+        self._batches = iter(self.loader)
+        for batch in self._batches:
+            return batch
+        raise UsageError(
+            compose(
+                "RepeatingLoader: the loader has no batches left in a new pass.",
+                hint="pass something that can be iterated again, such as a DataLoader, and that is "
+                "not empty; an iterator is used up after one pass.",
+            )
+        )
+
+
 def make_loader(
     data: object,
     *,
@@ -55,11 +89,14 @@ def make_loader(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     drop_last: bool = False,
     pin_memory: bool = False,
+    sampler: Sampler[Any] | None = None,
+    num_workers: int = 0,
 ) -> ShardedLoader:
     """Distribute a dataset over the ranks.
 
     A map-style dataset is shuffled anew each epoch and divided evenly. Of a stream each rank takes
     every ``world``-th sample, which reads the whole stream on every rank; the same number on each.
+    A ``sampler`` of the caller's replaces that: it says which samples this rank sees.
 
     Raises:
         UsageError: ``data`` is not a torch dataset.
@@ -69,6 +106,7 @@ def make_loader(
         "collate_fn": collate_fn,
         "drop_last": drop_last,
         "pin_memory": pin_memory,
+        "num_workers": num_workers,
     }
     if isinstance(data, IterableDataset):
         if world > 1:
@@ -83,7 +121,9 @@ def make_loader(
     if not (isinstance(data, Dataset) or hasattr(data, "__getitem__")):
         raise UsageError(f"training_data must be a torch dataset, not {type(data).__name__}.")
     dataset: Any = data
-    sampler: DistributedSampler[Any] = DistributedSampler(
+    if sampler is not None:
+        return ShardedLoader(DataLoader(dataset, sampler=sampler, **options), None)
+    shuffled: DistributedSampler[Any] = DistributedSampler(
         dataset, num_replicas=world, rank=rank, shuffle=True, drop_last=drop_last
     )
-    return ShardedLoader(DataLoader(dataset, sampler=sampler, **options), sampler)
+    return ShardedLoader(DataLoader(dataset, sampler=shuffled, **options), shuffled)

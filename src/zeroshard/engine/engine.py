@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import Sampler, SequentialSampler
 
-from zeroshard.config import Batch
+from zeroshard.config import Batch, Config, resolve
 from zeroshard.core import tree
 from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
 from zeroshard.core.usage import GradientWatch
-from zeroshard.engine.data import ShardedLoader
+from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.diagnose import explain_backward
+from zeroshard.engine.export import load_weights, save_weights, weights_of
+from zeroshard.engine.getters import Getters
+from zeroshard.engine.offload import Offloaded, offload, states_named
 from zeroshard.errors import UsageError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
 
@@ -33,6 +39,7 @@ class Settings:
     """What the engine itself needs of the configuration."""
 
     batch: Batch
+    config: Config
     steps_per_print: int | None = None
     cast_inputs_to: torch.dtype | None = None
     autocast: torch.dtype | None = None
@@ -56,7 +63,7 @@ class MemoryReport:
         return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
 
 
-class Engine(nn.Module):
+class Engine(Getters):
     """A model, its optimizer and its accumulation: ``engine(...)``, ``backward``, ``step``.
 
     Made by :func:`zeroshard.initialize`. Attributes that the engine does not have are looked up in
@@ -83,11 +90,17 @@ class Engine(nn.Module):
         self.local_rank, self.global_rank, self.world_size = local_rank, mesh.rank, mesh.world
         self.device = mesh.device
         self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
+        self.batch, self.configuration = settings.batch, settings.config
         self._sharded, self._watch = sharded, watch
         self._boundary_override: bool | None = None
+        self._counts_from = 0  # the micro-step from which accumulations are counted
+        self._is_step_due = False  # a coalesced group of micro-steps has ended
         self._is_in_no_sync = False
+        self._offloaded: Offloaded | None = None
         self._num_backwards_seen = 0
         self._was_step_applied = False
+        for unit in runtime.units:
+            unit.engine = weakref.ref(self)
         if sharded is not None:
             # The gradients are here, so forgetting them is, too.
             sharded.inner.zero_grad = self.zero_grad
@@ -174,6 +187,7 @@ class Engine(nn.Module):
                     "parameter of the model trainable.",
                 )
             )
+        self.check_present("engine.backward()")
         steps = self.gradient_accumulation_steps()
         weight = 1.0 if scale_wrt_gas else float(steps)
         try:
@@ -224,6 +238,7 @@ class Engine(nn.Module):
                     hint='call engine.step(lr_kwargs={"metrics": loss}).',
                 )
             )
+        self.check_present("engine.step()")
         self._check_scaled()
         for unit in self.runtime.units:
             unit.check_untouched()
@@ -232,6 +247,8 @@ class Engine(nn.Module):
         if self.is_gradient_accumulation_boundary():
             self._take_step(self._sharded, lr_kwargs or {})
         self.micro_steps += 1
+        if self._is_step_due:
+            self._is_step_due, self._counts_from = False, self.micro_steps
         self._refresh()
 
     def _take_step(self, sharded: ShardedOptimizer, lr_kwargs: Mapping[str, Any]) -> None:
@@ -290,8 +307,8 @@ class Engine(nn.Module):
     def _give_up(self, in_backward: bool = False) -> None:
         self._recover(in_backward)
         self.zero_grad()
-        steps = self.gradient_accumulation_steps()
-        self.micro_steps -= self.micro_steps % steps
+        self.micro_steps -= self._num_accumulated
+        self._is_step_due = False
         self._num_backwards_seen = self.runtime.num_backwards
         self._refresh()
 
@@ -303,7 +320,13 @@ class Engine(nn.Module):
             return False
         if self._boundary_override is not None:
             return self._boundary_override
-        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+        if self._is_step_due:
+            return True
+        return self._num_accumulated + 1 == self.gradient_accumulation_steps()
+
+    @property
+    def _num_accumulated(self) -> int:
+        return (self.micro_steps - self._counts_from) % self.gradient_accumulation_steps()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Decide by hand whether micro-steps are boundaries; None returns to counting them."""
@@ -323,6 +346,58 @@ class Engine(nn.Module):
             self._is_in_no_sync = False
             self._refresh()
 
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Several backwards inside belong to one optimizer step: the ``step`` that follows.
+
+        Inside no ``step`` is called, and where full gradients stay nothing is reduced.
+        """
+        with self.no_sync():
+            yield
+        self._is_step_due = True
+        self._refresh()
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the number of micro-steps per optimizer step; loaders stay as they are.
+
+        Raises:
+            ConfigError: it is no multiple of samples per micro-step times ranks.
+            UsageError: an accumulation is under way.
+        """
+        self._check_between_steps("set_train_batch_size()")
+        self.batch = resolve(train_batch_size, self.batch.micro, None, self.world_size)
+        self._counts_from = self.micro_steps
+        self._refresh()
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the samples per micro-step, as for reports; loaders stay as they are.
+
+        Raises:
+            ConfigError: it is no positive number.
+            UsageError: an accumulation is under way.
+        """
+        self._check_between_steps("set_train_micro_batch_size()")
+        self.batch = resolve(None, micro_batch_size, self.batch.accumulation, self.world_size)
+
+    def _check_between_steps(self, call: str) -> None:
+        done = self._num_accumulated
+        if done or self.runtime.num_backwards != self._num_backwards_seen:
+            raise UsageError(
+                compose(
+                    f"{call} was called in the middle of an accumulation, after {done} of "
+                    f"{self.gradient_accumulation_steps()} micro-steps.",
+                    hint="call it right after an engine.step() that has stepped the optimizer.",
+                )
+            )
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss itself, for ``engine.scale(loss).backward()``.
+
+        The loss scale enters where backward reaches the outputs of the model, so nothing is left to
+        be done to the loss.
+        """
+        return loss
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated since the last optimizer step."""
         if self._sharded is not None:
@@ -335,38 +410,6 @@ class Engine(nn.Module):
         """Whether the last call of ``step`` changed the weights."""
         return self._was_step_applied
 
-    # What a training loop asks
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer given to ``initialize`` or built there, over slices of the parameters."""
-        return self._sharded.inner if self._sharded else None
-
-    @property
-    def loss_scale(self) -> float:
-        """The factor on the loss; 1 unless training in fp16."""
-        return self._sharded.scaler.scale if self._sharded and self._sharded.scaler else 1.0
-
-    def get_global_grad_norm(self) -> Tensor | None:
-        """L2 norm of the last step's averaged gradients before clipping; None before the first."""
-        return self._sharded.norm if self._sharded else None
-
-    def get_lr(self) -> list[float]:
-        """Learning rate of every param group."""
-        return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
-
-    def train_batch_size(self) -> int:
-        """Samples per optimizer step over all ranks."""
-        return self.settings.batch.train
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples per micro-step on one rank."""
-        return self.settings.batch.micro
-
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-steps per optimizer step."""
-        return self.settings.batch.accumulation
-
     def memory(self) -> MemoryReport:
         """Bytes of model state on this rank."""
         units = self.runtime.units
@@ -376,11 +419,242 @@ class Engine(nn.Module):
             optimizer_bytes=self._sharded.state_bytes() if self._sharded else 0,
         )
 
+    # Weights in full
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        """The model's state dict with full parameters in host memory; a collective.
+
+        Returns:
+            The dict on rank 0, an empty one on the others.
+        """
+        return self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters) or {}
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, Any] | None:
+        return weights_of(
+            self.module,
+            self.runtime.units,
+            is_writer=self.global_rank == 0,
+            with_frozen=not exclude_frozen_parameters,
+        )
+
+    def load_module_state_dict(
+        self,
+        state_dict: Mapping[str, Any] | None,
+        strict: bool = True,
+        custom_load_fn: Callable[..., object] | None = None,
+        fetch_z3_params: bool = False,
+    ) -> None:
+        """Load the state dict of rank 0 into the model of all ranks; a collective.
+
+        Args:
+            state_dict: as from ``module_state_dict``; what other ranks pass is ignored.
+            strict: false to accept names that are missing or unknown.
+            custom_load_fn: called with ``src=state_dict, dst=model`` in place of that.
+            fetch_z3_params: accepted; parameters that are freed are always gathered.
+
+        Raises:
+            UsageError: on rank 0, the state dict does not fit; others raise DistributedError.
+        """
+        load_weights(self.module, state_dict, self.mesh, strict=strict, custom_load=custom_load_fn)
+
+    def save_16bit_model(
+        self,
+        save_dir: str | Path,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write the model's state dict to a file, in the dtype it computes in; a collective.
+
+        Args:
+            save_dir: a folder, made if need be.
+            save_filename: a name; one that ends in ``.safetensors`` chooses that format.
+            exclude_frozen_parameters: leave out what does not train.
+
+        Returns:
+            False if nothing was written, as gathering for that is not configured.
+        """
+        if not self.may_save_weights():
+            _log.warning(
+                "save_16bit_model() wrote nothing: parameters are freed after use, and to gather "
+                'them is off. Set "stage3_gather_16bit_weights_on_model_save": true under '
+                '"zero_optimization".'
+            )
+            return False
+        state = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
+        save_weights(state, Path(save_dir) / save_filename, self.mesh)
+        return True
+
+    save_fp16_model = save_16bit_model
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Refused: there are no checkpoints of training yet.
+
+        Raises:
+            UsageError: always.
+        """
+        raise _no_checkpoints("save_checkpoint", "engine.save_16bit_model(folder) writes")
+
+    def load_checkpoint(
+        self, load_dir: str | Path, tag: str | None = None, **options: object
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Refused: there are no checkpoints of training yet.
+
+        Raises:
+            UsageError: always.
+        """
+        raise _no_checkpoints("load_checkpoint", "engine.load_module_state_dict(state) loads")
+
+    # State that makes room for a while
+
+    def offload_states(
+        self,
+        include: Iterable[object] | None = None,
+        device: str | torch.device = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Move model state to host memory, until ``reload_states``; between two passes.
+
+        Args:
+            include: kinds of state, members of ``zero.OffloadStateTypeEnum`` or their names; all by
+                default. State that shares memory goes together.
+            device: "cpu".
+            pin_memory: use pinned host memory for state of GPUs.
+            non_blocking: do not make the host wait for the copies.
+
+        Raises:
+            UsageError: the device is another one, a kind is unknown, a pass is under way, or state
+                is offloaded already.
+        """
+        kinds = states_named(include)
+        name = str(getattr(device, "value", device))
+        if name != "cpu":
+            raise UsageError(
+                compose(
+                    f"offload_states() cannot move state to {name!r}.",
+                    hint='pass device="cpu"; host memory is the only place.',
+                )
+            )
+        self.check_present("offload_states()")
+        units, optimizer = self.runtime.units, self.optimizer
+        self._offloaded = offload(
+            units, optimizer, kinds, pin=pin_memory, non_blocking=non_blocking
+        )
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what ``offload_states`` moved; nothing if nothing is offloaded."""
+        if self._offloaded is not None:
+            self._offloaded.reload(non_blocking)
+            self._offloaded = None
+
+    def check_present(self, call: str) -> None:
+        """Refuse a call that needs state which is offloaded.
+
+        Raises:
+            UsageError: some is.
+        """
+        if self._offloaded is not None:
+            raise UsageError(
+                compose(
+                    f"{call} was called while state is offloaded to host memory.",
+                    hint="call engine.reload_states() first.",
+                )
+            )
+
+    # Other calls of scripts
+
+    def compile(
+        self,
+        backend: str | Callable[..., Any] = "inductor",
+        compile_kwargs: Mapping[str, Any] | None = None,
+        schedule: object = None,
+    ) -> None:
+        """Compile the modules whose units are gathered at them, the model's blocks.
+
+        Args:
+            backend: of ``torch.compile``.
+            compile_kwargs: further arguments of ``torch.compile``.
+            schedule: not supported; must be None.
+        """
+        if schedule is not None:
+            raise UsageError(
+                compose("engine.compile() has no passes to schedule.", hint="leave schedule out.")
+            )
+        blocks = [site.module for site in self.runtime.sites if site.module is not self.module]
+        inner = {module for block in blocks for module in block.modules() if module is not block}
+        for block in [block for block in blocks if block not in inner] or [self.module]:
+            block.compile(backend=backend, **(compile_kwargs or {}))
+
+    def deepspeed_io(
+        self,
+        dataset: object,
+        batch_size: int | None = None,
+        route: str | None = None,
+        pin_memory: bool | None = None,
+        data_sampler: Sampler[Any] | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> ShardedLoader:
+        """A loader like the one that ``initialize(training_data=...)`` returns.
+
+        Args:
+            dataset: a torch dataset.
+            batch_size: samples per batch; those of a micro-step by default.
+            route: "eval" and "predict" take all samples on every rank, in their order.
+            pin_memory: whether batches are in pinned memory; by default if the device is a GPU.
+            data_sampler: says which samples this rank sees.
+            collate_fn: makes a batch of samples.
+            num_local_io_workers: worker processes.
+
+        Raises:
+            UsageError: ``dataset`` is not a torch dataset.
+        """
+        sized: Any = dataset
+        if data_sampler is None and route in {"eval", "predict"}:
+            data_sampler = SequentialSampler(sized)
+        return make_loader(
+            dataset,
+            batch_size=batch_size or self.batch.micro,
+            rank=self.global_rank,
+            world=self.world_size,
+            collate_fn=collate_fn,
+            drop_last=self.configuration.dataloader_drop_last,
+            pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory,
+            sampler=data_sampler,
+            num_workers=num_local_io_workers or 0,
+        )
+
+    def set_dataloader(self, loader: Any) -> None:
+        """Make another loader the one in ``training_dataloader``."""
+        self.training_dataloader = loader
+
+    def empty_partition_cache(self) -> None:
+        """Accepted: between two passes no parameters are kept gathered that could be freed."""
+
     def destroy(self) -> None:
         """Remove the hooks, give gradients and process groups back; the engine is used up."""
+        self.reload_states()
         self.zero_grad()
         self.runtime.detach()
         self.mesh.destroy()
+
+
+def _no_checkpoints(call: str, instead: str) -> UsageError:
+    return UsageError(
+        compose(
+            f"engine.{call}() is not there yet: the state of training cannot be saved.",
+            hint=f"{instead} the weights alone.",
+        )
+    )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

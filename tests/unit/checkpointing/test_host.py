@@ -5,6 +5,7 @@ All of this runs autograd, so all of it runs in forked ranks.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unit.checkpointing.blocks import configure
+from unit.checkpointing.blocks import blocks, configure, held_on_host
 from unit.engine.small import on_ranks
 from zeroshard.checkpointing import checkpoint
 from zeroshard.checkpointing.host import _Link
@@ -99,3 +100,87 @@ def test_all_inputs_of_a_function_come_before_those_of_the_one_before(events: li
     events.clear()
     loss.backward()
     assert events == [2, 20, 1, 10, "f2", "f1"]
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Device memory that was freed before the compute stream had waited for its transfer."""
+    found: list[str] = []
+    hosts: set[int] = set()
+    copy = _Link.copy
+
+    class Recorded:
+        def __init__(self, what: str, ticket: Any) -> None:
+            self.what, self.ticket, self.is_awaited = what, ticket, False
+
+        def wait(self) -> None:
+            self.ticket.wait()
+            self.is_awaited = True
+
+        def freed(self) -> None:
+            if not self.is_awaited:
+                found.append(self.what)
+
+    def recorded(link: _Link, into: Tensor, source: Tensor) -> Any:
+        returns = source.data_ptr() in hosts
+        if not returns:
+            hosts.add(into.data_ptr())
+        transfer = Recorded("return" if returns else "departure", copy(link, into, source))
+        device_memory = (into if returns else source).untyped_storage()
+        weakref.finalize(device_memory, transfer.freed)
+        return transfer
+
+    monkeypatch.setattr(_Link, "copy", recorded)
+    return found
+
+
+@on_ranks(1)
+def test_device_memory_goes_only_after_its_transfers(early: list[str]) -> None:
+    configure("host")
+    layers = blocks()
+
+    def forward() -> Tensor:
+        h = torch.ones(3, layers[0].up.in_features, requires_grad=True) * 0.5
+        for layer in layers:
+            h = checkpoint(layer, h)
+        return h.sum()
+
+    forward().backward()
+    kept = forward()
+    kept.backward(retain_graph=True)
+    kept.backward()
+    first, second = forward(), forward()
+    first.backward()
+    second.backward()
+
+    def stop(grad: Tensor) -> None:
+        raise KeyError
+
+    # A backward that ends while an input is on its way back, and whose graph is dropped then.
+    loss = forward()
+    handle = layers[2].up.weight.register_hook(stop)
+    with pytest.raises(KeyError):
+        loss.backward()
+    handle.remove()
+    del loss
+    forward()  # and one that is dropped before its inputs have left
+    forward().backward()  # torch keeps a graph whose backward failed until the next
+    assert not held_on_host()
+    assert early == []
+
+
+@on_ranks(1)
+def test_what_came_back_in_vain_leaves_when_the_next_function_is_called(events: list[Any]) -> None:
+    configure("host")
+    inputs = [torch.ones(1, requires_grad=True) * 0.5]
+    for function in functions(events):
+        inputs.append(checkpoint(function, inputs[-1]))
+    torch.autograd.grad(inputs[-1].sum(), inputs[2])  # the last two functions only
+
+    def on_device() -> list[int]:
+        return sorted(m._host.numel() for m in held_on_host() if m._here is not None)
+
+    assert on_device() == [2]
+    h = checkpoint(functions(events)[2], inputs[2])
+    assert on_device() == [3]
+    del h

@@ -506,19 +506,6 @@ def test_gathered_leaves_parameters_of_no_engine_alone() -> None:
         assert param.tolist() == [1.0, 1.0]
 
 
-def edit_without_a_modifier(rank: int, world: int) -> dict[str, Tensor]:
-    model = Net()
-    make_runtime(model, 3, mesh_for(3, world))
-    with gathered(model), torch.no_grad():
-        model.norm.weight.fill_(99)
-    return full_values(model)
-
-
-def test_edits_without_a_modifier_rank_are_lost_where_parameters_are_freed() -> None:
-    for got in on_two_ranks(edit_without_a_modifier):
-        assert_close(got, dict(Net().named_parameters()))
-
-
 # State dicts ------------------------------------------------------------------------------------
 
 

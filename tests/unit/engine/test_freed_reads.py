@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import zeroshard
 from unit.engine.small import LR, STAGES, Block, Net, batch, loss_of, make, on_ranks, weights_of
-from zeroshard import UsageError
+from zeroshard import UsageError, zero
 
 
 class Reader(Net):
@@ -150,11 +150,41 @@ def test_layers_that_are_units_of_their_own_may_be_read_by_any_module() -> None:
         train_and_compare(engine, build)
 
 
-@on_ranks(1)
-def test_a_parameter_that_no_engine_manages_cannot_be_declared() -> None:
+@pytest.mark.parametrize("build", [Reader, SilentReader, BlockReader])
+@on_ranks(2, STAGES)
+def test_a_reader_may_be_declared_before_there_is_an_engine(
+    build: Callable[[], Net], stage: int
+) -> None:
+    def declaring() -> Net:
+        model = build()
+        for param in model.blocks[0].parameters():
+            zeroshard.register_external_parameter(reader_of(model), param)
+        return model
+
+    train_and_compare(make(stage, declaring()), declaring)
+
+
+@on_ranks(2)
+def test_a_declaration_that_is_taken_back_counts_no_more() -> None:
+    engine = start(Reader)
+    model = engine.module
+    params = list(model.blocks[0].up.parameters())
+    for param in params:
+        zeroshard.register_external_parameter(model, param)
+    loss_of(engine)
+    zero.unregister_external_parameter(model, params[0])
+    loss_of(engine)  # the other one is of the same unit
+    zero.unregister_external_parameter(model, params[1])
+    with pytest.raises(UsageError, match=r"blocks\.0\.up\.weight was read"):
+        loss_of(engine)
+
+
+def test_only_what_was_declared_can_be_taken_back() -> None:
     model = Net()
-    with pytest.raises(UsageError, match=r"no engine manages(.|\n)*hint: call it after initialize"):
-        zeroshard.register_external_parameter(model, model.head.weight)
+    with pytest.raises(UsageError, match="is not registered as an external one of the Net"):
+        zero.unregister_external_parameter(model, model.head.weight)
+    with pytest.raises(UsageError, match="given as a Net and a Tensor"):
+        zero.register_external_parameter(model, torch.ones(1))  # type: ignore[arg-type]
 
 
 def mistaken_shape(engine: Any) -> None:
