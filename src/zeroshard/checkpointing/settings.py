@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zeroshard.config import ActivationCheckpointing, Config, load
+from zeroshard.config import ActivationCheckpointing, Config, peek
 from zeroshard.core.mesh import Axis
 from zeroshard.errors import ConfigError, UsageError, compose
 
@@ -124,5 +124,5 @@ def read_block(
     """The block ``activation_checkpointing`` of a configuration in any of its forms."""
     if config is None:
         return ActivationCheckpointing()
-    loaded = config if isinstance(config, Config) else load(config)
+    loaded = config if isinstance(config, Config) else peek(config)
     return loaded.activation_checkpointing

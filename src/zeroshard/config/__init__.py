@@ -11,7 +11,7 @@ from __future__ import annotations
 from zeroshard.config.auto import Facts, Given
 from zeroshard.config.batch import Batch, resolve
 from zeroshard.config.explain import Entry, explain
-from zeroshard.config.parse import ConfigSource, load
+from zeroshard.config.parse import ConfigSource, load, peek
 from zeroshard.config.schema import (
     ActivationCheckpointing,
     Bf16Config,
@@ -49,5 +49,6 @@ __all__ = [
     "ZeroConfig",
     "explain",
     "load",
+    "peek",
     "resolve",
 ]

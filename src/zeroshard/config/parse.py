@@ -28,7 +28,7 @@ from zeroshard.config.values import is_block, show
 from zeroshard.config.walk import Walk
 from zeroshard.errors import ConfigError, compose
 
-__all__ = ["ConfigSource", "Outcome", "examine", "load"]
+__all__ = ["ConfigSource", "Outcome", "examine", "load", "peek"]
 
 _logger = logging.getLogger("zeroshard")
 
@@ -62,6 +62,17 @@ def load(source: ConfigSource, facts: Facts | None = None) -> Config:
     outcome = examine(raw, facts)
     _tell(raw.name, outcome)
     return outcome.config
+
+
+def peek(source: ConfigSource) -> Config:
+    """Load a configuration for somebody who needs a part of it, before :func:`load` or beside it.
+
+    What is ignored is left to ``load`` to tell, so that it is told once.
+
+    Raises:
+        ConfigError: something is wrong; the message lists everything that is.
+    """
+    return examine(read(source), None).config
 
 
 def examine(raw: Source, facts: Facts | None) -> Outcome:

@@ -30,6 +30,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "--deepspeed", action="store_true", help="accepted for scripts written for DeepSpeed"
     )
     group.add_argument("--deepspeed_config", metavar="PATH", help="configuration file (JSON)")
+    # Names from before DeepSpeed was called that.
+    group.add_argument("--deepscale", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument("--deepscale_config", metavar="PATH", help=argparse.SUPPRESS)
     return parser
 
 

@@ -184,8 +184,8 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
 def _config_source(
     args: Any, config: ConfigSource | None, config_params: ConfigSource | None
 ) -> ConfigSource:
-    from_args = getattr(args, "deepspeed_config", None)
-    given = [source for source in (from_args, config, config_params) if source is not None]
+    from_args = [getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config")]
+    given = [source for source in (*from_args, config, config_params) if source is not None]
     if len(given) > 1:
         raise ConfigError(
             compose(

@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from zeroshard.config import Config, ConfigSource
-from zeroshard.config.parse import examine
-from zeroshard.config.source import read
+from zeroshard.config import Config, ConfigSource, peek
 from zeroshard.core import world
 from zeroshard.core.init import Sharding, shard_module, sharded_construction
 from zeroshard.core.lifetime import lifetime
@@ -140,7 +138,7 @@ def _load(source: ConfigSource | None, older: ConfigSource | None) -> Config | N
         )
     source = older if source is None else source
     # What it means and what of it is ignored is said by initialize(), which gets it, too.
-    return None if source is None else examine(read(source), None).config
+    return None if source is None else peek(source)
 
 
 def _dtype_rule(

@@ -155,11 +155,25 @@ def as_arguments(config: Config, folder: Path) -> Config:
     return {"args": parser.parse_args(["--deepspeed", "--deepspeed_config", path])}
 
 
+def as_old_arguments(config: Config, folder: Path) -> Config:
+    path = as_path_in_a_string(config, folder)["config"]
+    parser = zeroshard.add_config_arguments(argparse.ArgumentParser())
+    return {"args": parser.parse_args(["--deepscale", "--deepscale_config", path])}
+
+
 def as_config_params(config: Config, folder: Path) -> Config:
     return {"config_params": config}
 
 
-WAYS = (as_dict, as_path, as_path_in_a_string, as_base64, as_arguments, as_config_params)
+WAYS = (
+    as_dict,
+    as_path,
+    as_path_in_a_string,
+    as_base64,
+    as_arguments,
+    as_old_arguments,
+    as_config_params,
+)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -319,12 +333,19 @@ def test_a_refused_call_leaves_the_model_as_it_was(mistake: str) -> None:
 # Arguments of scripts ---------------------------------------------------------------------------
 
 
-def test_a_parser_with_the_arguments_of_deepspeed_knows_both_of_them() -> None:
+def test_a_parser_with_the_arguments_of_deepspeed_knows_them_and_their_old_names() -> None:
     parser = argparse.ArgumentParser()
     assert zeroshard.add_config_arguments(parser) is parser
-    assert vars(parser.parse_args([])) == {"deepspeed": False, "deepspeed_config": None}
+    neither = {
+        "deepspeed": False,
+        "deepspeed_config": None,
+        "deepscale": False,
+        "deepscale_config": None,
+    }
+    assert vars(parser.parse_args([])) == neither
     given = parser.parse_args(["--deepspeed", "--deepspeed_config", "ds.json"])
-    assert vars(given) == {"deepspeed": True, "deepspeed_config": "ds.json"}
+    assert vars(given) == {**neither, "deepspeed": True, "deepspeed_config": "ds.json"}
+    assert "deepscale" not in parser.format_help()
 
 
 @on_ranks(2)
