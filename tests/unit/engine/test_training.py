@@ -265,13 +265,13 @@ def test_train_and_eval_reach_the_module() -> None:
 @on_ranks(1)
 def test_attributes_that_the_engine_lacks_are_those_of_the_module() -> None:
     class WithAttributes(Net):
-        config = "of the model"
+        vocabulary = "of the model"
 
         def greet(self, name: str) -> str:
             return f"{name} {len(self.blocks)}"
 
     engine = make(model=WithAttributes())
-    assert engine.config == "of the model"
+    assert engine.vocabulary == "of the model"
     assert engine.greet("hello") == "hello 2"
     assert engine.head is engine.module.head
     assert not hasattr(engine, "absent")
