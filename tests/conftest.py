@@ -6,7 +6,9 @@ start processes of their own and give them back what ``CUDA_VISIBLE_DEVICES`` wa
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 # Ranks are forked, and a process that has initialised CUDA cannot fork; ask the driver library.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -38,6 +40,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_every_run() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _messages_go_where_they_went_before() -> Iterator[None]:
+    """An engine made in the test's own process shows messages from then on."""
+    logger = logging.getLogger("zeroshard")
+    level, handlers = logger.level, [*logger.handlers]
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -408,15 +408,17 @@ def check_access(ctx: Context) -> dict[str, Any]:
     for stage in STAGES:
         engines = []
         for offloads in (False, True):
+            gc.collect()
+            base = allocated(ctx)
             engine = make_engine(seeded(lambda: Llama(ctx.large)), stage, bf16={"enabled": True})
             head = engine.module.head.weight
             for step in range(2):
                 x = ctx.tokens(step, 0, ctx.rank, ctx.large)
                 engine.backward(loss_of(engine(x), x))
                 if offloads:
-                    before = allocated(ctx)
+                    before = allocated(ctx) - base
                     engine.offload_states()
-                    left = allocated(ctx)
+                    left = allocated(ctx) - base
                     engine.reload_states()
                 grad = state.safe_get_full_grad(head)
                 state.safe_set_full_grad(head, grad * 0.5)
