@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -21,7 +20,6 @@ __all__ = [
     "assemble",
     "gathered",
     "guard_state_dict",
-    "named_without_reading",
     "parameters_in",
     "refresh",
     "stacked",
@@ -215,29 +213,16 @@ def refresh(unit: Unit) -> None:
             unit.free()
 
 
-# Whether a state dict is made for its names alone.
-_ONLY_NAMES = ContextVar("only_names", default=False)
-
-
-def named_without_reading(model: nn.Module) -> dict[str, Any]:
-    """The model's state dict with the parameters themselves, freed or not, in place of copies."""
-    token = _ONLY_NAMES.set(True)
-    try:
-        return model.state_dict(keep_vars=True)
-    finally:
-        _ONLY_NAMES.reset(token)
-
-
 def guard_state_dict(model: nn.Module, on_load: Callable[[Unit], object]) -> list[RemovableHandle]:
     """Refuse to save or load a state dict of freed parameters, which would be empty tensors.
 
-    ``on_load`` is told each unit whose full parameters are overwritten.
+    One of the parameters themselves, by ``keep_vars=True``, shows names, and freed parameters
+    refuse to be read. ``on_load`` is told each unit whose full parameters are overwritten.
     """
 
-    def before_save(module: nn.Module, *_: object) -> None:
-        if _ONLY_NAMES.get():
-            return
-        _refuse_freed(module, "state_dict()", "with zeroshard.gathered(model):")
+    def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if not keep_vars:
+            _refuse_freed(module, "state_dict()", "with zeroshard.gathered(model):")
 
     def before_load(
         module: nn.Module, state: object, prefix: object, metadata: dict[str, Any], *_: object

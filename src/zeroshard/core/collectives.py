@@ -176,6 +176,11 @@ def mean_(tensor: Tensor, mesh: Mesh) -> Tensor:
 
 def broadcast_(tensor: Tensor, mesh: Mesh, src: int = 0) -> Tensor:
     """Overwrite ``tensor`` with the one of rank ``src``, on all ranks."""
+    if not tensor.is_contiguous():
+        # A backend overwrites as much memory as a dense tensor has, whoever that belongs to.
+        once = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())]
+        once.copy_(broadcast_(once.contiguous(), mesh, src))
+        return tensor
     row, column = divmod(src, mesh.shard.size)
     if mesh.shard.gather is not None:
         dist.broadcast(tensor, group_src=column, group=mesh.shard.gather)

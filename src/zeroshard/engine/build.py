@@ -233,7 +233,15 @@ def _resolve_optimizer(
             )
         )
     if optimizer is not None:
-        return optimizer(params)
+        made: object = optimizer(params)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise UsageError(
+                compose(
+                    f"initialize() was given a callable as an optimizer, which returned {made!r}.",
+                    hint="pass a callable that returns a torch optimizer.",
+                )
+            )
+        return made
     assert settings.optimizer is not None, "there is an optimizer, or a block that describes it"
     return make_optimizer(settings.optimizer.type, params, settings.optimizer.params, model)
 
@@ -263,6 +271,14 @@ def _resolve_scheduler(
                 )
             )
         scheduler = scheduler(optimizer)
+        if not hasattr(scheduler, "step"):
+            raise UsageError(
+                compose(
+                    "initialize() was given a callable as a learning rate schedule, which returned "
+                    f"{scheduler!r}.",
+                    hint="pass a callable that returns a scheduler of the optimizer.",
+                )
+            )
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise UsageError(
             compose(

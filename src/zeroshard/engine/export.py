@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zeroshard.core.access import gathered, named_without_reading
+from zeroshard.core.access import gathered
 from zeroshard.core.collectives import broadcast_
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import Unit, slot_of
@@ -44,7 +44,7 @@ def weights_of(
                 copies |= {param: param.detach().to("cpu", copy=True) for param in params}
     if not is_writer:
         return None
-    state = named_without_reading(model)
+    state = model.state_dict(keep_vars=True)  # the parameters themselves, freed or not
     return {
         name: _copy(value, copies)
         for name, value in state.items()

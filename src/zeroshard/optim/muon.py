@@ -147,6 +147,8 @@ class Muon(WholeOptimizer):
             raise ValueError("Invalid rate, weight_decay, eps or ns_steps: one is negative")
         if not all(0 <= share < 1 for share in (momentum, *betas)):
             raise ValueError(f"Invalid momentum or betas: {momentum}, {betas}")
+        if ns_steps != int(ns_steps):
+            raise ValueError(f"Invalid ns_steps: {ns_steps} is not a whole number")
         if adjust_lr_fn not in _ADJUSTMENTS:
             raise ValueError(f"adjust_lr_fn is {adjust_lr_fn!r}, not one of {[*_ADJUSTMENTS]}")
         defaults = {
@@ -156,7 +158,7 @@ class Muon(WholeOptimizer):
             "weight_decay": weight_decay,
             "betas": betas,
             "eps": eps,
-            "ns_steps": ns_steps,
+            "ns_steps": int(ns_steps),
             "adjust_lr_fn": adjust_lr_fn,
         }
         super().__init__(params, defaults)

@@ -15,6 +15,8 @@ __all__ = ["Recipe", "is_number", "recipe", "suggestion"]
 
 # Arguments whose default of None does not say what else they may be.
 _FLAGS = frozenset({"foreach", "fused"})
+# What classes raise over arguments that they cannot use.
+_UNUSABLE = (ArithmeticError, AssertionError, KeyError, RuntimeError, TypeError, ValueError)
 _RATES = frozenset({"lr", "muon_lr", "adam_lr"})
 
 
@@ -50,7 +52,7 @@ class Recipe:
         options = {key: self._as_default(key, value) for key, value in options.items()}
         try:
             return self.make(*args, **options)
-        except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except _UNUSABLE as error:
             if isinstance(error, ConfigError):
                 raise
             home = getattr(self.make, "__module__", "")

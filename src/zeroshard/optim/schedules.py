@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from zeroshard.errors import ConfigError, UsageError, compose
-from zeroshard.optim.options import is_number, recipe, suggestion
+from zeroshard.optim.options import Recipe, is_number, recipe, suggestion
 
 __all__ = [
     "VALID_LR_SCHEDULES",
@@ -401,6 +401,13 @@ _OWN = {
 VALID_LR_SCHEDULES = list(_OWN)
 """Names of the schedules that DeepSpeed's configurations know."""
 
+# Arguments of torch's schedules that something is divided by.
+_COUNTS = frozenset(
+    {
+        *("T_0", "T_max", "T_mult", "epochs", "step_size", "step_size_down", "step_size_up"),
+        *("steps_per_epoch", "total_steps"),
+    }
+)
 _NEED_CODE = {
     "ChainedScheduler": "other schedules",
     "SequentialLR": "other schedules",
@@ -434,12 +441,28 @@ def make_schedule(
                 f"{name}(optimizer, ...) to initialize().",
             )
         )
+    options = dict(options)
+    # Where schedules of DeepSpeed start; from elsewhere they go on by load_state_dict().
+    if name in _OWN and (start := options.pop("last_batch_iteration", -1)) != -1:
+        raise _refused("last_batch_iteration", "-1", start)
+    found = recipe(known[name], not_set={"optimizer", "last_epoch"})
+    if name not in _OWN:
+        _check_numbers(found, options)
+    return found("scheduler.params", options, optimizer)
+
+
+def _check_numbers(found: Recipe, options: Mapping[str, Any]) -> None:
+    """Refuse what torch's schedules take without a look, and stumble over in some later step."""
     for key, value in options.items():
-        if isinstance(value, str) and value.strip("+-").replace(".", "", 1)[:1].isdigit():
+        default = found.takes[key].default if key in found.takes else None
+        if key in _COUNTS and not (value is None and default is None):
+            _count(key, value)
+        elif isinstance(value, str) and value.strip("+-").replace(".", "", 1)[:1].isdigit():
             raise _refused(key, "a number", value)
-    return recipe(known[name], not_set={"optimizer", "last_epoch"})(
-        "scheduler.params", options, optimizer
-    )
+        elif is_number(default) or key == "gamma":
+            items: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
+            if not all(is_number(item) for item in items):
+                raise _refused(key, "a number", value)
 
 
 def _of_torch() -> dict[str, type[LRScheduler]]:

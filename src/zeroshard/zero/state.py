@@ -102,7 +102,15 @@ def _place(param: Tensor) -> _Place | None:
     engine: Engine | None = slot.unit.engine()
     if engine is None:
         return None
-    engine.check_present(f"access to the state of {slot.unit.members[slot.index].name}")
+    name = slot.unit.members[slot.index].name
+    if slot.unit.mesh.is_destroyed:
+        raise UsageError(
+            compose(
+                f"the state of {name} was wanted after its engine was destroyed.",
+                hint="read what is wanted before engine.destroy().",
+            )
+        )
+    engine.check_present(f"access to the state of {name}")
     return _Place(slot, engine)
 
 
@@ -264,8 +272,11 @@ def safe_set_full_optimizer_state(param: Tensor, value: Tensor, optim_state_key:
         mine = place.mine_of(place.taken(value))
         if state is not None:
             state[optim_state_key].copy_(mine.view(place.slice.shape))
-    elif state is not None:
-        state[optim_state_key] = _replaced(state[optim_state_key], value, place)
+        return
+    number = torch.as_tensor(value).double().to(place.slot.unit.mesh.device)
+    broadcast_(number, place.slot.unit.mesh)
+    if state is not None:
+        state[optim_state_key] = _replaced(state[optim_state_key], number, place)
 
 
 def _no_state(place: _Place) -> UsageError:

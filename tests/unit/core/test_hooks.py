@@ -6,6 +6,7 @@ All of this runs autograd, so all of it runs in forked ranks.
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -517,6 +518,10 @@ def test_a_state_dict_of_freed_parameters_is_refused_with_their_name() -> None:
             with pytest.raises(UsageError, match="needs full parameters") as error:
                 module.state_dict()
             assert "with zeroshard.gathered(model):" in str(error.value)
+        themselves = model.norm.state_dict(keep_vars=True)
+        assert themselves == dict(model.norm.named_parameters())
+        with pytest.raises(UsageError, match=r"read while its unit is freed"):
+            torch.save(themselves, io.BytesIO())
         with pytest.raises(UsageError, match=r"weight is freed") as error:
             model.norm.load_state_dict({"weight": torch.ones(6), "bias": torch.ones(6)})
         assert "modifier_rank=0" in str(error.value)

@@ -118,6 +118,8 @@ def test_every_rank_starts_with_the_buffers_of_rank_0() -> None:
             self.register_buffer("mask", torch.ones(2, 2, dtype=torch.bool).tril(-rank))
             self.register_buffer("phases", torch.full((2,), 1j + rank))
             self.register_buffer("transposed", torch.arange(6.0).view(2, 3).t() + rank)
+            self.register_buffer("expanded", torch.full((1, 3), 1.0 + rank).expand(1000, 3))
+            self.register_buffer("spread", torch.full((6,), 1.0 + rank)[::2])
             self.register_buffer("absent", None)
 
     module = make(model=WithBuffers()).module
@@ -126,6 +128,8 @@ def test_every_rank_starts_with_the_buffers_of_rank_0() -> None:
     assert module.mask.tolist() == [[True, False], [True, True]]
     assert module.phases.tolist() == [1j, 1j]
     assert module.transposed.tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+    assert torch.equal(module.expanded, torch.ones(1000, 3))
+    assert module.spread.tolist() == [1.0, 1.0, 1.0]
     assert module.absent is None
 
 

@@ -300,6 +300,8 @@ def test_a_scheduler_block_that_cannot_be_honoured_is_refused(block: Config, tex
     [
         ({"optimizer": "adam"}, "'adam' as an optimizer"),
         ({"lr_scheduler": 3}, "3 as a learning rate schedule"),
+        ({"optimizer": lambda params: None}, "callable as an optimizer, which returned None"),
+        ({"lr_scheduler": lambda optimizer: 3}, "callable as a .* schedule, which returned 3"),
     ],
 )
 @on_ranks(1)

@@ -259,6 +259,24 @@ def test_rank_0_decides_where_ranks_set_different_values(stage: int) -> None:
     assert weights_of(engine)["head.weight"].unique().tolist() == [1.0]
 
 
+@on_ranks(2, STAGES)
+def test_rank_0_decides_where_ranks_set_different_counts(stage: int) -> None:
+    engine = make(stage, **ADAM)
+    train(engine, 1)
+    weight = engine.module.head.weight
+    zero.safe_set_full_optimizer_state(weight, torch.tensor(5.0 + dist.get_rank()), "step")
+    local = zero.safe_get_local_optimizer_state(weight, "step")
+    assert local is None or not local.numel() or local.item() == 5
+
+
+@on_ranks(2, STAGES)
+def test_a_destroyed_engine_has_no_state_to_give(stage: int) -> None:
+    engine = make(stage)
+    engine.destroy()
+    with pytest.raises(UsageError, match=r"head\.weight was wanted after its engine was destroyed"):
+        zero.safe_get_full_fp32_param(engine.module.head.weight)
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_set_state_is_what_the_next_step_uses(world: int) -> None:
     @on_ranks(world, STAGES)

@@ -182,6 +182,12 @@ def test_a_value_that_torch_refuses_is_refused_with_its_block() -> None:
         make("AdamW", lr=-1)
 
 
+def test_muon_iterates_a_whole_number_of_times() -> None:
+    assert make("Muon", ns_steps=5.0).defaults["ns_steps"] == 5
+    with pytest.raises(ConfigError, match=r"optimizer\.params do not fit Muon: .*2\.5"):
+        make("Muon", ns_steps=2.5)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -298,7 +298,8 @@ def test_a_schedule_of_torch_is_made_by_its_name() -> None:
         ("Stepping", {}, "is not a schedule of torch"),
         ("WarmupDecayLR", {}, r"scheduler\.params\.total_num_steps is missing"),
         ("StepLR", {}, r"scheduler\.params\.step_size is missing"),
-        ("StepLR", {"step_size": "3"}, r"scheduler\.params\.step_size must be a number"),
+        ("StepLR", {"step_size": "3"}, r"scheduler\.params\.step_size must be a whole number"),
+        ("OneCycleLR", {"max_lr": "1e-3"}, r"scheduler\.params\.max_lr must be a number"),
         ("WarmupLR", {"warmup_steps": 3}, r'take warmup_steps. Did you mean "warmup_num_steps"'),
         ("WarmupLR", {"last_epoch": 3}, "does not take last_epoch"),
         ("WarmupLR", {"warmup_num_steps": -1}, r"scheduler\.params\.warmup_num_steps must be"),
@@ -319,12 +320,31 @@ def test_a_schedule_of_torch_is_made_by_its_name() -> None:
         ("ChainedScheduler", {}, "ChainedScheduler needs other schedules"),
         ("LambdaLR", {}, "LambdaLR needs a function"),
         ("CyclicLR", {"base_lr": 1, "max_lr": 2}, "do not fit CyclicLR"),
+        ("CyclicLR", {"base_lr": 1, "max_lr": 2, "step_size_up": 0}, r"\.step_size_up must be"),
+        ("StepLR", {"step_size": 0}, r"\.step_size must be a whole number"),
+        ("StepLR", {"step_size": None}, r"\.step_size must be a whole number"),
+        ("StepLR", {"step_size": 1, "gamma": None}, r"\.gamma must be a number"),
+        ("CosineAnnealingLR", {"T_max": 0}, r"\.T_max must be a whole number"),
+        ("ExponentialLR", {"gamma": "a"}, r"\.gamma must be a number"),
+        ("OneCycleLR", {"max_lr": 1, "total_steps": 9, "div_factor": 0}, "do not fit OneCycleLR"),
+        ("WarmupLR", {"last_batch_iteration": 5}, r"\.last_batch_iteration must be -1"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(name: str, options: Options, text: str) -> None:
     inner = optimizer(cls=torch.optim.Rprop)
     with pytest.raises(ConfigError, match=text + r"(.|\n)*hint: "):
         make_schedule(name, inner, options)
+
+
+def test_where_deepspeeds_schedules_start_may_be_said() -> None:
+    schedule = make_schedule("WarmupLR", optimizer(), {"last_batch_iteration": -1})
+    assert schedule.state_dict() == {"last_batch_iteration": -1}
+
+
+def test_torchs_schedules_keep_options_that_are_lists_or_left_open() -> None:
+    make_schedule("ReduceLROnPlateau", optimizer(), {"min_lr": [0.1], "patience": 0})
+    cycle = {"max_lr": [1], "total_steps": None, "epochs": 2, "steps_per_epoch": 3}
+    make_schedule("OneCycleLR", optimizer(), {**cycle, "cycle_momentum": False})
 
 
 def test_a_count_may_be_written_as_a_float() -> None:
