@@ -221,8 +221,7 @@ def _resolve_optimizer(
                 'is chosen by name in the "optimizer" block of the configuration.',
             )
         )
-    params = list(model_parameters) if model_parameters is not None else list(model.parameters())
-    params = [p for p in params if not isinstance(p, torch.Tensor) or p.requires_grad]
+    params = _trainable(model.parameters() if model_parameters is None else model_parameters)
     if optimizer is None and settings.optimizer is None:
         return None
     if not params:
@@ -244,6 +243,23 @@ def _resolve_optimizer(
         return made
     assert settings.optimizer is not None, "there is an optimizer, or a block that describes it"
     return make_optimizer(settings.optimizer.type, params, settings.optimizer.params, model)
+
+
+def _trainable(given: Any) -> list[Any]:
+    """Parameters, named parameters or param groups as a list, frozen parameters left out."""
+    hint = 'pass parameters, or param groups such as [{"params": [...], "lr": 1e-4}].'
+    if not isinstance(given, Iterable) or isinstance(given, (str, Mapping, torch.Tensor)):
+        fact = f"initialize(): model_parameters is no list but of type {type(given).__name__}."
+        raise UsageError(compose(fact, hint=hint))
+    items: list[Any] = list(given)
+    for item in items:
+        is_named = isinstance(item, tuple) and len(item) == 2
+        tensor = item[1] if is_named else item
+        is_group = isinstance(item, Mapping) and "params" in item
+        if not is_group and not isinstance(tensor, torch.Tensor):
+            fact = f"initialize(): model_parameters holds {item!r}, which is no parameter."
+            raise UsageError(compose(fact, hint=hint))
+    return [item for item in items if not isinstance(item, torch.Tensor) or item.requires_grad]
 
 
 def _resolve_scheduler(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -341,3 +342,20 @@ def test_a_schedule_without_an_optimizer_is_refused() -> None:
             lr_scheduler=partial(StepLR, step_size=1),
             config=config_without("optimizer"),
         )
+
+
+@pytest.mark.parametrize(
+    ("given", "fact"),
+    [
+        (5, "is no list but of type int"),
+        ({"params": []}, "is no list but of type dict"),
+        (torch.zeros(3), "is no list but of type Tensor"),
+        ([{"lr": 1.0}], "holds {'lr': 1.0}, which is no parameter"),
+        (["weight"], "holds 'weight', which is no parameter"),
+    ],
+    ids=["number", "group", "tensor", "group without parameters", "name"],
+)
+@on_ranks(1)
+def test_what_is_no_list_of_parameters_is_refused(given: Any, fact: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(fact)):
+        zeroshard.initialize(model=Net(), model_parameters=given, config=config_of())
