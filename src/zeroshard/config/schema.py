@@ -249,7 +249,7 @@ class OffloadParam(_Block):
 
 
 class LeafModule(_Block):
-    """Modules that are gathered as one, with everything below them."""
+    """Modules that are gathered as one, with everything below them; inside a block, with that."""
 
     classes: Names = ()
     """Class names, bare or with their module."""

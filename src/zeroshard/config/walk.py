@@ -136,10 +136,11 @@ class Walk:
         )
 
     def _note_twice(self, written: str, path: Path) -> None:
+        older = self._written.get(path, written)  # where both are, one of them is a second name
         self.problems.append(
             Problem(
                 fact=f'"{self.dotted(path)}" and "{written}" are one key, and both are given',
-                hint=f'remove "{written}".',
+                hint=f'remove "{older}".',
             )
         )
 

@@ -24,6 +24,13 @@ def test_autocast_and_a_precision_exclude_each_other(name: str) -> None:
     assert 'hint: set "enabled": false in one of the two blocks.' in text
 
 
+def test_autocast_needs_a_dtype_that_torch_casts_to() -> None:
+    text = message({"torch_autocast": {"enabled": True, "dtype": "float32"}})
+    assert text.startswith('torch_autocast.dtype cannot be "fp32" while torch_autocast is enabled')
+    assert 'hint: set "bf16" or "fp16", or "enabled": false.' in text
+    assert load({"torch_autocast": {"enabled": False, "dtype": "fp32"}}).torch_autocast.dtype
+
+
 def test_gradients_are_divided_in_one_way() -> None:
     text = message({"prescale_gradients": True, "gradient_predivide_factor": 2})
     assert "gradient_predivide_factor cannot be 2.0 while prescale_gradients is true" in text
@@ -96,6 +103,9 @@ def test_older_switches_of_offloading_are_its_device() -> None:
         '"zero_optimization.offload_optimizer"' in text or '"zero_optimization.cpu_offload"' in text
     )
     assert "are one key, and both are given" in text
+    assert 'hint: remove "cpu_offload".' in text
+    text = message({"zero_optimization": {"offload_optimizer": {}, "cpu_offload": True}})
+    assert 'hint: remove "cpu_offload".' in text
 
 
 def test_rules_look_past_other_mistakes() -> None:
