@@ -135,3 +135,32 @@ def test_a_rule_does_not_judge_by_a_value_that_is_wrong() -> None:
     text = message({"zero_optimization": {"stage": 7, "offload_param": {"device": "cpu"}}})
     assert "zero_optimization.stage must be 0, 1, 2 or 3, but is 7" in text
     assert "needs stage 3" not in text
+
+
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        (
+            {"zero_optimization.stage": 3},
+            'hint: move "stage" into the block "zero_optimization".',
+        ),
+        (
+            {"zero_optimization.offload_param.device": "cpu"},
+            'hint: move "device" into the block "zero_optimization.offload_param".',
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "lr": 1e-3}},
+            'hint: move it into the block "optimizer.params", if it is an argument.',
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "warmup_num_steps": 10}},
+            'hint: move it into the block "scheduler.params", if it is an argument.',
+        ),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_told_where_it_belongs(
+    values: Mapping[str, object], hint: str
+) -> None:
+    text = message(values)
+    assert text.startswith("unknown key ")
+    assert hint in text
