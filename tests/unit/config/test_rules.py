@@ -164,3 +164,11 @@ def test_a_key_in_the_wrong_place_is_told_where_it_belongs(
     text = message(values)
     assert text.startswith("unknown key ")
     assert hint in text
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [("amp", '"torch_autocast", "bf16" or "fp16"'), ("elasticity", '"train_batch_size"')],
+)
+def test_a_removed_feature_names_the_keys_to_use_instead(key: str, instead: str) -> None:
+    assert instead in message({key: {"enabled": True}})
