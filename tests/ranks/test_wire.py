@@ -256,12 +256,14 @@ def test_a_sub_group_size_steps_a_few_units_at_a_time(
         assert_equal(large[1], whole[1])
 
 
+@pytest.mark.parametrize("size", [10, 10**9])
 def test_an_optimizer_that_looks_at_all_parameters_steps_them_at_once(
+    size: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     extra = {
         "optimizer": {"type": "Lamb", "params": {"lr": 0.01}},
-        "zero_optimization": {"stage": 2, "sub_group_size": 10},
+        "zero_optimization": {"stage": 2, "sub_group_size": size},
     }
     wanted = Setting(2, WORLD, extra=extra)
 
@@ -274,7 +276,7 @@ def test_an_optimizer_that_looks_at_all_parameters_steps_them_at_once(
 
     for steps, text in run_ranks(work, WORLD):
         assert steps == 3
-        assert "sub_group_size is ignored: Lamb" in text
+        assert ("sub_group_size is ignored: Lamb" in text) == (size == 10)
 
 
 # Gathers and what stays full --------------------------------------------------------------------
@@ -335,6 +337,50 @@ def test_small_parameters_stay_full_in_one_unit() -> None:
     units = run_ranks(work, WORLD)[0]
     assert [members for members, is_full in units if is_full] == [small]
     assert_equal(observe(wanted).weights, observe(setting()).weights)
+
+
+def test_what_stays_full_does_not_count_as_something_to_gather_ahead() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small = nn.ParameterList(nn.Parameter(torch.ones(8)) for _ in range(200))
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(6)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * sum(self.small)
+            for block in self.blocks:
+                x = block(x)
+            return x.sum()
+
+    config = {
+        "train_batch_size": WORLD,
+        "optimizer": {"type": "SGD", "params": {"lr": 1e-6}},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 8,
+            "stage3_prefetch_bucket_size": 1,
+        },
+    }
+
+    def work(rank: int, world: int) -> int:
+        engine = zeroshard.initialize(model=Stack(), config=config)[0]
+        most = 0
+
+        def sample(*_: object) -> None:
+            nonlocal most
+            units = [u for u in engine.runtime.units if not u.lifetime.params_stay]
+            most = max(most, sum(unit.is_full for unit in units))
+
+        for block in engine.module.blocks:
+            block[0].register_forward_hook(sample)
+        for _ in range(3):
+            engine.backward(engine(torch.ones(2, 8)))
+            engine.step()
+        return most
+
+    assert run_ranks(work, WORLD) == [2, 2]  # the one in use and the one after it
 
 
 def test_no_more_stays_full_than_the_model_persistence_threshold_allows() -> None:
@@ -497,6 +543,28 @@ def test_a_parameter_that_one_rank_does_not_use_is_an_error_on_every_rank() -> N
 
     for message in run_ranks(work, WORLD):
         assert "rank 1: right.weight, right.bias" in message and "rank 0:" not in message
+
+
+def test_names_that_reach_no_parameter_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+
+    config = {
+        "train_batch_size": WORLD,
+        "bf16": {"enabled": True},
+        "data_types": {"keep_in_fp32_modules": ["experts", "expert"]},
+        "zero_optimization": {"stage": 3, "leaf_module": {"names": ["experts"]}},
+    }
+
+    def work(rank: int, world: int) -> str:
+        zeroshard.initialize(model=Holder(), config=config)
+        return caplog.text
+
+    for text in run_ranks(work, WORLD):
+        assert "leaf_module: experts is a ModuleList, which is never called itself" in text
+        assert "keep_in_fp32_modules: no parameter of the model is inside expert;" in text
 
 
 def test_modules_kept_in_fp32_are_gathered_and_computed_in_fp32() -> None:

@@ -126,7 +126,7 @@ class _Explainer:
         value = _plain(_find(self._outcome.config, path))
         worked_out = self._batch.get(path[0]) if len(path) == 1 else None
         if value is None and worked_out is not None:
-            return worked_out, f"derived: {_BATCH[path[0]][1]}"
+            return worked_out, f"derived: {self._derivation(path[0])}"
         if isinstance(answer, Unknown):
             return "auto", "auto (resolved from the caller)"
         if isinstance(answer, Answer):
@@ -134,6 +134,14 @@ class _Explainer:
         if self._is_given(path):
             return value, self._where(path)
         return value, "default"
+
+    def _derivation(self, key: str) -> str:
+        """Say what a batch number is worked out from; with one other given, accumulation is 1."""
+        config = self._outcome.config
+        is_alone = config.train_batch_size is None or config.train_micro_batch_size_per_gpu is None
+        if key == "gradient_accumulation_steps" and is_alone:
+            return "1, as it is not given"
+        return _BATCH[key][1]
 
     def _is_given(self, path: Path) -> bool:
         """Tell whether the file has the key, or an older switch in place of its block."""

@@ -189,11 +189,15 @@ def _switch(reason: str, *, subkey: str = "") -> Refused:
     )
 
 
-def _removed(what: str, harmless: Callable[[object], bool] = _disabled) -> Refused:
+def _removed(
+    what: str,
+    harmless: Callable[[object], bool] = _disabled,
+    instead: str = "remove the key.",
+) -> Refused:
     return Refused(
         reason=f"DeepSpeed itself has removed {what}, and it is not built yet here.",
         asks_for_nothing=harmless,
-        instead="remove the key.",
+        instead=instead,
         subkey="enabled",
         reported=True,
     )
@@ -208,7 +212,9 @@ _AT_THE_TOP = 'Only the key inside the block "zero_optimization" counts, as in D
 
 _TOP: Mapping[str, NoEffect | Refused] = {
     "aio": _settings(_NO_OFFLOAD),
-    "amp": _removed("Apex AMP"),
+    "amp": _removed(
+        "Apex AMP", instead='remove it, and enable "torch_autocast", "bf16" or "fp16" instead.'
+    ),
     "autotuning": _block("Tuning by trial runs is not built yet."),
     "checkpoint": _settings(_NO_CHECKPOINTS),
     "comet": _block(_UNOBSERVED),
@@ -229,7 +235,9 @@ _TOP: Mapping[str, NoEffect | Refused] = {
     "disable_python_gc": _without_effect("The garbage collector is left to the script."),
     "dump_state": _without_effect("`zeroshard config explain` prints the configuration."),
     "eigenvalue": _removed("eigenvalue estimation"),
-    "elasticity": _removed("elastic batch sizes"),
+    "elasticity": _removed(
+        "elastic batch sizes", instead='remove it, and set "train_batch_size" instead.'
+    ),
     "expert_parallel": _switch("Expert parallelism is not built yet.", subkey="enabled"),
     "flops_profiler": _block(_UNOBSERVED),
     "gradient_allreduce_op": Refused(

@@ -24,7 +24,7 @@ from zeroshard.config.problems import Problem, error
 from zeroshard.config.schema import BLOCKS, Config
 from zeroshard.config.source import Source, read
 from zeroshard.config.table import TABLE, Key
-from zeroshard.config.values import is_block, show
+from zeroshard.config.values import is_block, show, show_items
 from zeroshard.config.walk import Walk
 from zeroshard.errors import ConfigError, compose
 
@@ -199,7 +199,7 @@ def _tell(name: str, outcome: Outcome) -> None:
     for reason, paths in by_reason.items():
         _logger.warning("%s: accepted, no effect: %s. %s", name, ", ".join(paths), reason)
     resolved = [
-        f"{outcome.walk.dotted(path)} = {show(answer.value)} ({answer.source})"
+        f"{outcome.walk.dotted(path)} = {show_items(answer.value)} ({answer.source})"
         for path, answer in outcome.answers.items()
         if isinstance(answer, Answer) and answer.source != DERIVED
     ]

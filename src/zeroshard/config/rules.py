@@ -39,6 +39,16 @@ def _no_autocast_beside_a_precision(config: Config) -> Problem | None:
     )
 
 
+def _autocast_to_fewer_bits(config: Config) -> Problem | None:
+    if not config.torch_autocast.enabled or config.torch_autocast.dtype != "fp32":
+        return None
+    return Problem(
+        'torch_autocast.dtype cannot be "fp32" while torch_autocast is enabled',
+        tail="\ntorch.autocast casts to fp16 and bf16 only, and would cast nothing.",
+        hint='set "bf16" or "fp16", or "enabled": false.',
+    )
+
+
 def _one_division(config: Config) -> Problem | None:
     factor = config.gradient_predivide_factor
     if not config.prescale_gradients or factor == 1:
@@ -105,6 +115,7 @@ def _offload(name: str, key: str) -> Path:
 _RULES = (
     _Rule((_FP16, _BF16), _one_precision),
     _Rule((_FP16, _BF16, _AUTOCAST), _no_autocast_beside_a_precision),
+    _Rule((_AUTOCAST, ("torch_autocast", "dtype")), _autocast_to_fewer_bits),
     _Rule((("gradient_predivide_factor",), ("prescale_gradients",)), _one_division),
     _Rule((_FP16, _BF16, ("data_types", "param_dtype")), _dtype_of_the_precision),
     _Rule((_STAGE, _offload("offload_param", "device")), _parameters_to_offload),

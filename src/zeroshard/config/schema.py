@@ -148,7 +148,7 @@ class TorchAutocast(_Block):
     """Whether forward runs under torch.autocast."""
 
     dtype: DtypeName = None
-    """The dtype to cast to; null is torch's choice for the device."""
+    """The dtype to cast to, fp16 or bf16; null is torch's choice for the device."""
 
     lower_precision_safe_modules: NamesOrNone = None
     """Classes whose parameters are gathered in the lower dtype; null is linear and convolution."""
@@ -249,7 +249,7 @@ class OffloadParam(_Block):
 
 
 class LeafModule(_Block):
-    """Modules that are gathered as one, with everything below them."""
+    """Modules that are gathered as one, with everything below them; inside a block, with that."""
 
     classes: Names = ()
     """Class names, bare or with their module."""

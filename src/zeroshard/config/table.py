@@ -21,7 +21,15 @@ from zeroshard.config.keys import (
 from zeroshard.config.kinds import Anything, Kind
 from zeroshard.config.schema import BLOCKS, OPEN_BLOCKS
 
-__all__ = ["LOOKED_INTO", "TABLE", "Key", "is_inside", "nearest", "refusal_elsewhere"]
+__all__ = [
+    "LOOKED_INTO",
+    "TABLE",
+    "Key",
+    "is_inside",
+    "nearest",
+    "refusal_elsewhere",
+    "right_place",
+]
 
 _TELLING = 6  # a part of a key's name that is as long as this tells which one is meant
 
@@ -96,6 +104,17 @@ def refusal_elsewhere(path: Path) -> str | None:
     rows = [row for known, row in ROWS.items() if known[-1] == path[-1]]
     refused = [row for row in rows if isinstance(row, Refused)]
     return refused[0].instead if len(rows) == len(refused) == 1 else None
+
+
+def right_place(path: Path) -> str | None:
+    """Say where a key belongs that has the right name in the wrong place."""
+    *block, name = path
+    inside = tuple(name.split("."))
+    if not block and len(inside) > 1 and inside in TABLE:
+        return f'move "{inside[-1]}" into the block "{".".join(inside[:-1])}".'
+    if (*block, "params") in OPEN_BLOCKS and nearest(path) is None:
+        return f'move it into the block "{block[0]}.params", if it is an argument.'
+    return None
 
 
 def nearest(path: Path) -> str | None:

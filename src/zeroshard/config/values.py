@@ -15,6 +15,7 @@ __all__ = [
     "is_sequence",
     "shorten",
     "show",
+    "show_items",
 ]
 
 _LONGEST_VALUE = 60
@@ -58,6 +59,13 @@ def show(value: object) -> str:
         except ValueError:  # Python does not print integers of thousands of digits.
             return "a number of thousands of digits"
     return f"a value of type {type(value).__name__}"
+
+
+def show_items(value: object) -> str:
+    """Render a value with what is in it, where that is a list."""
+    if not is_sequence(value):
+        return show(value)
+    return shorten(f"[{', '.join(map(show, value))}]", _LONGEST_VALUE)
 
 
 def shorten(text: str, longest: int = _LONGEST_NAME) -> str:

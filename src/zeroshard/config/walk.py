@@ -8,7 +8,15 @@ from zeroshard.config.keys import ALIASES, DEVICE_SWITCHES, Honoured, NoEffect, 
 from zeroshard.config.kinds import misfit
 from zeroshard.config.problems import Problem
 from zeroshard.config.schema import AUTO_IS_A_VALUE, BLOCKS, NEVER_AUTO, OPEN_BLOCKS
-from zeroshard.config.table import LOOKED_INTO, TABLE, Key, is_inside, nearest, refusal_elsewhere
+from zeroshard.config.table import (
+    LOOKED_INTO,
+    TABLE,
+    Key,
+    is_inside,
+    nearest,
+    refusal_elsewhere,
+    right_place,
+)
 from zeroshard.config.values import ascii_only, is_auto, is_block, shorten, show
 
 __all__ = ["Ignored", "Walk"]
@@ -125,7 +133,7 @@ class Walk:
         )
 
     def _note_unknown(self, path: Path) -> None:
-        instead = refusal_elsewhere(path)
+        instead = refusal_elsewhere(path) or right_place(path)
         near = None if instead else nearest(path)
         self.problems.append(
             Problem(
@@ -136,10 +144,11 @@ class Walk:
         )
 
     def _note_twice(self, written: str, path: Path) -> None:
+        older = self._written.get(path, written)  # where both are, one of them is a second name
         self.problems.append(
             Problem(
                 fact=f'"{self.dotted(path)}" and "{written}" are one key, and both are given',
-                hint=f'remove "{written}".',
+                hint=f'remove "{older}".',
             )
         )
 

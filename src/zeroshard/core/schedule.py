@@ -189,7 +189,8 @@ class Schedule:
         self._reuse = limits.reuse
         if limits.live is not None:
             # A pass there and back has half of this full at its turning point, and the unit in use.
-            room = limits.live - max(self._sizes.values(), default=0)
+            comes_and_goes = (u.nbytes_full for u in units if not u.lifetime.params_stay)
+            room = limits.live - max(comes_and_goes, default=0)
             self._reuse = min(limits.reuse, max(2 * room, 0))
         self._ask = Exchange(mesh, 1 + _WINDOW)
         self._window: deque[Op] = deque()

@@ -7,12 +7,13 @@
 3. What is left of a section or of the model is gathered there as long as it is small. Else it is
    grouped in runs of neighbouring layers, and each run is gathered at its layers.
 
-Modules marked as leaves are blocks wherever they are. Small parameters that are to stay full form a
-group of their own at the model.
+Modules marked as leaves are blocks, unless a block that was found automatically is around them, and
+nothing inside a leaf is a block. Small parameters that are to stay full form a group of their own
+at the model.
 
-Every group is split further until it is uniform in dtype and kind. A parameter
-belongs to the first block that reaches it; a module outside that block that holds it too (tied
-weights) becomes another place where its unit is gathered.
+Every group is split further until it is uniform in dtype and kind. A parameter belongs to the first
+block that reaches it; a module outside that block that holds it too (tied weights) becomes another
+place where its unit is gathered.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from zeroshard.core.leaves import CONTAINERS
 from zeroshard.core.unit import Member, full_nbytes, full_shape
 from zeroshard.errors import ConfigError, compose
 
 __all__ = ["Group", "Kind", "choose_groups", "find_blocks", "find_leaves", "find_persistent"]
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _REPEATED_IN = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Attributes repeat from this number on: a pair (encoder and decoder) is no stack of layers.
 _REPEATED_ATTRIBUTES = 3
@@ -117,7 +118,7 @@ def _repeated(module: nn.Module) -> set[type[nn.Module]]:
 
 def _is_composite(module: nn.Module) -> bool:
     """Whether the module can be called and has layers with parameters inside."""
-    if isinstance(module, _CONTAINERS):
+    if isinstance(module, CONTAINERS):
         return False
     return any(any(True for _ in child.parameters()) for child in module.children())
 
@@ -149,7 +150,7 @@ def _named_blocks(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
                     hint=f"name a module path or one of the classes {', '.join(classes)}.",
                 )
             )
-        if any(isinstance(module, _CONTAINERS) for module in found):
+        if any(isinstance(module, CONTAINERS) for module in found):
             raise ConfigError(
                 compose(
                     f'zeroshard.units names "{name}", a container that is never called itself.',
@@ -180,7 +181,7 @@ def _holders(model: nn.Module) -> dict[nn.Parameter, list[_Path]]:
 
 def _callable_in(path: _Path) -> nn.Module:
     """The innermost module of a path that has a forward of its own."""
-    return next((m for m in path if not isinstance(m, _CONTAINERS)), path[-1])
+    return next((m for m in path if not isinstance(m, CONTAINERS)), path[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,9 +251,11 @@ def choose_groups(
         ConfigError: a name in ``units`` matches nothing.
     """
     holders = _holders(model)
-    marked = {module for module in leaves if not isinstance(module, _CONTAINERS)}
+    marked = {module for module in leaves if not isinstance(module, CONTAINERS)}
     if units:
-        found, sections = [*_named_blocks(model, units), *marked], list[nn.Module]()
+        inside = {each for leaf in marked for each in leaf.modules() if each is not leaf}
+        named = [*_named_blocks(model, units), *marked]
+        found, sections = [each for each in named if each not in inside], list[nn.Module]()
     else:
         found, sections = _find_blocks(model, _nbytes(model), marked)
     blocks = set(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import numbers
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeGuard
@@ -173,7 +174,12 @@ def _warmup(args: object) -> Iterator[tuple[tuple[str, ...], Any, str]]:
 def _read(holder: object, name: str) -> Any:
     """Read a key or an attribute of something unknown; what cannot be read is not there."""
     try:
-        return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+        value: Any = (
+            holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+        )
+        if isinstance(value, numbers.Number):  # those of numpy are numbers, but not Python's
+            return getattr(value, "item", lambda: value)()
+        return value
     except Exception:  # properties of foreign objects may raise anything
         return None
 

@@ -22,7 +22,7 @@ from zeroshard.core.collectives import broadcast_
 from zeroshard.core.hooks import Runtime, Site
 from zeroshard.core.host import trim
 from zeroshard.core.init import suspended
-from zeroshard.core.leaves import marked
+from zeroshard.core.leaves import CONTAINERS, marked
 from zeroshard.core.lifetime import Lifetime, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh
 from zeroshard.core.schedule import Limits, Schedule
@@ -376,6 +376,14 @@ def _choose_groups(
     leaves = find_leaves(model, classes=leaf.classes, names=leaf.names, suffixes=leaf.name_suffixes)
     if not leaves and (leaf.classes or leaf.names or leaf.name_suffixes):
         _log.warning("zero_optimization.leaf_module: no module of the model matches.")
+    for module in leaves:
+        if isinstance(module, CONTAINERS):
+            _log.warning(
+                "zero_optimization.leaf_module: %s is a %s, which is never called itself, so "
+                "nothing is gathered there. Name the module around it, or those inside it.",
+                next(path for path, each in model.named_modules() if each is module),
+                type(module).__name__,
+            )
     persistent = set[nn.Parameter]()
     largest = zero.stage3_param_persistence_threshold
     if largest and not life.params_stay:
@@ -435,7 +443,7 @@ def _place_buffers(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None) -> N
 def _limits(units: Sequence[Unit], settings: configuration.Config) -> Limits:
     """Turn counts of elements into bytes of the units that are gathered."""
     zero = settings.zero_optimization
-    largest = max((unit.nbytes_full for unit in units), default=0)
+    largest = max((u.nbytes_full for u in units if not u.lifetime.params_stay), default=0)
     numel = sum(unit.layout.full_numel for unit in units)
     per_element = sum(unit.nbytes_full for unit in units) / max(numel, 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -13,6 +14,8 @@ from zeroshard.core.unit import Precision
 from zeroshard.optim.scaler import LossScaler, ScalePolicy
 
 __all__ = ["DTYPES", "autocast_dtype", "averaging", "compute_dtypes", "make_scaler", "precision"]
+
+_log = logging.getLogger(__name__)
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -70,7 +73,15 @@ def compute_dtypes(
         return lambda param: lower if param in safe else None
     if everywhere is None:
         return lambda param: None
-    exempt = _inside(model, _names_kept_in_fp32(model, settings))
+    names = _names_kept_in_fp32(model, settings)
+    exempt = _inside(model, names)
+    unknown = [name for name in sorted(names) if not _inside(model, [name])]
+    if unknown and settings.data_types.keep_in_fp32_modules != "auto":
+        _log.warning(
+            "data_types.keep_in_fp32_modules: no parameter of the model is inside %s; give whole "
+            "names of modules.",
+            ", ".join(unknown),
+        )
     return lambda param: torch.float32 if param in exempt else everywhere
 
 

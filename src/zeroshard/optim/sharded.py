@@ -188,7 +188,7 @@ class ShardedOptimizer:
     def _divide(self) -> list[list[Unit]]:
         """The units of each part of a step, in order."""
         most = self.policy.most_numel
-        if most is None:
+        if most is None or sum(unit.layout.shard_numel for unit in self.units) <= most:
             return [list(self.units)]
         if not steps_in_parts(type(self.inner)):
             _log.warning(

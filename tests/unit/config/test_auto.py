@@ -74,6 +74,12 @@ def test_each_resolved_value_is_told_with_its_source_in_one_line(
     )
 
 
+def test_what_a_list_is_resolved_to_is_told_item_by_item(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="zeroshard")
+    load(adamw(betas="auto"), given({("optimizer", "params", "betas"): (0.9, 0.95)}))
+    assert "optimizer.params.betas = [0.9, 0.95] (args.betas)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("dtype", "fp16", "bf16"),
     [("fp16", True, False), ("bf16", False, True), ("fp32", False, False), (None, False, False)],

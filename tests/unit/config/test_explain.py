@@ -202,3 +202,17 @@ def test_an_assignment_does_not_go_through_a_value() -> None:
     with pytest.raises(ConfigError) as caught:
         override(read({"fp16": 3}), ["fp16.enabled=true"])
     assert str(caught.value).startswith("fp16.enabled cannot be set: fp16 is 3, not an object.")
+
+
+def test_accumulation_that_nothing_gives_is_not_said_to_follow_from_a_derived_number() -> None:
+    found = entries({"train_micro_batch_size_per_gpu": 2}, world=4)
+    assert told(found["train_batch_size"])[:2] == (
+        8,
+        "derived: micro-batch x accumulation x ranks",
+    )
+    assert told(found["gradient_accumulation_steps"])[:2] == (1, "derived: 1, as it is not given")
+    both = entries({"train_micro_batch_size_per_gpu": 2, "train_batch_size": 16}, world=4)
+    assert told(both["gradient_accumulation_steps"])[:2] == (
+        2,
+        "derived: batch / micro-batch / ranks",
+    )

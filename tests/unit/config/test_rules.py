@@ -24,6 +24,13 @@ def test_autocast_and_a_precision_exclude_each_other(name: str) -> None:
     assert 'hint: set "enabled": false in one of the two blocks.' in text
 
 
+def test_autocast_needs_a_dtype_that_torch_casts_to() -> None:
+    text = message({"torch_autocast": {"enabled": True, "dtype": "float32"}})
+    assert text.startswith('torch_autocast.dtype cannot be "fp32" while torch_autocast is enabled')
+    assert 'hint: set "bf16" or "fp16", or "enabled": false.' in text
+    assert load({"torch_autocast": {"enabled": False, "dtype": "fp32"}}).torch_autocast.dtype
+
+
 def test_gradients_are_divided_in_one_way() -> None:
     text = message({"prescale_gradients": True, "gradient_predivide_factor": 2})
     assert "gradient_predivide_factor cannot be 2.0 while prescale_gradients is true" in text
@@ -96,6 +103,9 @@ def test_older_switches_of_offloading_are_its_device() -> None:
         '"zero_optimization.offload_optimizer"' in text or '"zero_optimization.cpu_offload"' in text
     )
     assert "are one key, and both are given" in text
+    assert 'hint: remove "cpu_offload".' in text
+    text = message({"zero_optimization": {"offload_optimizer": {}, "cpu_offload": True}})
+    assert 'hint: remove "cpu_offload".' in text
 
 
 def test_rules_look_past_other_mistakes() -> None:
@@ -125,3 +135,40 @@ def test_a_rule_does_not_judge_by_a_value_that_is_wrong() -> None:
     text = message({"zero_optimization": {"stage": 7, "offload_param": {"device": "cpu"}}})
     assert "zero_optimization.stage must be 0, 1, 2 or 3, but is 7" in text
     assert "needs stage 3" not in text
+
+
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        (
+            {"zero_optimization.stage": 3},
+            'hint: move "stage" into the block "zero_optimization".',
+        ),
+        (
+            {"zero_optimization.offload_param.device": "cpu"},
+            'hint: move "device" into the block "zero_optimization.offload_param".',
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "lr": 1e-3}},
+            'hint: move it into the block "optimizer.params", if it is an argument.',
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "warmup_num_steps": 10}},
+            'hint: move it into the block "scheduler.params", if it is an argument.',
+        ),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_told_where_it_belongs(
+    values: Mapping[str, object], hint: str
+) -> None:
+    text = message(values)
+    assert text.startswith("unknown key ")
+    assert hint in text
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [("amp", '"torch_autocast", "bf16" or "fp16"'), ("elasticity", '"train_batch_size"')],
+)
+def test_a_removed_feature_names_the_keys_to_use_instead(key: str, instead: str) -> None:
+    assert instead in message({key: {"enabled": True}})

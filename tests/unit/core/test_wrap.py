@@ -483,3 +483,18 @@ def test_a_name_that_matches_nothing_is_refused_with_the_classes_there_are() -> 
 def test_a_container_that_is_never_called_cannot_be_a_unit() -> None:
     with pytest.raises(ConfigError, match="blocks"):
         groups_of(Net(), ["blocks"])
+
+
+def test_nothing_inside_a_leaf_is_a_unit_even_if_it_is_named() -> None:
+    net = Net(num_blocks=2)
+    leaves = [block for block in net.blocks.children() if isinstance(block, Block)]
+    groups = choose_groups(
+        net,
+        kind_of=lambda param: Kind(trained=True),
+        units=["Linear"],
+        leaves=[*leaves, *(block.up for block in leaves)],
+    )
+    found = [[member.name for member in group.members] for group in groups]
+    assert members_of("blocks.0") in found
+    assert members_of("blocks.1") in found
+    assert ["head.weight"] in found

@@ -6,6 +6,7 @@ from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -122,6 +123,13 @@ def test_arguments_of_other_types_do_not_count(value: object) -> None:
     names = ("learning_rate", "max_grad_norm", "max_steps", "warmup_steps", "adam_beta1")
     args = Namespace(**dict.fromkeys(names, value), fp16="yes", per_device_train_batch_size=0)
     assert collect_facts(args, nn.Linear(2, 2)).given == {}
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    args = Namespace(per_device_train_batch_size=np.int64(2), learning_rate=np.float32(0.5))
+    found = given(collect_facts(args, nn.Linear(2, 2)))
+    assert found == {"train_micro_batch_size_per_gpu": 2, "optimizer.params.lr": 0.5}
+    assert [type(value) for value in found.values()] in ([int, float], [float, int])
 
 
 @pytest.mark.parametrize(
