@@ -447,5 +447,7 @@ OPEN_BLOCKS = frozenset({("optimizer", "params"), ("scheduler", "params")})
 AUTO_IS_A_VALUE = frozenset({("data_types", "keep_in_fp32_modules")})
 """Fields that take "auto" themselves."""
 
-NEVER_AUTO = frozenset({("optimizer", "type"), ("scheduler", "type")})
-"""Fields that have no default for "auto" to stand for."""
+NEVER_AUTO = frozenset(
+    {("optimizer", "type"), ("scheduler", "type"), ("zero_optimization", "stage")}
+)
+"""Fields that nobody resolves, and whose default nobody means who leaves them open."""

@@ -30,6 +30,11 @@ class Ignored:
     reason: str
 
 
+# How people mark keys that are remarks, since JSON has no comments; no known key begins like that.
+_COMMENT_MARKS = ("_", "$", "//", "#")
+_COMMENT = "A key that begins like this is read as a remark."
+
+
 class Walk:
     """What a pass has found: values to keep, and things to say."""
 
@@ -65,7 +70,10 @@ class Walk:
                 value = self._as_offload_block(path, value)
             key = TABLE.get(path)
             if key is None and block not in OPEN_BLOCKS:
-                self._note_unknown(path)
+                if written.startswith(_COMMENT_MARKS):
+                    self.ignored.append(Ignored(path, _COMMENT))
+                else:
+                    self._note_unknown(path)
                 continue
             self.given[path] = value
             keeps = key is None or self._accept(key, value)
@@ -117,10 +125,10 @@ class Walk:
             self.problems.append(
                 Problem(
                     fact=f'{self.dotted(path)} cannot be "auto", as nothing resolves it',
-                    hint="write the name that is meant.",
+                    hint="write the value that is meant.",
                 )
             )
-            return False
+            return TABLE[path].default is not None  # else it would be missed, too
         self.auto.append(path)
         return True
 

@@ -192,4 +192,4 @@ def test_what_the_file_says_stays() -> None:
 def test_a_name_is_never_auto(block: str) -> None:
     text = message({block: {"type": "auto"}}, Facts())
     assert text.startswith(f'{block}.type cannot be "auto", as nothing resolves it')
-    assert "hint: write the name that is meant" in text
+    assert "hint: write the value that is meant" in text

@@ -55,7 +55,7 @@ def test_a_key_that_would_be_refused_is_not_proposed() -> None:
 def test_a_name_that_nobody_resolves_cannot_be_auto() -> None:
     text = message({"optimizer": {"type": "auto", "params": {}}})
     assert text.startswith('optimizer.type cannot be "auto"')
-    assert "hint: write the name that is meant" in text
+    assert "hint: write the value that is meant" in text
 
 
 def test_a_key_at_the_wrong_level_is_sent_to_its_block() -> None:
@@ -455,3 +455,17 @@ def test_the_list_of_deepspeed_is_whole() -> None:
     assert len(keys) == len(set(keys)) > 280
     blocks = {key.rpartition(".")[0] for key in keys}
     assert {"aio", "checkpoint.writer", "zero_optimization.zenflow", "compile"} <= blocks
+
+
+@pytest.mark.parametrize("mark", ["_comment", "$schema", "//", "# learning rate"])
+def test_a_key_that_is_marked_as_a_remark_is_ignored_and_told(
+    mark: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    load({mark: "three days of trying", "zero_optimization": {"stage": 2, mark: [1, 2]}})
+    (text,) = warnings(caplog)
+    assert mark in text and f"zero_optimization.{mark}" in text and "read as a remark" in text
+
+
+def test_a_stage_is_never_left_open() -> None:
+    text = message({"zero_optimization": {"stage": "auto"}})
+    assert text.startswith('zero_optimization.stage cannot be "auto", as nothing resolves it (')

@@ -78,7 +78,7 @@ def test_public_names_are_sorted_and_exist() -> None:
 
 @pytest.mark.parametrize(
     ("given", "stage"),
-    [(0, 0), (1, 1), (2, 2), (3, 3), (3.0, 3), ("auto", 0)],
+    [(0, 0), (1, 1), (2, 2), (3, 3), (3.0, 3)],
 )
 def test_stages_zero_to_three_are_known(given: object, stage: int) -> None:
     assert load({"zero_optimization": {"stage": given}}).zero_optimization.stage == stage
