@@ -149,9 +149,15 @@ class Crew:
         return all(process.has_ended for process in self._processes)
 
     @property
-    def any_is_failing(self) -> bool:
-        """Whether a rank has raised but not ended yet."""
-        return any(process.is_failing for process in self._processes)
+    def has_settled(self) -> bool:
+        """Whether it is known who failed first.
+
+        It is not while a rank that raised has not ended, or the one that the others lost.
+        """
+        lost = [failure.is_lost_connection for failure in self.failures]
+        return self.all_ended or not (
+            (lost and all(lost)) or any(process.is_failing for process in self._processes)
+        )
 
     @property
     def failures(self) -> list[Failure]:
