@@ -16,6 +16,7 @@ __all__ = ["STDERR", "Output", "is_writable"]
 STDERR = 2
 _KEPT_BYTES = 1 << 16
 _READ_BYTES = 1 << 16
+_SHOWN = 1000  # characters of one line
 _READS = 64  # more than a pipe or a pseudo-terminal holds
 _WAIT_S = 0.2  # between looks at whether the sink still matters
 _TRACEBACK = b"Traceback (most recent call last)"
@@ -80,7 +81,7 @@ class Output:
         text = _ESCAPE.sub("", self._kept.decode(errors="replace"))
         # Of a progress bar only the last state counts.
         lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
-        lines = [line for line in lines if line]
+        lines = [line if len(line) <= _SHOWN else f"{line[:_SHOWN]} ..." for line in lines if line]
         starts = [number for number, line in enumerate(lines) if _TRACEBACK.decode() in line]
         if starts and len(lines) - starts[-1] > count:
             return [lines[starts[-1]], "  ...", *lines[-count:]]

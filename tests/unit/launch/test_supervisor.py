@@ -136,7 +136,7 @@ def test_ranks_meet_in_a_process_group_at_the_port_that_is_kept_for_them(write: 
         "init_distributed()\n"
         "total = torch.tensor(dist.get_rank() + 1)\n"
         "dist.all_reduce(total)\n"
-        "print('total', total.item())\n"
+        "os.write(1, b'total %d\\n' % total.item())\n"
         "if rank == '1':\n"
         "    raise ValueError('the cause')\n"
         "dist.all_reduce(total)\n"
@@ -455,7 +455,7 @@ def test_ranks_may_clean_up_when_their_terminal_goes_away(write: Write, tmp_path
         "    leave('cleaned' + rank)\n"
         "    sys.exit()\n"
         "signal.signal(signal.SIGTERM, finish)\n"
-        "print('ready', flush=True)\n"
+        "os.write(1, b'ready')\n"
         "time.sleep(60)\n"
     )
     terminal = Terminal("--num_gpus=2", script)
