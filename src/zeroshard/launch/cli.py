@@ -6,6 +6,7 @@ torch takes seconds to import, so only the commands that cannot do without it im
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -91,6 +92,7 @@ entry.add_command(config)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    _open_streams()
     try:
         result: object = entry.main(argv, prog_name="zeroshard", standalone_mode=False)
     except click.NoSuchOption as error:
@@ -112,7 +114,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _EXIT_USAGE
     except (click.Abort, KeyboardInterrupt):
         return 130
+    finally:
+        _leave_stderr()
     return result if isinstance(result, int) else 0
+
+
+def _open_streams() -> None:
+    """Open what a daemon has closed of the standard streams, or other files get their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
+def _leave_stderr() -> None:
+    """Give up what stderr does not take, or Python tries once more and changes the exit code."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        sys.stderr = None
 
 
 if __name__ == "__main__":

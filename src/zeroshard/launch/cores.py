@@ -82,7 +82,7 @@ def parse_list(text: str) -> frozenset[int]:
     """
     cpus: set[int] = set()
     for item in text.split(","):
-        bounds = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        bounds = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", item)  # no host has a million
         first, last = (int(bounds[1]), int(bounds[2] or bounds[1])) if bounds else (1, 0)
         if first > last:
             raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -33,10 +34,10 @@ def read_all(env: Mapping[str, str], reserved: Collection[str]) -> list[EnvFile]
         reserved: variables that the launcher itself sets.
     """
     name = env.get(FILE_NAME) or ".deepspeed_env"
-    folders = dict.fromkeys([Path(env.get("HOME") or Path.home()), Path.cwd()])
+    folders = _folders(env)
     paths = dict.fromkeys(folder / name for folder in folders)  # one path if `name` is absolute
     found = [
-        EnvFile(path, parse(_read(path), str(path), reserved)) for path in paths if path.is_file()
+        EnvFile(path, parse(_read(path), str(path), reserved)) for path in paths if _is_file(path)
     ]
     if env.get(FILE_NAME) and not found:
         where = " or ".join(map(str, folders))
@@ -91,6 +92,23 @@ def _unquoted(value: str, where: str) -> str:
             )
         )
     return re.split(r"\s#", f" {value}", maxsplit=1)[0].strip()
+
+
+def _folders(env: Mapping[str, str]) -> list[Path]:
+    """Return the home folder and this one, as far as there are such folders."""
+    found: list[Path] = []
+    with contextlib.suppress(RuntimeError):
+        found.append(Path(env.get("HOME") or Path.home()))
+    with contextlib.suppress(OSError):  # this folder may have been removed
+        found.append(Path.cwd())
+    return list(dict.fromkeys(found))
+
+
+def _is_file(path: Path) -> bool:
+    """Tell whether there is something to read, such as /dev/null; a folder may be closed to us."""
+    with contextlib.suppress(OSError):
+        return path.exists() and not path.is_dir()
+    return False
 
 
 def _read(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,13 @@ from zeroshard.errors import compose
 
 __all__ = ["Ended", "Failure", "describe", "first_failure"]
 
-# What ranks do because of another: they lose their connection and raise, or their watchdog aborts.
+# What ranks do because of another: their watchdog aborts, or they lose their connection and raise.
 _CONSEQUENCES = {signal.SIGABRT}
+_LOST_CONNECTION = re.compile(
+    r"gloo/transport/|ncclRemoteError|Connection was likely closed"
+    r"|Connection (?:closed|reset) by peer|Broken pipe",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,11 @@ class Failure:
             return f"signal {-self.exit_code}"
 
     @property
+    def is_lost_connection(self) -> bool:
+        """Whether the rank raised because another did not answer any more."""
+        return self.exit_code >= 0 and any(map(_LOST_CONNECTION.search, self.last_lines))
+
+    @property
     def shell_code(self) -> int:
         """The exit code a shell would report."""
         return self.exit_code if self.exit_code > 0 else 128 - self.exit_code
@@ -51,13 +62,14 @@ class Ended:
 def first_failure(failures: Sequence[Failure]) -> Failure:
     """Choose the rank that failed on its own from those that fell with it.
 
-    Clocks alone do not tell: a rank that was killed may be seen a moment after the peers that lost
-    their connection to it.
+    Clocks alone do not tell: a rank that was killed, or one that takes its time to exit, may be
+    seen a moment after the peers that lost their connection to it.
     """
     return min(
         failures,
         key=lambda failure: (
             failure.exit_code >= 0 or -failure.exit_code in _CONSEQUENCES,
+            failure.is_lost_connection,
             failure.time_s,
             failure.rank,
         ),

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from zeroshard.launch import cores, env_file, gpus, hosts, meeting, supervisor
 from zeroshard.launch.gpus import Gpu
 from zeroshard.launch.hosts import Slots
 from zeroshard.launch.job import RESERVED, Job
+from zeroshard.launch.output import STDERR, is_writable
 from zeroshard.launch.script import Kind, Script
 
 __all__ = ["REFUSED", "launch", "say"]
 
 _ALL = -1  # what DeepSpeed's launcher calls "as many as there are"
 _LOOPBACK = "127.0.0.1"
+_PATIENCE_S = 1.0  # with a reader of stderr
 _HOSTFILE = Path("/job/hostfile")
 _OMP_NUM_THREADS = "OMP_NUM_THREADS"
 _LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error")}
@@ -79,8 +81,14 @@ class _Options:
 
 
 def say(text: str) -> None:
-    """Write one message to stderr, under the launcher's name."""
-    click.echo(f"zeroshard: {text}", err=True)
+    """Write one message to stderr, under the launcher's name.
+
+    A terminal that is gone, a reader that has left or has stopped reading, a full disk: none of
+    them may end a training, or keep it from ending.
+    """
+    with contextlib.suppress(OSError):
+        if is_writable(STDERR, timeout_s=_PATIENCE_S):
+            click.echo(f"zeroshard: {text}", err=True)
 
 
 def _num_gpus(_ctx: click.Context, _option: click.Parameter, given: int | None) -> int | None:
@@ -224,11 +232,11 @@ def launch(ctx: click.Context, **given: Any) -> int:
     The exit code is that of the rank that failed first, 128 plus the signal if a signal ended it.
     """
     options = _Options(**given)
-    script = _script(options, ctx)
     files = env_file.read_all(os.environ, RESERVED)
     env = dict(os.environ)
     for file in files:
         env.update(file.variables)
+    script = _script(options, ctx, env)
     visible = gpus.visible_gpus(env)
     slots = _slots(options, visible)
     if 0 < len(slots) < len(visible):
@@ -281,7 +289,7 @@ def launch(ctx: click.Context, **given: Any) -> int:
     return ended.exit_code
 
 
-def _script(options: _Options, ctx: click.Context) -> Script:
+def _script(options: _Options, ctx: click.Context, env: Mapping[str, str]) -> Script:
     if options.module and options.no_python:
         raise UsageError("--module and --no_python exclude each other: a module needs Python.")
     if options.pass_local_rank and options.no_local_rank:
@@ -289,7 +297,11 @@ def _script(options: _Options, ctx: click.Context) -> Script:
     kind: Kind = "module" if options.module else "executable" if options.no_python else "script"
     script = Script(options.script, options.args, kind)
     group = ctx.parent.command if ctx.parent else None
-    script.check_exists(list(group.commands) if isinstance(group, click.Group) else [])
+    script.check_exists(
+        list(group.commands) if isinstance(group, click.Group) else [],
+        # `python -m` looks in this folder first.
+        ["", *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))],
+    )
     return script
 
 

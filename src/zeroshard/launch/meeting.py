@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import sys
+from collections.abc import Generator
 
 import psutil
 
@@ -37,29 +39,34 @@ def check_address(address: str) -> None:
     )
 
 
-def reserve_port(port: int | None) -> socket.socket:
-    """Return a socket that keeps a port for rank 0 to listen at; None takes one that is free.
+@contextlib.contextmanager
+def reserve_port(port: int | None) -> Generator[socket.socket, None, None]:
+    """Keep a port for rank 0 to listen at, and yield the socket; None takes one that is free.
 
     A bound socket with SO_REUSEADDR that does not listen stops the kernel from giving the port to
     anybody who asks for a free one, but not rank 0, who asks for this one. So no other job can
     come between choosing the port and using it, however long the ranks take to start.
 
+    Another launcher that asks for this very port meanwhile could bind it just as well. A second
+    socket keeps it out: a name that only one process can have.
+
     Raises:
         UsageError: the port is in use, or not ours to use.
     """
-    holder = _any_address()
-    try:
-        holder.bind(("", port or 0))
-    except OSError as error:
-        holder.close()
-        if error.errno == errno.EADDRINUSE:
-            fact = f"port {port} of this host is in use{_user_of(port)}."
-        else:
-            fact = f"port {port} of this host cannot be used: {error.strerror}."
-        raise UsageError(
-            compose(fact, hint="leave --master_port out to take a port that is free.")
-        ) from error
-    return holder
+    with _any_address() as holder, socket.socket(socket.AF_UNIX) as name:
+        try:
+            holder.bind(("", port or 0))
+            if sys.platform == "linux":  # names outside of the file system end with their owner
+                name.bind(f"\0zeroshard-port-{holder.getsockname()[1]}")
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                fact = f"port {port} of this host is in use{_user_of(port)}."
+            else:
+                fact = f"port {port} of this host cannot be used: {error.strerror}."
+            raise UsageError(
+                compose(fact, hint="leave --master_port out to take a port that is free.")
+            ) from error
+        yield holder
 
 
 def _any_address() -> socket.socket:

@@ -11,11 +11,14 @@ import time
 import tty
 from collections.abc import Callable
 
-__all__ = ["Output"]
+__all__ = ["STDERR", "Output", "is_writable"]
 
+STDERR = 2
 _KEPT_BYTES = 1 << 16
 _READ_BYTES = 1 << 16
+_SHOWN = 1000  # characters of one line
 _READS = 64  # more than a pipe or a pseudo-terminal holds
+_WAIT_S = 0.2  # between looks at whether the sink still matters
 _TRACEBACK = b"Traceback (most recent call last)"
 # torch puts "[rank3]: " before each line of a traceback.
 _RANK_PREFIX = re.compile(rb"^\[rank\d+\]:\s?")
@@ -27,10 +30,19 @@ class Output:
 
     Where the sink is a terminal, the rank's end is one too, so that progress bars and colors are
     what they would be without a launcher between.
+
+    Where nobody reads the sink, the rank waits, as it would without a launcher. Once ``is_ending``
+    holds, what the sink does not take is dropped: it must not keep anything from ending.
     """
 
-    def __init__(self, sink: int, on_loss: Callable[[OSError], None]) -> None:
+    def __init__(
+        self,
+        sink: int,
+        on_loss: Callable[[OSError], None],
+        is_ending: Callable[[], object] = lambda: False,
+    ) -> None:
         self._sink = sink
+        self._is_ending = is_ending
         self._on_loss: Callable[[OSError], None] | None = on_loss
         self.reader, self.writer = _pseudo_terminal(sink) if os.isatty(sink) else os.pipe()
         os.set_blocking(self.reader, False)
@@ -69,7 +81,7 @@ class Output:
         text = _ESCAPE.sub("", self._kept.decode(errors="replace"))
         # Of a progress bar only the last state counts.
         lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
-        lines = [line for line in lines if line]
+        lines = [line if len(line) <= _SHOWN else f"{line[:_SHOWN]} ..." for line in lines if line]
         starts = [number for number, line in enumerate(lines) if _TRACEBACK.decode() in line]
         if starts and len(lines) - starts[-1] > count:
             return [lines[starts[-1]], "  ...", *lines[-count:]]
@@ -85,14 +97,22 @@ class Output:
     def _write(self, data: bytes) -> None:
         try:
             while data:
-                select.select([], [self._sink], [])
-                data = data[os.write(self._sink, data) :]
+                if is_writable(self._sink, timeout_s=0 if self._is_ending() else _WAIT_S):
+                    # A pipe that can be written to takes so much without waiting.
+                    data = data[os.write(self._sink, data[: select.PIPE_BUF]) :]
+                elif self._is_ending():
+                    return
         except BrokenPipeError:
             return  # a reader that went away (`zeroshard ... | head`) must not end the training
         except OSError as error:
             if self._on_loss is not None:
                 self._on_loss(error)
             self._on_loss = None
+
+
+def is_writable(sink: int, *, timeout_s: float) -> bool:
+    """Tell whether something can be written now, or within some time."""
+    return bool(select.select([], [sink], [], timeout_s)[1])
 
 
 class _InterruptFilter:

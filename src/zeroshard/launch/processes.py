@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import selectors
@@ -41,6 +42,7 @@ _TEARDOWN_S = 5.0
 # What the ranks leave behind has this long to follow each of SIGTERM and SIGKILL.
 _LEFTOVERS_S = 1.0
 _ASKS_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SCARCE = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _ON_LINUX = sys.platform == "linux"
@@ -149,9 +151,15 @@ class Crew:
         return all(process.has_ended for process in self._processes)
 
     @property
-    def any_is_failing(self) -> bool:
-        """Whether a rank has raised but not ended yet."""
-        return any(process.is_failing for process in self._processes)
+    def has_settled(self) -> bool:
+        """Whether it is known who failed first.
+
+        It is not while a rank that raised has not ended, or the one that the others lost.
+        """
+        lost = [failure.is_lost_connection for failure in self.failures]
+        return self.all_ended or not (
+            (lost and all(lost)) or any(process.is_failing for process in self._processes)
+        )
 
     @property
     def failures(self) -> list[Failure]:
@@ -190,13 +198,14 @@ class Crew:
         except OSError as error:
             output.started()
             output.close()
-            raise UsageError(
-                compose(
-                    f"{command[0]!r} cannot be started: {error.strerror}.",
-                    hint="check that it is a program for this machine; a script needs a first "
-                    "line such as `#!/bin/sh`.",
-                )
-            ) from error
+            hint = (
+                "the user may have too few processes or open files; `ulimit -a` tells."
+                if error.errno in _SCARCE
+                else "check that it is a program for this machine; a script needs a first line "
+                "such as `#!/bin/sh`."
+            )
+            fact = f"{command[0]!r} cannot be started: {error.strerror}."
+            raise UsageError(compose(fact, hint=hint)) from error
         output.started()
         rank = len(self._processes)
         self._processes.append(_Process(rank, popen, output, error_file))

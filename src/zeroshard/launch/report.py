@@ -160,12 +160,12 @@ def _gpu(index: int, node: int | None) -> str:
 
 
 def _link_probes() -> Iterator[tuple[str, Probe]]:
+    yield "InfiniBand", lambda: ", ".join(_names("/sys/class/infiniband")) or "none"
+    yield "networks", lambda: ", ".join(_networks()) or "none"
     for one in range(_num_gpus()):
         others = [other for other in range(_num_gpus()) if other != one]
         if others:
             yield f"cuda:{one}", lambda one=one, others=others: _links(one, others)
-    yield "InfiniBand", lambda: ", ".join(_names("/sys/class/infiniband")) or "none"
-    yield "networks", lambda: ", ".join(_networks()) or "none"
 
 
 def _links(one: int, others: Sequence[int]) -> str:

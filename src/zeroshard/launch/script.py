@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import os
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -54,19 +57,23 @@ class Script:
             for argument in node.args
         )
 
-    def check_exists(self, commands: Collection[str]) -> None:
+    def check_exists(self, commands: Collection[str], folders: Sequence[str] = ()) -> None:
         """Report a script that is not there now, rather than once per rank.
 
         Args:
             commands: the launcher's own commands, one of which may be meant.
+            folders: where the ranks look for modules besides this process's own folders.
         """
         if self.kind == "executable" and shutil.which(self.name):
             return
         if self.kind == "module":
-            self._check_module()
+            self._check_module(folders)
             return
         path = Path(self.name)
-        is_runnable = (path / "__main__.py").is_file() if path.is_dir() else path.exists()
+        try:
+            is_runnable = (path / "__main__.py").is_file() if path.is_dir() else path.exists()
+        except OSError as error:
+            raise UsageError(f"{self.kind} {self.name!r}: {error.strerror}.") from error
         if self.kind == "script" and is_runnable:
             return
         looks_like_path = path.suffix == ".py" or os.sep in self.name
@@ -86,16 +93,30 @@ class Script:
                 )
             )
         else:
-            fact = f"{self.kind} {self.name!r} does not exist (looked in {Path.cwd()})."
+            fact = f"{self.kind} {self.name!r} does not exist{_looked_in()}."
             near = _near(path)
         raise UsageError(fact + (f" Did you mean {near[0]!r}?" if near else ""))
 
-    def _check_module(self) -> None:
+    def _check_module(self, folders: Sequence[str]) -> None:
         if self.name.endswith(".py") or os.sep in self.name:
             raise UsageError(
                 compose(
                     f"{self.name!r} is a path, not a module.",
                     hint="drop --module, or write the module's name, such as `package.train`.",
+                )
+            )
+        package = self.name.partition(".")[0]
+        try:
+            # The first part of the name is found without importing anything of the user's.
+            is_there = PathFinder.find_spec(package, folders) or find_spec(package)
+        except (ImportError, ValueError):
+            is_there = None
+        if not is_there:
+            raise UsageError(
+                compose(
+                    f"module {self.name!r}: there is no {package!r} in this folder, on PYTHONPATH "
+                    "or among what is installed.",
+                    hint="start it in the folder that holds the package, or install the package.",
                 )
             )
 
@@ -121,7 +142,15 @@ def _declares(function: ast.expr) -> bool:
     return name in ("add_argument", "option", "DEFINE_integer")
 
 
+def _looked_in() -> str:
+    try:
+        return f" (looked in {Path.cwd()})"
+    except OSError:
+        return ", nor does the folder that this is run in: it has been removed"
+
+
 def _near(path: Path) -> list[str]:
-    folder = path.parent
-    names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # the folder may be closed to us, or not be there
+        names = [child.name for child in path.parent.iterdir()]
     return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, names)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from zeroshard.launch import cgroup
 from zeroshard.launch.failure import Ended, describe, first_failure
 from zeroshard.launch.job import Job, rank_environment
-from zeroshard.launch.output import Output
+from zeroshard.launch.output import STDERR, Output
 from zeroshard.launch.processes import Crew, Signals, Step, adopting_orphans
 
 __all__ = ["Say", "run"]
@@ -21,8 +21,8 @@ __all__ = ["Say", "run"]
 Say = Callable[[int, str], None]
 """Tells the user one message, of a level of :mod:`logging`."""
 
-_STDERR = 2
-# How long ranks that have raised may take to end on their own, so that their exit codes count.
+# How long ranks that have raised may take to end on their own, so that their exit codes count, and
+# how long is waited for the rank to which the others have lost their connection.
 _SETTLE_S = 2.0
 # With what remains of the ranks' own processes, everything has ended within 10 seconds.
 _AFTER_FAILURE: tuple[Step, ...] = ((signal.SIGTERM, 5.0), (signal.SIGKILL, 1.0))
@@ -63,14 +63,17 @@ def _run_once(job: Job, attempt: int, signals: Signals, say: Say) -> Ended:
         crew = Crew(signals)
         stack.callback(crew.close)
         try:
-            _start_all(job, attempt, crew, folder, stack, say)
+            for rank in range(job.num_ranks):
+                sink = _sink(job, rank, stack)
+                output = Output(sink, partial(_lost_output, say, rank), lambda: signals.received)
+                _start(job, rank, attempt, crew, output, folder / f"{rank}.json")
         except BaseException:
             crew.end(_AFTER_FAILURE[-1:])
             raise
         say(logging.DEBUG, f"processes of the ranks: {', '.join(map(str, crew.pids))}")
         crew.wait(lambda: crew.failures or crew.all_ended or signals.received)
         if not signals.received:
-            crew.wait(lambda: not crew.any_is_failing or signals.received, _SETTLE_S)
+            crew.wait(lambda: crew.has_settled or signals.received, _SETTLE_S)
         failures = crew.failures
         if signals.received:
             return _interrupted(job, crew, signals, say)
@@ -91,25 +94,21 @@ def _run_once(job: Job, attempt: int, signals: Signals, say: Say) -> Ended:
     )
 
 
-def _start_all(
-    job: Job, attempt: int, crew: Crew, folder: Path, stack: contextlib.ExitStack, say: Say
-) -> None:
-    for rank in range(job.num_ranks):
-        error_file = folder / f"{rank}.json"
-        crew.start(
-            job.script.command(rank if job.pass_local_rank else None),
-            rank_environment(job, rank, attempt=attempt, error_file=str(error_file)),
-            output=Output(_sink(job, rank, stack), partial(_lost_output, say, rank)),
-            capture_stdout=bool(job.logs),
-            error_file=error_file,
-            cpus=job.cpus[rank] if job.cpus else None,
-        )
+def _start(job: Job, rank: int, attempt: int, crew: Crew, output: Output, error_file: Path) -> None:
+    crew.start(
+        job.script.command(rank if job.pass_local_rank else None),
+        rank_environment(job, rank, attempt=attempt, error_file=str(error_file)),
+        output=output,
+        capture_stdout=bool(job.logs),
+        error_file=error_file,
+        cpus=job.cpus[rank] if job.cpus else None,
+    )
 
 
 def _sink(job: Job, rank: int, stack: contextlib.ExitStack) -> int:
     """Return the descriptor that a rank's output goes to."""
     if not job.logs:
-        return _STDERR
+        return STDERR
     # A restart continues the files of the run before it.
     return stack.enter_context(job.logs[rank].open("ab")).fileno()
 

@@ -128,6 +128,7 @@ def test_more_gpus_than_visible_are_refused_with_both_numbers(
         (["--autotuning=run", "{script}"], "hint: drop it; set the batch size"),
         (["--elastic_training", "{script}"], "hint: drop it; --max_restarts N"),
         (["-m", "{script}"], "'{script}' is a path, not a module"),
+        (["-m", "nosuch.train"], "module 'nosuch.train': there is no 'nosuch' in this folder"),
         (["--node_rank=1", "{script}"], "--node_rank is 1, but zeroshard launches on one host"),
         (["--bogus", "{script}"], "hint: `zeroshard --help` lists the options"),
         (["--no_python", "{script}"], "not executable.\n\nhint: run `chmod +x {script}`"),
@@ -145,6 +146,7 @@ def test_more_gpus_than_visible_are_refused_with_both_numbers(
         ),
         (["--master_addr=192.0.2.1", "{script}"], "192.0.2.1 is not an address of this host"),
         (["--bind_core_list=0-", "{script}"], "'0-' in the list of CPU cores '0-' is not a number"),
+        (["--bind_core_list=0-99999999999", "{script}"], "is not a number or a range"),
         (["--bind_core_list=9999", "{script}"], "cores that this process may not use: 9999"),
         (["--bind-cores-to-rank", "--num_gpus=9999", "{script}"], "9999 ranks cannot be bound"),
         (["--max_restarts=-1", "{script}"], "-1 is not in the range"),
@@ -267,7 +269,7 @@ def test_cores_are_those_near_the_gpus(
 
 @pytest.mark.parametrize("module", [True, False])
 def test_modules_and_programs_need_not_be_files(launches: Launches, module: bool) -> None:
-    assert main(["-m", "package.train"] if module else ["--no_python", "sh"]) == 0
+    assert main(["-m", "json.tool"] if module else ["--no_python", "sh"]) == 0
     assert [job.script.kind for job in launches] == ["module" if module else "executable"]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,16 @@ def test_the_home_folder_is_read_first_and_this_folder_has_the_last_word(
     (tmp_path / "home" / ".deepspeed_env").write_text("A=home\n")
     (tmp_path / "here" / ".deepspeed_env").write_text("A=here\n")
     assert [file.variables["A"] for file in read_all(home, ())] == ["home", "here"]
+
+
+def test_no_file_at_all_can_be_asked_for(home: dict[str, str]) -> None:
+    (file,) = read_all({**home, "DS_ENV_FILE": os.devnull}, ())
+    assert file.variables == {}
+
+
+def test_folders_that_are_gone_are_passed_over(tmp_path: Path, home: dict[str, str]) -> None:
+    Path.cwd().rmdir()
+    assert read_all({"HOME": str(tmp_path / "nobody")}, ()) == []
 
 
 def test_another_file_can_be_named_and_must_then_exist(

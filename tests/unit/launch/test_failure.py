@@ -8,6 +8,9 @@ import pytest
 from zeroshard.launch.failure import Failure, describe, first_failure
 
 CONNECTION = Failure(0, 1, 100.2, ("RuntimeError: connection closed",))
+GLOO = Failure(3, 1, 99, ("RuntimeError: [/third_party/gloo/gloo/transport/tcp/pair.cc:547] x",))
+STORE = Failure(4, 1, 99, ("DistNetworkError: Failed to recv. Connection was likely closed.",))
+NCCL = Failure(5, 1, 99, ("DistBackendError: NCCL error", "ncclRemoteError: A call failed"))
 WATCHDOG = Failure(2, -signal.SIGABRT, 100)
 
 
@@ -19,6 +22,8 @@ WATCHDOG = Failure(2, -signal.SIGABRT, 100)
         (Failure(1, -signal.SIGSEGV, 101), [CONNECTION]),
         (Failure(1, 7, 99), [CONNECTION, WATCHDOG]),
         (Failure(1, -signal.SIGTERM, 100), []),
+        (Failure(1, 9, 100), [GLOO, STORE, NCCL]),  # takes its time to exit
+        (Failure(1, -signal.SIGABRT, 100), [GLOO]),
     ],
 )
 def test_the_first_failure_is_the_cause_of_the_others(

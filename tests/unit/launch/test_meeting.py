@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 
 import pytest
 
@@ -27,8 +28,19 @@ def test_a_port_in_use_is_refused_with_the_process_that_uses_it(address: str) ->
         taken.bind((address, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=f"port {port} .* in use by process {os.getpid()} "):
-            reserve_port(port)
+        found = f"port {port} .* in use by process {os.getpid()} "
+        with pytest.raises(UsageError, match=found), reserve_port(port):
+            pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no names outside of the file system")
+def test_a_port_that_another_launch_keeps_is_in_use_before_anybody_listens() -> None:
+    with reserve_port(None) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(UsageError, match=f"port {port} of this host is in use"):
+            reserve_port(port).__enter__()
+    with reserve_port(port):
+        pass
 
 
 def test_a_port_that_is_free_is_kept_as_asked() -> None:

@@ -57,6 +57,12 @@ def test_colors_and_overwritten_states_are_left_out_of_the_last_lines(stream: St
     assert stream.output.last_lines(9) == ["100%", "done"]
 
 
+def test_a_line_without_end_is_cut_where_it_is_repeated(stream: Stream) -> None:
+    stream.write(b"x" * 40000)
+    assert stream.output.last_lines(3) == ["x" * 1000 + " ..."]
+    assert stream.path.stat().st_size == 40000
+
+
 def test_the_stream_ends_with_its_last_writer(stream: Stream) -> None:
     os.write(stream.output.writer, b"end")
     stream.output.started()

@@ -16,6 +16,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ from zeroshard.launch import cgroup
 ZEROSHARD = [sys.executable, "-m", "zeroshard"]
 Write = Callable[[str], str]
 PATIENCE_S = 30
+PIPE_IS_FULL = 60000
 # What most scripts below begin with.
 HEAD = """\
 import os, pathlib, signal, subprocess, sys, time
@@ -97,6 +99,13 @@ def is_alive(pid: int) -> bool:
     return False
 
 
+def num_waiting(stream: IO[str] | None) -> int:
+    """The bytes in a pipe."""
+    assert stream is not None
+    (count,) = struct.unpack("i", fcntl.ioctl(stream, termios.FIONREAD, bytes(4)))
+    return count
+
+
 def pids(folder: Path, pattern: str) -> list[int]:
     return [int(path.read_text()) for path in sorted(folder.glob(pattern))]
 
@@ -127,7 +136,7 @@ def test_ranks_meet_in_a_process_group_at_the_port_that_is_kept_for_them(write: 
         "init_distributed()\n"
         "total = torch.tensor(dist.get_rank() + 1)\n"
         "dist.all_reduce(total)\n"
-        "print('total', total.item())\n"
+        "os.write(1, b'total %d\\n' % total.item())\n"
         "if rank == '1':\n"
         "    raise ValueError('the cause')\n"
         "dist.all_reduce(total)\n"
@@ -192,6 +201,57 @@ def test_a_rank_that_raised_first_is_the_cause_though_another_ends_first(write: 
     assert "rank 1 of 2 failed with exit code 1" in ended.stderr
     assert "After it: rank 0 (exit code 1)." in ended.stderr
     assert ended.stderr.endswith("ValueError: the cause\n")
+
+
+def test_a_rank_that_exits_slowly_is_the_cause_though_others_lose_it_first(write: Write) -> None:
+    script = write(
+        "if rank == '0':\n"
+        "    raise RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection closed by peer')\n"
+        "print('giving up', file=sys.stderr)\n"
+        "time.sleep(0.5)\n"
+        "sys.exit(9)\n"
+    )
+    done = launch("--num_gpus=2", script)
+    assert done.returncode == 9
+    assert "rank 1 of 2 failed with exit code 9" in done.stderr
+    assert "Its last lines:\n  giving up" in done.stderr
+
+
+def test_a_reader_that_goes_away_changes_neither_restarts_nor_the_exit_code(
+    write: Write, tmp_path: Path
+) -> None:
+    script = write("leave('attempt' + os.environ['TORCHELASTIC_RESTART_COUNT']); sys.exit(5)\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*ZEROSHARD, "--max_restarts=2", script]
+    done = subprocess.run(
+        command, env=environment(), stderr=writer, timeout=PATIENCE_S, check=False
+    )
+    os.close(writer)
+    assert done.returncode == 5
+    assert len(list(tmp_path.glob("attempt*"))) == 3
+
+
+def test_a_reader_that_has_stopped_reading_does_not_keep_anything_from_ending(
+    write: Write, tmp_path: Path
+) -> None:
+    script = write(
+        "leave('ready' + rank, str(os.getpid()))\nwhile True:\n    os.write(2, bytes(100000))\n"
+    )
+    with running(script, tmp_path=tmp_path) as launcher:
+        # Until the pipe is full, which nobody reads here.
+        wait_for(lambda: num_waiting(launcher.stderr) >= PIPE_IS_FULL)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(10) == 128 + signal.SIGTERM
+    assert not any(is_alive(pid) for pid in pids(tmp_path, "ready*"))
+
+
+def test_streams_that_are_closed_are_nobody_elses(write: Write, tmp_path: Path) -> None:
+    script = write("sys.stderr.write('x' * 1000000)\nleave('done')\nsys.exit(3)\n")
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *ZEROSHARD, script]
+    done = subprocess.run(command, env=environment(), timeout=PATIENCE_S, check=False)
+    assert done.returncode == 3
+    assert (tmp_path / "done").exists()
 
 
 def test_output_goes_to_a_file_per_rank_and_only_the_launchers_words_to_the_console(
@@ -387,6 +447,23 @@ def test_ctrl_c_ends_everything_once_with_one_short_message(write: Write, tmp_pa
     assert "SIGINT arrived; ending all 2 ranks (Ctrl-C again ends them at once)" in after
     assert "Traceback" not in after
     assert not any(is_alive(pid) for pid in pids(tmp_path, "ready*"))
+
+
+def test_ranks_may_clean_up_when_their_terminal_goes_away(write: Write, tmp_path: Path) -> None:
+    script = write(
+        "def finish(*_):\n"
+        "    leave('cleaned' + rank)\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, finish)\n"
+        "os.write(1, b'ready')\n"
+        "time.sleep(60)\n"
+    )
+    terminal = Terminal("--num_gpus=2", script)
+    terminal.wait_for("ready", 2)
+    os.close(terminal.fd)
+    status = os.waitpid(terminal.pid, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert len(list(tmp_path.glob("cleaned*"))) == 2
 
 
 def test_a_second_ctrl_c_ends_ranks_that_are_busy_at_once(write: Write, tmp_path: Path) -> None:
