@@ -37,6 +37,8 @@ STAGES = (0, 1, 2, 3)
 SMALL = LlamaConfig(512, 64, 6, 4, 2, 128, 384)
 TOY = LlamaConfig(64, 16, 2, 2, 1, 16, 32)
 LARGE = LlamaConfig(8192, 1024, 12, 16, 8, 2048, 8192, tied_head=False)
+# Pinning host memory for a larger one takes most of the time of the check.
+MEDIUM = LlamaConfig(8192, 512, 4, 8, 4, 1024, 4096, tied_head=False)
 
 
 class Routed(nn.Module):
@@ -71,6 +73,7 @@ class Context:
         self.on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.on_gpu else "cpu"
         self.config = TOY if toy else SMALL
+        self.medium = SMALL if toy else MEDIUM
         self.large = SMALL if toy else LARGE
 
     def tokens(self, step: int, micro: int, rank: int, config: LlamaConfig | None = None) -> Tensor:
@@ -410,10 +413,10 @@ def check_access(ctx: Context) -> dict[str, Any]:
         for offloads in (False, True):
             gc.collect()
             base = allocated(ctx)
-            engine = make_engine(seeded(lambda: Llama(ctx.large)), stage, bf16={"enabled": True})
+            engine = make_engine(seeded(lambda: Llama(ctx.medium)), stage, bf16={"enabled": True})
             head = engine.module.head.weight
             for step in range(2):
-                x = ctx.tokens(step, 0, ctx.rank, ctx.large)
+                x = ctx.tokens(step, 0, ctx.rank, ctx.medium)
                 engine.backward(loss_of(engine(x), x))
                 if offloads:
                     before = allocated(ctx) - base
