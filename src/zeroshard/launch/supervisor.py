@@ -26,6 +26,8 @@ Say = Callable[[int, str], None]
 _SETTLE_S = 2.0
 # With what remains of the ranks' own processes, everything has ended within 10 seconds.
 _AFTER_FAILURE: tuple[Step, ...] = ((signal.SIGTERM, 5.0), (signal.SIGKILL, 1.0))
+# Who takes a host back usually waits for half a minute, in which a rank may save what it has.
+_AFTER_REQUEST: tuple[Step, ...] = ((signal.SIGTERM, 25.0), (signal.SIGKILL, 1.0))
 _AFTER_CTRL_C: tuple[Step, ...] = (
     (signal.SIGINT, 3.0),
     (signal.SIGTERM, 2.0),
@@ -122,7 +124,7 @@ def _interrupted(job: Job, crew: Crew, signals: Signals, say: Say) -> Ended:
     asked = signals.received[0]
     again = " (Ctrl-C again ends them at once)" if asked == signal.SIGINT else ""
     say(logging.ERROR, f"{asked.name} arrived; ending {_ranks(job.num_ranks)}{again}")
-    crew.end(_AFTER_CTRL_C if asked == signal.SIGINT else _AFTER_FAILURE)
+    crew.end(_AFTER_CTRL_C if asked == signal.SIGINT else _AFTER_REQUEST)
     return Ended(128 + asked)
 
 

@@ -364,6 +364,24 @@ def test_a_signal_to_the_launcher_ends_every_rank(
     assert not any(is_alive(pid) for pid in pids(tmp_path, "ready*"))
 
 
+def test_a_rank_has_time_to_save_when_the_launcher_is_told_to_end(
+    write: Write, tmp_path: Path
+) -> None:
+    """More than the five seconds that ranks have after another one failed."""
+    script = write(
+        "def save(*_):\n"
+        "    time.sleep(6)\n"
+        "    leave('saved' + rank, '')\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n" + SLEEPER
+    )
+    with running(script, tmp_path=tmp_path) as launcher:
+        launcher.send_signal(signal.SIGTERM)
+        launcher.communicate(timeout=PATIENCE_S)
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+
+
 def test_a_hangup_that_was_ignored_before_stays_ignored(write: Write, tmp_path: Path) -> None:
     script = write(SLEEPER)
     nohup = (sys.executable, "-S", "-c", NOHUP)
