@@ -7,20 +7,17 @@ import math
 import numbers
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
 from zeroshard.config import Facts, Given
+from zeroshard.engine.precision import DTYPES, DtypeName
 
 __all__ = ["add_config_arguments", "collect_facts"]
 
-_DTYPES: Mapping[torch.dtype, Literal["fp32", "fp16", "bf16"]] = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-}
+_NAMES: Mapping[torch.dtype, DtypeName] = {dtype: name for name, dtype in DTYPES.items()}
 _OF_A_GROUP = ("lr", "betas", "eps", "weight_decay")
 
 
@@ -76,9 +73,9 @@ def collect_facts(
     )
 
 
-def _dtype(model: nn.Module) -> Literal["fp32", "fp16", "bf16"] | None:
+def _dtype(model: nn.Module) -> DtypeName | None:
     dtypes = {param.dtype for param in model.parameters() if param.is_floating_point()}
-    return _DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
+    return _NAMES.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 
 def _hidden_size(model: nn.Module) -> int | None:

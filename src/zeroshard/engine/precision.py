@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -13,11 +14,21 @@ from zeroshard.core.collectives import Averaging
 from zeroshard.core.unit import Precision
 from zeroshard.optim.scaler import LossScaler, ScalePolicy
 
-__all__ = ["DTYPES", "autocast_dtype", "averaging", "compute_dtypes", "make_scaler", "precision"]
+__all__ = [
+    "DTYPES",
+    "DtypeName",
+    "autocast_dtype",
+    "averaging",
+    "compute_dtypes",
+    "make_scaler",
+    "precision",
+]
 
 _log = logging.getLogger(__name__)
 
-DTYPES: Mapping[str, torch.dtype] = {
+DtypeName = Literal["fp32", "fp16", "bf16"]
+
+DTYPES: Mapping[DtypeName, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
