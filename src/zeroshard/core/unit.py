@@ -40,6 +40,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.autograd.graph import increment_version
@@ -59,7 +60,7 @@ from zeroshard.core.collectives import (
 )
 from zeroshard.core.layout import Layout, Range
 from zeroshard.core.lifetime import Lifetime
-from zeroshard.core.mesh import Mesh
+from zeroshard.core.mesh import Mesh, default_mesh
 from zeroshard.core.store import DeviceStore, Store
 from zeroshard.core.values import deal, pass_round, put
 from zeroshard.errors import UsageError, compose
@@ -75,6 +76,7 @@ __all__ = [
     "build_unit",
     "full_nbytes",
     "full_shape",
+    "hand_back",
     "is_waiting",
     "keep_until_engine",
     "plain",
@@ -894,6 +896,25 @@ def _is_same(one: _Piece, other: _Piece) -> bool:
     if one.own is None or other.own is None:
         return one.own is other.own and one.unit is other.unit and one.index == other.index
     return one.own.data_ptr() == other.own.data_ptr() and one.shape == other.shape
+
+
+def hand_back(unit: Unit) -> None:
+    """End an engine's hold of a unit: full parameters become ordinary, freed ones wait for another.
+
+    Local, and the process groups of the unit's mesh may end afterwards.
+    """
+    unit.clear_gradients()
+    unit._end_gather()
+    unit.add_use = unit.drop_use = unit.use_here = unit.engine = None
+    if unit.lifetime.params_stay:
+        unit.wait()
+        for param in unit._params:
+            _SLOTS.pop(param, None)
+    elif dist.is_initialized():
+        unit.free()
+        unit.mesh = default_mesh(unit.mesh.device)
+        unit.master, unit.slices, unit._gradient = None, (), None
+        keep_until_engine(unit)
 
 
 def build_unit(
