@@ -168,11 +168,22 @@ def _check_access(unit: Unit, modifier_rank: int | None) -> None:
 @torch.no_grad()
 def _adopt(units: Iterable[Unit], src: int) -> None:
     """Keep the edits of rank ``src`` on all ranks."""
+    misfits: list[str] = []
     for unit in units:
         unit.modifier_rank = None
+        misfits += unit.take_replaced()
     for unit in units:
         with Answered(unit.mesh.rank, f"to share the edits of {unit.name}"):
             unit.adopt(partial(broadcast_, mesh=unit.mesh, src=src))
+    if misfits:
+        raise UsageError(
+            compose(
+                f"the data of {misfits[0]} was replaced by a tensor of another shape inside "
+                "gathered(...), and nobody can keep that.",
+                hint="give it data of the same shape; a model whose shapes change is initialized "
+                "anew.",
+            )
+        )
 
 
 def assemble(piece: Tensor, slot: Slot) -> Tensor:

@@ -33,6 +33,7 @@ block's weights and statistics, and are shown and hidden where the quantiser rea
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -180,6 +181,7 @@ class FreedParameter(nn.Parameter):
     A parameter changes its class, never its identity, and changes back when it is gathered.
     """
 
+    _own_class: type[nn.Parameter] = nn.Parameter
     _harmless = frozenset(
         {
             Tensor.__hash__,
@@ -233,6 +235,14 @@ class FreedParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise _freed_read(self)
+
+
+@functools.cache
+def _freed_class(own_class: type[nn.Parameter]) -> type[FreedParameter]:
+    """What a parameter of a class is while it is freed: of that class still, by its name, too."""
+    if own_class is nn.Parameter:
+        return FreedParameter
+    return type(own_class.__name__, (FreedParameter, own_class), {"_own_class": own_class})
 
 
 def _freed_read(param: Tensor | None) -> UsageError:
@@ -440,8 +450,7 @@ class Unit:
             self._params, self._classes, placeholders, strict=True
         ):
             param.data = placeholder
-            if own_class is nn.Parameter:
-                param.__class__ = FreedParameter
+            param.__class__ = _freed_class(own_class)
         for each in self._beside:
             each.companion.put(each.placeholder)
         self._is_readable = self._is_outlined = False
@@ -578,7 +587,9 @@ class Unit:
         with torch._C.DisableTorchFunctionSubclass():
             changed = [param.requires_grad for param in self._params] != self._require_grad
             first, view = self._params[0], self._full.views[0]
-            moved = self._is_readable and first.data_ptr() != view.data_ptr()
+            # Frozen ones that stay are only read, and a module may cast its own, as of a bias.
+            is_ours = self.is_trained or not self.lifetime.params_stay
+            moved = is_ours and self._is_readable and first.data_ptr() != view.data_ptr()
         if changed or moved:
             what = "requires_grad was changed" if changed else "data was replaced"
             raise UsageError(
@@ -600,6 +611,24 @@ class Unit:
             same = self.master.to(mine.dtype) == mine
             self.master.copy_(torch.where(same, self.master, mine.to(self.master.dtype)))
         self._versions = self._count_edits()
+
+    def take_replaced(self) -> list[str]:
+        """Copy data that was put in the place of a full parameter's to where that belongs.
+
+        Returns:
+            Names of parameters whose new data have another shape; these are as they were before.
+        """
+        misfits: list[str] = []
+        for member, view in zip(self.members, self._full.views, strict=False):
+            given = plain(member.param)
+            if given.shape != view.shape:
+                misfits.append(member.name)
+            elif given.data_ptr() != view.data_ptr():
+                view.copy_(given)
+            else:
+                continue
+            member.param.data = view
+        return misfits
 
     # Gradients
 
@@ -793,7 +822,7 @@ def is_waiting(param: Tensor) -> bool:
 def plain(param: Tensor) -> Tensor:
     """The tensor that a parameter of any class is, detached: no method of the class is called."""
     with torch._C.DisableTorchFunctionSubclass():
-        return param.detach()
+        return Tensor.detach(param)
 
 
 def full_shape(param: Tensor) -> torch.Size:
@@ -1033,8 +1062,8 @@ def _vacate(members: Sequence[Member], mesh: Mesh) -> None:
     """Give back the memory that parameters have: their own, or the shards in which they wait."""
     for member in members:
         param = member.param
-        if type(param) is FreedParameter:
-            object.__setattr__(param, "__class__", nn.Parameter)
+        if isinstance(param, FreedParameter):
+            object.__setattr__(param, "__class__", type(param)._own_class)
         param.data = torch.empty(0, dtype=param.dtype, device=mesh.device)
         param.grad = None
         _release_keeper(param)
