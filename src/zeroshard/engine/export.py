@@ -52,11 +52,17 @@ def weights_of(
     if not is_writer:
         return None
     state = model.state_dict(keep_vars=True)  # the parameters themselves, freed or not
+    gone = {name for name, value in state.items() if _is_tensor(value) and value in left_out}
     return {
         name: _copy(value, copies)
         for name, value in state.items()
-        if not isinstance(value, Tensor) or value not in left_out
+        # "weight.quant_map" belongs to "weight".
+        if name not in gone and not any(name[:at] in gone for at in _dots(name))
     }
+
+
+def _dots(name: str) -> Iterator[int]:
+    return (at for at, letter in enumerate(name) if letter == ".")
 
 
 def _copy(value: Any, copies: Mapping[Tensor, Tensor]) -> Any:
