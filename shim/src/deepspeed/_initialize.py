@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any
 
 import deepspeed
+import deepspeed._attributes
 import zeroshard
 from deepspeed.utils.logging import logger
 from zeroshard.engine import build
