@@ -20,7 +20,7 @@ from zeroshard.core.external import declared
 from zeroshard.core.leaves import is_marked
 from zeroshard.core.unit import Slot, Unit, is_waiting, slot_of
 
-__all__ = ["ZeroParamStatus"]
+__all__ = ["ZeroParamStatus", "install"]
 
 
 class ZeroParamStatus(Enum):
@@ -183,6 +183,9 @@ _OF_MODULES: dict[str, Callable[[nn.Module], Any]] = {
     "ds_external_parameters": _external,
 }
 
-for _kind, _table in ((nn.Parameter, _OF_PARAMETERS), (nn.Module, _OF_MODULES)):
-    for _name, _find in _table.items():
-        setattr(_kind, _name, _Attribute(_name, _find))
+
+def install() -> None:
+    """Let parameters and modules be asked; again does nothing new."""
+    for kind, table in ((nn.Parameter, _OF_PARAMETERS), (nn.Module, _OF_MODULES)):
+        for name, find in table.items():
+            setattr(kind, name, _Attribute(name, find))
