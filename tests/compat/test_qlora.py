@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,15 @@ pytest.importorskip("peft")
 import peft
 import transformers
 from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import zeroshard
 from forked import run_ranks
@@ -339,3 +348,86 @@ def test_what_is_not_quantised_yet_is_when_the_model_is_initialized() -> None:
             assert torch.equal(engine(x), want.train()(x))
 
     run_ranks(on_rank, 2)
+
+
+# Through the Trainer
+
+
+def become(rank: int, world: int) -> None:
+    """Set what a launcher would have, so that libraries find the process group as theirs."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ |= dict(zip(names, map(str, (rank, rank, world, world)), strict=True))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def arguments(folder: Path, stage: int) -> TrainingArguments:
+    """As tutorials print them for fp16 on several GPUs, but for the number of steps."""
+    return TrainingArguments(
+        output_dir=str(folder / "out"),
+        max_steps=2,
+        learning_rate=2e-2,
+        fp16=True,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        deepspeed=str(folder / f"zero{stage}.json"),
+        gradient_checkpointing=True,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def write_configs(folder: Path) -> None:
+    for stage in (2, 3):
+        config = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "fp16": {"enabled": "auto", "initial_scale_power": 8},
+            "zero_optimization": {"stage": stage},
+        }
+        (folder / f"zero{stage}.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_trainer_trains_adapters_on_a_quantised_base_at_every_stage(
+    base: Path, tmp_path: Path, world: int
+) -> None:
+    write_configs(tmp_path)
+
+    def on_rank(rank: int, world: int) -> dict[int, Any]:
+        become(rank, world)
+        found: dict[int, Any] = {}
+        for stage in (2, 3):
+            settings = arguments(tmp_path, stage)
+            transformers.utils.logging.disable_progress_bar()
+            case = Case(compute=torch.float16)
+            model = AutoModelForCausalLM.from_pretrained(
+                base, quantization_config=case.quantisation
+            )
+            model = prepare_model_for_kbit_training(model)
+            torch.manual_seed(1)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+            count = model.get_nb_trainable_parameters()
+            rows = [{"input_ids": row, "labels": row} for x in batches() for row in x]
+            trainer = Trainer(model=model, args=settings, train_dataset=rows, eval_dataset=rows[:2])
+            trainer.train()
+            assert model.get_nb_trainable_parameters() == count
+            history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+            numbers = [entry[key] for entry in history for key in ("loss", "grad_norm")]
+            found[stage] = [*numbers, trainer.evaluate()["eval_loss"]]
+            trainer.save_model(str(tmp_path / f"adapters{stage}"))
+        return found
+
+    found = run_ranks(on_rank, world)[0]
+    assert len(found[2]) == 5
+    assert found[2] == pytest.approx(found[3], rel=1e-6)
+    two, three = (
+        peft.utils.load_peft_weights(str(tmp_path / f"adapters{stage}"), device="cpu")
+        for stage in (2, 3)
+    )
+    assert two.keys() == three.keys()
+    assert all(torch.equal(two[name].half(), three[name].half()) for name in two)
+    assert not (tmp_path / "adapters3" / "model.safetensors").exists()

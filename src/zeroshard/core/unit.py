@@ -413,7 +413,7 @@ class Unit:
     def stored(self, index: int) -> Tensor:
         """This rank's slice of a parameter, as gathers read it."""
         shard = self._store.read(self._full.tensor.new_empty(self.layout.shard_numel))
-        return self._cut(shard)[index]
+        return self._cut(shard)[index].view(self._placeholders[index].dtype)
 
     def gather(self) -> None:
         """Start making the parameters full. A collective over the shard axis."""
