@@ -30,8 +30,8 @@ from transformers import (
     TrainingArguments,
 )
 
-import zeroshard
 from forked import run_ranks
+from zeroshard import gathered, initialize
 
 QUANTISED = (Params4bit, Int8Params)
 STEPS = 2
@@ -118,7 +118,7 @@ def start(model: Any, case: Case, stage: int) -> Any:
     if half == "fp16":
         config[half]["initial_scale_power"] = 8
     optimizer = torch.optim.SGD(trained(model), lr=0.5)
-    return zeroshard.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 def batches() -> Iterator[Tensor]:
@@ -210,7 +210,7 @@ def test_all_stages_train_like_plain_torch_and_keep_every_byte(base: Path, case:
                 names = {type(param).__name__ for param in params.values()}
                 assert names == {kind.__name__ for kind in classes}
             found[stage] = engine_losses(engine)
-            with zeroshard.gathered(model):
+            with gathered(model):
                 now = dict(model.named_parameters())
                 assert all(now[name] is param for name, param in params.items())
                 assert [type(param) for param in params.values()] == classes
@@ -248,9 +248,9 @@ def test_a_rank_holds_its_part_of_weights_and_statistics(case: Case, world: int)
                 kwargs = {k: v for k, v in vars(module.weight).items() if k not in {"CB", "SCB"}}
                 values = torch.randn(module.weight.shape, dtype=torch.bfloat16)
                 module.weight = type(module.weight)(values, requires_grad=False, **kwargs)
-        zeroshard.initialize(model=model, config=config_of(0))[0].destroy()
+        initialize(model=model, config=config_of(0))[0].destroy()
         whole = held_outside(model)
-        engine = zeroshard.initialize(model=model, config=config_of(3))[0]
+        engine = initialize(model=model, config=config_of(3))[0]
         units = engine.runtime.units
         blocks = [unit for unit in units if len(unit.members) == 7]
         return whole, sum(u.parameter_bytes for u in units) + held_outside(model), len(blocks)
@@ -322,7 +322,7 @@ def test_adapters_are_merged_into_the_quantised_base_inside_a_gather(
         want = load(base, Case(compute=torch.float32)).merge_and_unload()
         model = load(base, Case(compute=torch.float32))
         engine = start(model, Case(compute=torch.float32), stage)
-        with zeroshard.gathered(model):
+        with gathered(model):
             merged = model.merge_and_unload()
             x = next(batches())
             with torch.no_grad():
@@ -342,7 +342,7 @@ def test_what_is_not_quantised_yet_is_when_the_model_is_initialized() -> None:
         want = Linear4bit(64, 64, quant_type="nf4")
         want.load_state_dict(layer.state_dict())
         want.to("cpu")
-        engine = zeroshard.initialize(model=layer, config=config_of(3))[0]
+        engine = initialize(model=layer, config=config_of(3))[0]
         x = torch.randn(2, 64)
         with torch.no_grad():
             assert torch.equal(engine(x), want.train()(x))
