@@ -46,7 +46,8 @@ class Piece:
 class Entry:
     """A parameter.
 
-    ``dtype`` is the one it is computed in. ``group`` is its param group, if it is trained. Of the
+    ``dtype`` is the one it is computed in. If it ``is_opaque``, its bits are no plain numbers, as
+    when it is quantised. ``group`` is its param group, if it is trained. Of the
     optimizer's state ``slices`` are in ranges like the weights, ``numbers`` belong to all of them,
     and ``blocks`` are what cannot be cut anew, by the rank whose slice they belong to.
     """
@@ -54,6 +55,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     is_frozen: bool
+    is_opaque: bool = False
     pieces: tuple[Piece, ...] = ()
     group: int | None = None
     slices: tuple[str, ...] = ()
@@ -98,6 +100,7 @@ class Manifest:
         extras: entries of the model's state dict that are neither, encoded.
         without_frozen: whether frozen parameters were left out.
         progress: counters of the engine.
+        has_gradients: whether a step was under way, whose gradients so far are there.
         scaler: state of the loss scale.
         schedule: state of the learning rate schedule, encoded.
         optimizer: class and param groups, encoded.
@@ -112,6 +115,7 @@ class Manifest:
     extras: Mapping[str, Any]
     without_frozen: bool
     progress: Mapping[str, Any]
+    has_gradients: bool
     scaler: Mapping[str, Any] | None
     schedule: Any
     optimizer: Mapping[str, Any] | None
@@ -180,6 +184,7 @@ def _of(entry: Entry) -> dict[str, Any]:
         "shape": list(entry.shape),
         "dtype": entry.dtype,
         "is_frozen": entry.is_frozen,
+        **({"is_opaque": True} if entry.is_opaque else {}),
         "pieces": [[piece.rank, *piece.range] for piece in entry.pieces],
     }
     if entry.group is not None:

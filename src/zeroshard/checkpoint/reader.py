@@ -12,9 +12,9 @@ from torch import Tensor
 
 from zeroshard.checkpoint import folder as disk
 from zeroshard.checkpoint.encoding import Decoder
-from zeroshard.checkpoint.manifest import Entry, Manifest
+from zeroshard.checkpoint.manifest import Manifest
 from zeroshard.checkpoint.objects import load_objects
-from zeroshard.checkpoint.tensors import TensorFile
+from zeroshard.checkpoint.tensors import TensorFile, dtype_named
 from zeroshard.core.layout import Range
 from zeroshard.errors import CheckpointError, compose
 
@@ -109,18 +109,17 @@ class Reader:
 
     def dtype(self, kind: str, name: str) -> torch.dtype:
         """The dtype that a parameter's tensor of some kind was saved in."""
-        (first, *_) = self.manifest.parameters[name].pieces
-        return self.rank(first.rank).dtype(f"{kind}/{name}")
+        entry = self.manifest.parameters[name]
+        if not entry.pieces:
+            return dtype_named(entry.dtype)
+        return self.rank(entry.pieces[0].rank).dtype(f"{kind}/{name}")
 
-    def whole(self, name: str, kind: str) -> Tensor:
+    def whole(self, kind: str, name: str) -> Tensor:
         """A parameter's whole tensor of some kind, in host memory."""
-        entry: Entry = self.manifest.parameters[name]
-        numel = torch.Size(entry.shape).numel()
-        if not numel:
-            return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="cpu")
-        out = torch.empty(numel, dtype=self.dtype(kind, name), device="cpu")
-        self.read_range(kind, name, Range(0, numel), out)
-        return out.view(entry.shape)
+        shape = self.manifest.parameters[name].shape
+        out = torch.empty(shape, dtype=self.dtype(kind, name), device="cpu")
+        self.read_range(kind, name, Range(0, out.numel()), out.view(-1))
+        return out
 
     def _unpickle(self, key: str) -> Any:
         if self._objects is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,21 @@ from zeroshard.optim.sharded import ShardedOptimizer
 __all__ = ["Loaded", "Wanted", "load"]
 
 _log = logging.getLogger(__name__)
+_EXTRA_STATE = "_extra_state"  # torch's name for what get_extra_state() gives
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What of a checkpoint is loaded; the model's weights and the caller's state always are."""
+    """What of a checkpoint is loaded; the caller's state always is.
+
+    ``weights`` is false where the caller loads them in a way of its own.
+    """
 
     strict: bool = True
     optimizer: bool = True
     schedule: bool = True
     only_model: bool = False
-    custom: Callable[..., object] | None = None
+    weights: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +76,15 @@ def load(training: Training, root: Path, tag: str | None, wanted: Wanted) -> Loa
     with reader:
         check_equal(json.dumps(reader.manifest.files), mesh, f"{folder / disk.MANIFEST}")
         with agreed(mesh, f"load {folder}"):
-            found = match(training, reader.manifest, folder, strict=wanted.strict)
+            strict = wanted.strict and wanted.weights
+            found = match(training, reader.manifest, folder, strict=strict)
             _check(training, reader, wanted)
             for rank in _ranks_to_read(found, reader):
                 reader.rank(rank)
         with agreed(mesh, f"load {folder}"), torch.no_grad():
-            changed = _read_model(found, reader, _same_rank(training, reader))
+            changed: list[Unit] = []
+            if wanted.weights:
+                changed = _read_model(training, found, reader)
             progress = (
                 None if wanted.only_model else _read_training(training, reader, found, wanted)
             )
@@ -142,7 +148,7 @@ def _ranks_to_read(found: Match, reader: Reader) -> set[int]:
 # The model
 
 
-def _read_model(found: Match, reader: Reader, rank: int | None) -> list[Unit]:
+def _read_model(training: Training, found: Match, reader: Reader) -> list[Unit]:
     """Read weights and buffers; give the units that changed."""
     by_unit: dict[Unit, list[tuple[Place, str]]] = {}
     for place, name in found.parameters:
@@ -152,8 +158,14 @@ def _read_model(found: Match, reader: Reader, rank: int | None) -> list[Unit]:
         for place, name in members:
             _read_slice(reader, WEIGHTS, name, place, place.of(kept))
         unit.load_kept(kept)
+    rank = _same_rank(training, reader)
     for name, buffer in found.buffers.items():
         buffer.copy_(_buffer(reader, name, rank))
+    for name, encoded in reader.manifest.extras.items():
+        path, _, last = name.rpartition(".")
+        if last == _EXTRA_STATE:
+            module = training.model.get_submodule(path)
+            module.set_extra_state(reader.common.decode(encoded))
     return list(by_unit)
 
 
@@ -299,7 +311,7 @@ def _read_gradients(
     """Go on with the gradients that were accumulated, as far as they still mean the same."""
     for unit in training.units:
         unit.clear_gradients()
-    if not (progress.accumulated or progress.has_run_backward):
+    if not reader.manifest.has_gradients:
         return progress
     if progress.accumulation != training.accumulation:
         _log.warning(

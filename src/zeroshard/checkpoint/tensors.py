@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,8 +67,34 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(raw)
 
 
+class Storable(Protocol):
+    """A tensor that is there, or one that is read when it is asked for."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        ...
+
+    def numel(self) -> int:
+        """Number of elements."""
+        ...
+
+    def element_size(self) -> int:
+        """Bytes of an element."""
+        ...
+
+    def contiguous(self) -> Tensor:
+        """The tensor itself."""
+        ...
+
+
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path, tensors: Mapping[str, Storable], metadata: Mapping[str, str] | None = None
 ) -> int:
     """Write tensors to a file, one after another, and wait until it is on the disk.
 
@@ -96,7 +122,7 @@ def write_tensors(
     with path.open("wb", buffering=0) as file:
         _write(file, memoryview(len(text).to_bytes(_LENGTH_BYTES, "little") + text))
         for name in order:
-            _write(file, bytes_of(tensors[name]))
+            _write(file, bytes_of(tensors[name].contiguous()))
         os.fsync(file.fileno())
     return _LENGTH_BYTES + len(text) + end
 

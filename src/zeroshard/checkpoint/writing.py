@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zeroshard.checkpoint import folder as disk
 from zeroshard.checkpoint.encoding import Encoder
@@ -38,6 +38,7 @@ from zeroshard.checkpoint.training import (
     places,
 )
 from zeroshard.core.collectives import Answered, gather_bytes
+from zeroshard.core.unit import FreedParameter
 
 __all__ = ["PRIVATE", "Common", "save"]
 
@@ -62,6 +63,7 @@ class _Share:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     private: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    has_gradients: bool = False
 
 
 def save(training: Training, root: Path, tag: str, content: Common, *, save_latest: bool) -> Path:
@@ -84,7 +86,8 @@ def save(training: Training, root: Path, tag: str, content: Common, *, save_late
             private = {PRIVATE: json.dumps(share.private)}
             nbytes = write_tensors(path, share.tensors, private)
             _write_facts(training, path.parent, content)
-            told = json.dumps({"bytes": nbytes, "entries": share.entries}).encode()
+            facts = {"bytes": nbytes, "entries": share.entries}
+            told = json.dumps({**facts, "has_gradients": share.has_gradients}).encode()
         with Answered(mesh.rank, f"to tell rank 0 what it wrote to {folder}"):
             shares = [json.loads(each) for each in gather_bytes(told, mesh)]
         with agreed(mesh, f"finish {folder}"):
@@ -202,9 +205,11 @@ def _add_gradient(share: _Share, place: Place) -> None:
     unit = place.unit
     if unit.grad_shard is not None and place.is_written_here:
         share.tensors[f"{GRADIENTS}/{place.name}"] = place.of(unit.grad_shard)
+        share.has_gradients = True
     own = unit.unreduced(place.index)
     if own is not None:
         share.tensors[f"{UNREDUCED}/{place.name}"] = own.reshape(-1)
+        share.has_gradients = True
 
 
 # What rank 0 writes
@@ -249,6 +254,7 @@ def _manifest(
         extras={name: encoder.encode(value) for name, value in model.extras.items()},
         without_frozen=not content.with_frozen,
         progress=asdict(content.progress),
+        has_gradients=any(share["has_gradients"] for share in shares),
         scaler=sharded.scaler.state_dict() if sharded and sharded.scaler else None,
         schedule=None if schedule is None else encoder.encode(schedule.state_dict()),
         optimizer=describe(sharded.inner, encoder) if sharded else None,
@@ -268,6 +274,8 @@ def _entry(place: Place, shares: list[dict[str, Any]]) -> Entry:
         shape=tuple(place.unit.shapes[place.index]),
         dtype=name_of_dtype(place.param.dtype),
         is_frozen=not place.param.requires_grad,
+        is_opaque=not place.unit.is_trained
+        and type(place.param) not in {nn.Parameter, FreedParameter},
         pieces=pieces,
         group=first.get("group"),
         slices=tuple(first.get("slices", ())),

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Sampler, SequentialSampler
 
+from zeroshard.checkpoint.export import Weights, weights_in
+from zeroshard.checkpoint.reader import Reader
 from zeroshard.checkpoint.reading import Wanted, load
 from zeroshard.checkpoint.training import Progress, Training
 from zeroshard.checkpoint.writing import Common, save
@@ -602,12 +604,16 @@ class Engine(Getters):
             optimizer=load_optimizer_states,
             schedule=load_lr_scheduler_states,
             only_model=load_module_only,
-            custom=custom_load_fn,
+            weights=custom_load_fn is None,
         )
         loaded = load(self._training, Path(load_dir), None if tag is None else str(tag), wanted)
         if loaded is None:
             return None, {}
         self.loaded_checkpoint_dp_world_size = loaded.world
+        if custom_load_fn is not None:
+            with Reader(loaded.folder) as reader:
+                weights = Weights(weights_in(reader, half=None))
+                self.load_module_state_dict(weights, custom_load_fn=custom_load_fn)
         if loaded.progress is not None:
             self._resume(loaded.progress)
         return str(loaded.folder), loaded.client
