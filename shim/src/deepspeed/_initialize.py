@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-import zeroshard
-from zeroshard.engine import build
-
 import deepspeed
+import zeroshard
 from deepspeed.utils.logging import logger
+from zeroshard.engine import build
 
 __all__ = ["initialize"]
 
