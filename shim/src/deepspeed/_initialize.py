@@ -7,10 +7,14 @@ from typing import Any
 
 import deepspeed
 import zeroshard
+from deepspeed import _attributes
 from deepspeed.utils.logging import logger
 from zeroshard.engine import build
 
 __all__ = ["initialize"]
+
+
+_attributes.install()
 
 
 @wraps(build.initialize)
