@@ -531,7 +531,7 @@ def test_a_search_of_hyperparameters_makes_one_engine_after_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # What it asks of Optuna, which need not be installed.
-    monkeypatch.setattr("transformers.trainer_callback.hp_params", lambda trial: trial.params)
+    monkeypatch.setattr(transformers.integrations, "hp_params", lambda trial: trial.params)
 
     def fresh() -> LlamaForCausalLM:
         return llama()
