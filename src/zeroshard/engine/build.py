@@ -272,6 +272,10 @@ def _resolve_scheduler(
     if scheduler is None and settings.scheduler is None:
         return None
     if optimizer is None:
+        if scheduler is None:
+            # Programs that only evaluate keep the configuration of the training.
+            _log.info('there is no optimizer, so the "scheduler" block is not used.')
+            return None
         raise UsageError(
             compose(
                 "initialize() was given a learning rate schedule but no optimizer.",
