@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zeroshard.config import Batch, Config
 from zeroshard.core.mesh import Mesh
+from zeroshard.engine.optimizer import ZeroOptimizer
 from zeroshard.optim.sharded import ShardedOptimizer
 
 __all__ = ["Getters"]
@@ -23,6 +24,7 @@ class Getters(nn.Module):
     mp_world_size = 1
     loaded_checkpoint_dp_world_size: int | None = None
     _sharded: ShardedOptimizer | None
+    _optimizer: ZeroOptimizer | None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -59,14 +61,14 @@ class Getters(nn.Module):
     # Optimizer
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer given to ``initialize`` or built there, over slices of the parameters."""
-        return self._sharded.inner if self._sharded else None
+    def optimizer(self) -> ZeroOptimizer | None:
+        """What ``initialize`` returned as the optimizer; it steps slices of the parameters."""
+        return self._optimizer
 
     @property
     def basic_optimizer(self) -> torch.optim.Optimizer | None:
-        """The same optimizer: it is not wrapped."""
-        return self.optimizer
+        """The optimizer inside, which was given to ``initialize`` or built there."""
+        return self._sharded.inner if self._sharded else None
 
     @property
     def loss_scale(self) -> float:

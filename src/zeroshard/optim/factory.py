@@ -16,6 +16,7 @@ from zeroshard.optim import packages
 from zeroshard.optim.elementwise import Lion, UncorrectedAdam
 from zeroshard.optim.lamb import Lamb
 from zeroshard.optim.muon import Muon, muon_groups
+from zeroshard.optim.named import NAMED
 from zeroshard.optim.options import Recipe, recipe, suggestion
 
 __all__ = ["ELEMENTWISE", "make_optimizer"]
@@ -39,6 +40,7 @@ ELEMENTWISE: frozenset[type[torch.optim.Optimizer]] = frozenset(
         torch.optim.SGD,
         Lion,
         UncorrectedAdam,
+        *NAMED,
     }
 )
 _FUSED = {torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad}

@@ -1,0 +1,21 @@
+"""Settings for tests that run other libraries: no model hub is asked, warnings are theirs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Read when the libraries are imported, which test files do; ranks and scripts inherit them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+
+_FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("default"))
