@@ -161,4 +161,3 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def single_partition_of_fp32_groups(self) -> list[Tensor]:
         """This rank's slices of the master weights, those of all param groups."""
         return [piece for group in self.fp32_partitioned_groups_flat for piece in group]
-
