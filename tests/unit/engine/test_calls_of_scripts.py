@@ -113,7 +113,7 @@ def test_an_engine_answers_by_the_names_that_scripts_use(stage: int) -> None:
     assert engine.config["zero_optimization"]["stage"] == stage
     assert (engine.dp_world_size, engine.mp_world_size) == (2, 1)
     assert engine.gradient_clipping() == 0.5
-    assert engine.basic_optimizer is engine.optimizer
+    assert engine.basic_optimizer is engine.optimizer.optimizer
     assert engine.loaded_checkpoint_dp_world_size is None
     assert not engine.fp16_enabled()
     assert not engine.bfloat16_enabled()
