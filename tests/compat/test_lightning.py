@@ -469,22 +469,20 @@ def test_the_summary_of_a_sharded_model_counts_whole_parameters_and_parts() -> N
 
 @pytest.mark.usefixtures("on_cpu")
 def test_zero_init_is_asked_for_at_every_stage_and_shards_at_the_last() -> None:
+    class Looking(Model):
+        def configure_optimizers(self) -> Any:
+            self.are_empty = {param.numel() == 0 for param in self.parameters()}
+            return super().configure_optimizers()
+
     def work(rank: int, world: int) -> None:
         for stage in STAGES:
-            seen: list[bool] = []
-
-            class Looking(Model):
-                def configure_optimizers(self) -> Any:
-                    seen.extend(param.numel() == 0 for param in self.parameters())
-                    return super().configure_optimizers()
-
             model = Looking()
             with patch("deepspeed.zero.Init", wraps=deepspeed.zero.Init) as made:
                 trainer(f"deepspeed_stage_{stage}", limit_train_batches=2).fit(model)
             made.assert_called_once_with(
                 enabled=stage == 3, remote_device=None, config_dict_or_path=ANY
             )
-            assert set(seen) == {stage == 3}
+            assert model.are_empty == {stage == 3}
 
     run_ranks(work, WORLD)
 
