@@ -5,13 +5,16 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
+import deepspeed
 import zeroshard
+from deepspeed import _attributes
+from deepspeed.utils.logging import logger
 from zeroshard.engine import build
 
-import deepspeed
-from deepspeed.utils.logging import logger
-
 __all__ = ["initialize"]
+
+
+_attributes.install()
 
 
 @wraps(build.initialize)
