@@ -26,7 +26,6 @@ SWITCHES: dict[str, Switch] = {
     "reentrant": lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}),
     "not reentrant": lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}),
     "every second layer": lambda model: model.gradient_checkpointing_enable(every_n_layers=2),
-    "inputs in host memory": lambda model: model.gradient_checkpointing_enable(offload=True),
     "by deepspeed.checkpointing": lambda model: model._set_gradient_checkpointing(
         gradient_checkpointing_func=deepspeed.checkpointing.checkpoint
     ),
