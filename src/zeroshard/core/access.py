@@ -22,6 +22,7 @@ __all__ = [
     "guard_state_dict",
     "parameters_in",
     "refresh",
+    "reshow",
     "stacked",
 ]
 
@@ -206,6 +207,12 @@ def refresh(unit: Unit) -> None:
     """Show edited master weights to whoever reads parameters from now on; a collective."""
     with torch.no_grad():
         unit.write_master()
+    reshow(unit)
+
+
+def reshow(unit: Unit) -> None:
+    """Let full parameters be what their shards are now; a collective."""
+    with torch.no_grad():
         was_full = unit.is_full
         unit.gather()  # also where it is not full here: between two passes it may be on other ranks
         unit.wait()

@@ -502,6 +502,10 @@ class Runtime:
             self._unreduced = False
             self.schedule.finish(self.trained)
 
+    def owe_reduction(self) -> None:
+        """Take note that gradients of earlier backwards are there that were not reduced."""
+        self._unreduced = True
+
     def _forget_calls(self) -> None:
         for counts in self._counts.values():
             counts.open = counts.uses = 0

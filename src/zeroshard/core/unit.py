@@ -550,6 +550,37 @@ class Unit:
             self.master.copy_(torch.where(same, self.master, mine.to(self.master.dtype)))
         self._versions = self._count_edits()
 
+    # Saving and loading
+
+    def read_kept(self) -> Tensor:
+        """This rank's range with all digits that are kept: master weights, or a frozen shard."""
+        return self._store.read(self._mine) if self.master is None else self.master
+
+    def load_kept(self, values: Tensor) -> None:
+        """Replace this rank's range by what has been read; gathers see it from now on."""
+        if self.master is not None:
+            if values.data_ptr() != self.master.data_ptr():
+                self.master.copy_(values)
+            self.write_master()
+        else:
+            self._store.write(values)
+            self._versions = self._count_edits()
+
+    def resume_gradient(self, reduced: Tensor) -> None:
+        """Go on with an accumulation, of which ranks have averaged what came before."""
+        assert self.is_trained, f"{self.name} is frozen and takes no gradients"
+        self.grad_shard = reduced.to(self._wide(self.precision.accumulate))
+
+    def resume_unreduced(self) -> Sequence[Tensor]:
+        """Go on with an accumulation, of which this rank alone has what came before.
+
+        Returns:
+            The full gradient of each parameter, zeros, to be filled.
+        """
+        self._fresh_gradient().tensor.zero_()
+        self.has_gradient = True
+        return self._buffer.views
+
     # Gradients
 
     def collect(self) -> bool:
