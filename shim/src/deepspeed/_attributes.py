@@ -59,7 +59,10 @@ def _slot(param: nn.Parameter) -> Slot:
     if slot is None:
         raise LookupError
     engine = slot.unit.engine() if slot.unit.engine else None
-    is_third = is_waiting(param) if engine is None else engine.zero_optimization_stage() == 3
+    if engine is None:  # a model may be used on when nobody holds its engine any more
+        is_third = is_waiting(param) or not slot.unit.lifetime.params_stay
+    else:
+        is_third = engine.zero_optimization_stage() == 3
     if not is_third:
         raise LookupError
     return slot

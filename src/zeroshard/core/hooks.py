@@ -48,7 +48,7 @@ from zeroshard.core.edges import apart, on_gradient
 from zeroshard.core.external import declared, unwatch, watch
 from zeroshard.core.scaling import ScaledLoss, rescale
 from zeroshard.core.schedule import Schedule
-from zeroshard.core.unit import Unit, slot_of
+from zeroshard.core.unit import Unit, hand_back, slot_of
 from zeroshard.errors import UsageError, compose
 
 __all__ = ["Runtime", "Site", "in_backward"]
@@ -164,6 +164,7 @@ class Runtime:
             unit.add_use = partial(self.add_use, unit=unit)
             unit.drop_use = partial(self._drop_use, unit=unit)
             unit.use_here = partial(self._use_here, unit)
+            unit.let_go = self.let_go
         for module, param in declared(self.root):
             slot = slot_of(param)
             if slot is not None and slot.unit.add_use is not None:
@@ -193,6 +194,17 @@ class Runtime:
             handle.remove()
         self._handles.clear()
         unwatch(self._watched)
+
+    def let_go(self) -> None:
+        """Remove the hooks and end the hold of all units; see `hand_back`."""
+        self.detach()
+        for unit in self.units:
+            hand_back(unit)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether all hooks are there: some libraries clear those of a model they pass on."""
+        return all(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

@@ -151,6 +151,8 @@ class FreedParameter(nn.Parameter):
         {
             Tensor.__hash__,
             Tensor.__repr__,
+            Tensor.cpu,
+            Tensor.cuda,
             Tensor.data_ptr,
             Tensor.dim,
             Tensor.element_size,
@@ -283,6 +285,7 @@ class Unit:
         self.add_use: Callable[[nn.Module], object] | None = None
         self.drop_use: Callable[[nn.Module], object] | None = None
         self.use_here: Callable[[], bool] | None = None
+        self.let_go: Callable[[], None] | None = None
         self.engine: Callable[[], Any] | None = None  # a weak reference, set by the engine
         self.is_parked = False  # the memory of its parameters is elsewhere for a while
         self.is_kept_for_engine = False  # by its parameters
@@ -802,7 +805,7 @@ def hand_back(unit: Unit) -> None:
     """
     unit.clear_gradients()
     unit._end_gather()
-    unit.add_use = unit.drop_use = unit.use_here = unit.engine = None
+    unit.add_use = unit.drop_use = unit.use_here = unit.let_go = unit.engine = None
     if unit.lifetime.params_stay:
         unit.wait()
         for param in unit._params:

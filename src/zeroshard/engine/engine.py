@@ -26,7 +26,6 @@ from zeroshard.core import tree
 from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
-from zeroshard.core.unit import hand_back
 from zeroshard.core.usage import GradientWatch
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.diagnose import explain_backward
@@ -803,12 +802,10 @@ class Engine(Getters):
             return
         self.reload_states()
         self.zero_grad()
-        self.runtime.detach()
+        self.runtime.let_go()
         if self._sharded is not None:
             self._sharded.release()
             vars(self._sharded.inner).pop("zero_grad", None)
-        for unit in self.runtime.units:
-            hand_back(unit)
         self.mesh.destroy()
         self._is_destroyed = True
 
