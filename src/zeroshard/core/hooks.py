@@ -194,15 +194,24 @@ class Runtime:
         self._handles.clear()
         unwatch(self._watched)
 
+    def mute(self) -> None:
+        """Do nothing in forward from now on; for units that are held, and without gradients."""
+        self._is_quiet = True
+
+    def unmute(self) -> None:
+        """Take back ``mute``."""
+        self._is_quiet = False
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Do nothing in forward; for units that are held, and without gradients."""
-        self._is_quiet, before = True, self._is_quiet
+        """Do nothing in forward; for units that are held. Gradients are off."""
+        was_quiet = self._is_quiet
+        self.mute()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._is_quiet = before
+            self._is_quiet = was_quiet
 
     def add_use(self, module: nn.Module, unit: Unit) -> Site:
         """Gather a unit whenever ``module`` runs, too."""

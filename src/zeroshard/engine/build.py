@@ -314,7 +314,7 @@ def _retire_idle_engines(model: nn.Module) -> None:
     slots = [slot_of(param) for param in model.parameters()]
     holders = {slot.unit.engine() for slot in slots if slot is not None and slot.unit.engine}
     for holder in holders:
-        if isinstance(holder, Engine) and holder.optimizer is None:
+        if isinstance(holder, Engine) and holder.basic_optimizer is None:
             _log.info("an engine without optimizer gives the model to a new one, and ends.")
             holder.destroy()
 
