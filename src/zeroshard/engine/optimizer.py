@@ -1,5 +1,8 @@
 """The optimizer that initialize() returns: the user's own, whose step is the whole sharded step."""
 
+# Torch's attributes are properties here, for they are those of another optimizer.
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -44,7 +47,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     # What belongs to the optimizer inside
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride] - torch has an attribute
+    def param_groups(self) -> list[dict[str, Any]]:
         """The groups of the optimizer itself: what is set in them holds from the next step on."""
         return self.optimizer.param_groups
 
@@ -53,7 +56,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.optimizer.param_groups = groups
 
     @property
-    def state(self) -> defaultdict[Tensor, Any]:  # pyright: ignore[reportIncompatibleVariableOverride] - torch has an attribute
+    def state(self) -> defaultdict[Tensor, Any]:
         """State by slice, on this rank."""
         return self.optimizer.state
 
@@ -62,7 +65,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride] - torch has an attribute
+    def defaults(self) -> dict[str, Any]:
         """Hyper-parameters of groups that do not set them."""
         return self.optimizer.defaults
 
@@ -161,4 +164,3 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def single_partition_of_fp32_groups(self) -> list[Tensor]:
         """This rank's slices of the master weights, those of all param groups."""
         return [piece for group in self.fp32_partitioned_groups_flat for piece in group]
-
