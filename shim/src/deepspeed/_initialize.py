@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-import zeroshard
-from zeroshard.engine import build
-
 import deepspeed
+import deepspeed._attributes
+import zeroshard
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils.logging import logger
+from zeroshard.engine import build
 
 __all__ = ["initialize"]
 

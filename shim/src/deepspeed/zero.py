@@ -1,5 +1,6 @@
 """``deepspeed.zero``: models built in shards, and full parameters outside of forward."""
 
+import deepspeed._attributes  # noqa: F401 - what parameters in shards are asked for
 from deepspeed._names import names
 from zeroshard.zero import (
     GatheredParameters,

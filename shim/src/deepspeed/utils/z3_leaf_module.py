@@ -1,5 +1,6 @@
 """``deepspeed.utils.z3_leaf_module``: modules that are gathered as a whole."""
 
+import deepspeed._attributes  # noqa: F401 - marked modules have a mark to look at
 from deepspeed._names import names
 from zeroshard.zero import (
     get_z3_leaf_modules,

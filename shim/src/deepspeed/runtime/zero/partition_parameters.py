@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
-
+from deepspeed._attributes import ZeroParamStatus
 from deepspeed._names import names
 from zeroshard.zero import (
     GatheredParameters,
@@ -20,14 +19,6 @@ __all__ = [
     "register_external_parameter",
     "unregister_external_parameter",
 ]
-
-
-class ZeroParamStatus(Enum):
-    """Whether the data of a parameter is here in full, elsewhere, or on its way."""
-
-    AVAILABLE = 1
-    NOT_AVAILABLE = 2
-    INFLIGHT = 3
 
 
 def is_zero_param(parameter: object) -> bool:
