@@ -46,6 +46,7 @@ from zeroshard.core import tree
 from zeroshard.core.access import guard_state_dict
 from zeroshard.core.edges import apart, on_gradient
 from zeroshard.core.external import declared, unwatch, watch
+from zeroshard.core.hook import Hook
 from zeroshard.core.scaling import ScaledLoss, rescale
 from zeroshard.core.schedule import Schedule
 from zeroshard.core.unit import Unit, slot_of
@@ -172,7 +173,7 @@ class Runtime:
     def _attach_site(self, site: Site) -> None:
         @apart
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # A copy of the module has copies of its hooks, and parameters of its own.
+            # A shallow copy of the module shares its hooks.
             is_ours = module is site.module and not self._is_quiet
             return self._before_forward(site, args, kwargs) if is_ours else None
 
@@ -183,8 +184,8 @@ class Runtime:
 
         module = site.module
         self._handles += [
-            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-            module.register_forward_hook(after, always_call=True),
+            module.register_forward_pre_hook(Hook(before), prepend=True, with_kwargs=True),
+            module.register_forward_hook(Hook(after), always_call=True),
         ]
 
     def detach(self) -> None:
