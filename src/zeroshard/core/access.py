@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from zeroshard.core.collectives import Answered, all_gather, broadcast_
+from zeroshard.core.hook import Hook
 from zeroshard.core.unit import Slot, Unit, slot_of
 from zeroshard.errors import UsageError, compose
 
@@ -243,8 +244,8 @@ def guard_state_dict(model: nn.Module, on_load: Callable[[Unit], object]) -> lis
 
     handles: list[RemovableHandle] = []
     for module in model.modules():
-        handles.append(module.register_state_dict_pre_hook(before_save))
-        handles.append(module.register_load_state_dict_pre_hook(before_load))
+        handles.append(module.register_state_dict_pre_hook(Hook(before_save)))
+        handles.append(module.register_load_state_dict_pre_hook(Hook(before_load)))
     return handles
 
 

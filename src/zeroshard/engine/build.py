@@ -327,7 +327,7 @@ def _take_over(model: nn.Module, *, trains: bool) -> None:
         holder = unit.engine() if unit.engine is not None else None
         if not isinstance(holder, Engine):
             unit.let_go()
-        elif holder.optimizer is None:
+        elif holder.basic_optimizer is None:
             _log.info("an engine without optimizer gives the model to a new one, and ends.")
             holder.destroy()
         elif not holder.runtime.is_attached or (trains and holder.module is model):
