@@ -190,7 +190,13 @@ _ALL = (
     _causal_lm("starcoder2", "Starcoder2"),
     _causal_lm("smollm3", "SmolLM3"),
     _causal_lm("gpt_neox", "GPTNeoX"),
-    _causal_lm("falcon", "Falcon"),
+    Architecture(
+        "falcon",
+        "FalconConfig",
+        "FalconForCausalLM",
+        {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 2,
+         "num_attention_heads": 4},
+    ),
     _causal_lm("bloom", "Bloom", n_layer=2, n_head=4),
     _causal_lm(
         "deepseek_v3",
@@ -206,6 +212,7 @@ _ALL = (
         qk_rope_head_dim=4,
         qk_nope_head_dim=4,
         v_head_dim=8,
+        head_dim=4,
         num_key_value_heads=4,
     ),
     _causal_lm("opt", "OPT", ffn_dim=48, word_embed_proj_dim=HIDDEN),
