@@ -1,4 +1,4 @@
-"""Settings for tests that run other libraries: nothing is fetched, and their warnings are theirs."""
+"""Settings for tests that run other libraries: no model hub is asked, warnings are theirs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("WANDB_DISABLED", "true")
 
 import pytest
 

@@ -31,7 +31,7 @@ __getattr__, __dir__ = names(
         "dist": "deepspeed.comm",
         "get_accelerator": "deepspeed.accelerator:get_accelerator",
         "init_distributed": "zeroshard.core.world:init_distributed",
-        "initialize": "zeroshard.engine.build:initialize",
+        "initialize": "deepspeed._initialize:initialize",
         "log_dist": "deepspeed.utils.logging:log_dist",
         "logger": "deepspeed.utils.logging:logger",
         "tp_model_init": "deepspeed.runtime.tensor_parallel:tp_model_init",

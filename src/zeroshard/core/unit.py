@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.autograd.graph import increment_version
@@ -54,7 +55,7 @@ from zeroshard.core.collectives import (
 )
 from zeroshard.core.layout import Layout, Range
 from zeroshard.core.lifetime import Lifetime
-from zeroshard.core.mesh import Mesh
+from zeroshard.core.mesh import Mesh, default_mesh
 from zeroshard.core.store import DeviceStore, Store
 from zeroshard.core.values import deal, pass_round, put
 from zeroshard.errors import UsageError, compose
@@ -73,6 +74,7 @@ __all__ = [
     "freed_read",
     "full_nbytes",
     "full_shape",
+    "hand_back",
     "is_waiting",
     "keep_until_engine",
     "restore",
@@ -898,6 +900,25 @@ def restore(unit: Unit) -> Tensor:
         _SLOTS.pop(param)
         _disown(param)
     return unit._full.tensor
+
+
+def hand_back(unit: Unit) -> None:
+    """End an engine's hold of a unit: full parameters become ordinary, freed ones wait for another.
+
+    Local, and the process groups of the unit's mesh may end afterwards.
+    """
+    unit.clear_gradients()
+    unit._end_gather()
+    unit.add_use = unit.drop_use = unit.use_here = unit.engine = None
+    if unit.lifetime.params_stay:
+        unit.wait()
+        for param in unit._params:
+            _SLOTS.pop(param, None)
+    elif dist.is_initialized():
+        unit.free()
+        unit.mesh = default_mesh(unit.mesh.device)
+        unit.master, unit.slices, unit._gradient = None, (), None
+        keep_until_engine(unit)
 
 
 def build_unit(

@@ -33,6 +33,7 @@ from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_pe
 from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.engine import Engine, Settings
+from zeroshard.engine.optimizer import ZeroOptimizer
 from zeroshard.engine.precision import (
     DTYPES,
     autocast_dtype,
@@ -73,7 +74,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     config: ConfigSource | None = None,
     mesh_param: object = None,
     config_params: ConfigSource | None = None,
-) -> tuple[Engine, torch.optim.Optimizer | None, ShardedLoader | None, Any]:
+) -> tuple[Engine, ZeroOptimizer | None, ShardedLoader | None, Any]:
     """Shard a model over all ranks and return the engine that trains it. A collective.
 
     Args:
@@ -93,7 +94,8 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         config_params: older name of ``config``.
 
     Returns:
-        The engine, the optimizer, the loader (or None) and the scheduler (or None).
+        The engine; the optimizer, as :class:`~zeroshard.engine.optimizer.ZeroOptimizer`, or None;
+        the loader, or None; the scheduler, or None.
 
     Raises:
         ConfigError: the configuration cannot be used.
@@ -119,6 +121,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     batch = settings.batch(dist.get_world_size())
     life = lifetime(settings.zero_optimization.stage, dist.get_world_size())
 
+    _retire_idle_engines(model)
     inner = _resolve_optimizer(optimizer, model, model_parameters, settings)
     trained = set(optimizer_parameters(inner)) if inner is not None else set[nn.Parameter]()
     _check_model(model, trained if inner is not None else None)
@@ -180,7 +183,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         training_dataloader=loader,
         local_rank=world.local_rank(),
     )
-    return engine, inner, loader, scheduler
+    return engine, engine.optimizer, loader, scheduler
 
 
 def _config_source(
@@ -308,6 +311,16 @@ def _resolve_scheduler(
     return scheduler
 
 
+def _retire_idle_engines(model: nn.Module) -> None:
+    """End engines that hold the model without training it, as for evaluation: they lose nothing."""
+    slots = [slot_of(param) for param in model.parameters()]
+    holders = {slot.unit.engine() for slot in slots if slot is not None and slot.unit.engine}
+    for holder in holders:
+        if isinstance(holder, Engine) and holder.optimizer is None:
+            _log.info("an engine without optimizer gives the model to a new one, and ends.")
+            holder.destroy()
+
+
 def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
     ignored: list[str] = []
     for name, param in model.named_parameters():
@@ -315,8 +328,9 @@ def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
         if slot is not None and not is_waiting(param):
             raise UsageError(
                 compose(
-                    f"{name} belongs to another engine already.",
-                    hint="give each engine a model of its own.",
+                    f"{name} belongs to another engine already, which trains it.",
+                    hint="give each engine a model of its own, or call destroy() of the other "
+                    "engine first.",
                 )
             )
         if slot is not None and slot.unit.is_full:

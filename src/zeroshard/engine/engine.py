@@ -20,12 +20,14 @@ from zeroshard.core import tree
 from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
+from zeroshard.core.unit import hand_back
 from zeroshard.core.usage import GradientWatch
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.diagnose import explain_backward
 from zeroshard.engine.export import load_weights, save_weights, weights_of
 from zeroshard.engine.getters import Getters
 from zeroshard.engine.offload import Offloaded, offload, states_named
+from zeroshard.engine.optimizer import ZeroOptimizer
 from zeroshard.errors import UsageError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
 
@@ -98,10 +100,12 @@ class Engine(Getters):
         self._is_in_no_sync = False
         self._offloaded: Offloaded | None = None
         self._num_backwards_seen = 0
-        self._was_step_applied = False
+        self._was_step_applied = self._is_destroyed = False
         for unit in runtime.units:
             unit.engine = weakref.ref(self)
+        self._optimizer: ZeroOptimizer | None = None
         if sharded is not None:
+            self._optimizer = ZeroOptimizer(sharded, self._step_now, self.zero_grad)
             # The gradients are here, so forgetting them is, too.
             sharded.inner.zero_grad = self.zero_grad
         self._refresh()
@@ -214,6 +218,32 @@ class Engine(Getters):
         Raises:
             UsageError: no backward came before it, or it is inside ``no_sync``.
         """
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau) and "metrics" not in (lr_kwargs or {}):
+            raise UsageError(
+                compose(
+                    "ReduceLROnPlateau decides by a figure that engine.step() was not given.",
+                    hint='call engine.step(lr_kwargs={"metrics": loss}).',
+                )
+            )
+        num_before = self.global_steps
+        self._end_micro_step()
+        if self._was_step_applied and self.lr_scheduler is not None:
+            self.lr_scheduler.step(**(lr_kwargs or {}))
+        if self.global_steps > num_before:
+            self._report()
+
+    def _step_now(self) -> None:
+        """Step the optimizer, wherever the accumulation stands; the schedule is the caller's."""
+        before, self._boundary_override = self._boundary_override, True
+        try:
+            self._end_micro_step()
+        finally:
+            self._boundary_override = before
+        self._counts_from = self.micro_steps
+        self._report()
+        self._refresh()
+
+    def _end_micro_step(self) -> None:
         if self._sharded is None:
             raise UsageError("engine.step() needs an optimizer, and initialize() was given none.")
         if self._is_in_no_sync:
@@ -223,6 +253,7 @@ class Engine(Getters):
                     hint="leave the no_sync() block before the last backward and step after it.",
                 )
             )
+        self.check_present("engine.step()")
         if self.runtime.num_backwards == self._num_backwards_seen:
             raise UsageError(
                 compose(
@@ -231,38 +262,31 @@ class Engine(Getters):
                     hint="call engine.backward(loss) (or loss.backward()) before every step().",
                 )
             )
-        if isinstance(self.lr_scheduler, ReduceLROnPlateau) and "metrics" not in (lr_kwargs or {}):
-            raise UsageError(
-                compose(
-                    "ReduceLROnPlateau decides by a figure that engine.step() was not given.",
-                    hint='call engine.step(lr_kwargs={"metrics": loss}).',
-                )
-            )
-        self.check_present("engine.step()")
         self._check_scaled()
         for unit in self.runtime.units:
             unit.check_untouched()
         self._num_backwards_seen = self.runtime.num_backwards
         self._was_step_applied = False
         if self.is_gradient_accumulation_boundary():
-            self._take_step(self._sharded, lr_kwargs or {})
+            self._take_step(self._sharded)
         self.micro_steps += 1
         if self._is_step_due:
             self._is_step_due, self._counts_from = False, self.micro_steps
         self._refresh()
 
-    def _take_step(self, sharded: ShardedOptimizer, lr_kwargs: Mapping[str, Any]) -> None:
+    def _take_step(self, sharded: ShardedOptimizer) -> None:
         self.runtime.keep_edits()
         self.runtime.flush()
         if self._watch is not None:
             self._watch.check()
         self._was_step_applied = sharded.step(divide_by=self.gradient_accumulation_steps())
-        if not self._was_step_applied:
-            self.skipped_steps += 1
-        elif self.lr_scheduler is not None:
-            self.lr_scheduler.step(**lr_kwargs)
+        # Torch's schedules look for it on the optimizer they were made from.
+        vars(self._optimizer)["_opt_called"] = True
+        self.skipped_steps += not self._was_step_applied
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
+
+    def _report(self) -> None:
         every = self.settings.steps_per_print
         if every and self.global_steps % every == 0 and self.global_rank == 0:
             _log.info(
@@ -557,11 +581,19 @@ class Engine(Getters):
             self._offloaded = None
 
     def check_present(self, call: str) -> None:
-        """Refuse a call that needs state which is offloaded.
+        """Refuse a call that needs state which is offloaded, or given back.
 
         Raises:
             UsageError: some is.
         """
+        if self._is_destroyed:
+            raise UsageError(
+                compose(
+                    f"{call} was called after engine.destroy(), or after the model was given to "
+                    "another engine.",
+                    hint="use the engine that the last zeroshard.initialize() returned.",
+                )
+            )
         if self._offloaded is not None:
             raise UsageError(
                 compose(
@@ -637,15 +669,31 @@ class Engine(Getters):
         """Make another loader the one in ``training_dataloader``."""
         self.training_dataloader = loader
 
+    def allreduce_gradients(self, bucket_size: int | None = None) -> None:
+        """Accepted: gradients are averaged while backward runs."""
+
     def empty_partition_cache(self) -> None:
         """Accepted: between two passes no parameters are kept gathered that could be freed."""
 
     def destroy(self) -> None:
-        """Remove the hooks, give gradients and process groups back; the engine is used up."""
+        """Remove the hooks, give gradients and process groups back; the engine is used up.
+
+        The model can be given to ``initialize`` again, and the optimizer with it, without its
+        state. Weights stay as they were computed with: digits that only the master weights had are
+        gone. Parameters that are freed after use stay in shards.
+        """
+        if self._is_destroyed:
+            return
         self.reload_states()
         self.zero_grad()
         self.runtime.detach()
+        if self._sharded is not None:
+            self._sharded.release()
+            vars(self._sharded.inner).pop("zero_grad", None)
+        for unit in self.runtime.units:
+            hand_back(unit)
         self.mesh.destroy()
+        self._is_destroyed = True
 
 
 def _no_checkpoints(call: str, instead: str) -> UsageError:

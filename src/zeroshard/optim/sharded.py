@@ -31,7 +31,7 @@ from zeroshard.optim.lamb import Lamb
 from zeroshard.optim.muon import Muon
 from zeroshard.optim.packages import is_quantized_elementwise
 from zeroshard.optim.scaler import LossScaler
-from zeroshard.optim.whole import Sharded, WholeOptimizer
+from zeroshard.optim.whole import ALONE, Sharded, WholeOptimizer
 
 __all__ = ["ShardedOptimizer", "StepPolicy", "check_optimizer", "optimizer_parameters"]
 
@@ -156,12 +156,14 @@ class ShardedOptimizer:
         self.inner, self.mesh, self.policy, self.scaler = inner, mesh, policy, scaler
         self.units = tuple(unit for unit in units if unit.is_trained)
         self.norm: Tensor | None = None
+        self.overflow = False  # whether the last step was skipped for it
         self._square = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._stepping = False
+        self._given = [list(group["params"]) for group in inner.param_groups]
         self._adopt()
         self._parts = self._divide()
         self._num_slices = sum(len(group["params"]) for group in inner.param_groups)
-        inner.register_step_pre_hook(self._refuse_direct_step)
+        self._guard = inner.register_step_pre_hook(self._refuse_direct_step)
 
     def _adopt(self) -> None:
         """Exchange parameters for slices in every group, and slice the state they already have."""
@@ -250,14 +252,14 @@ class ShardedOptimizer:
         norm = self._global_norm() / divisor
         self.norm = norm
         # Reading the norm makes the host wait for backward: only where a step may be skipped.
-        overflow = self.policy.skip_on_overflow and not bool(torch.isfinite(norm))
-        if overflow:
+        self.overflow = self.policy.skip_on_overflow and not bool(torch.isfinite(norm))
+        if self.overflow:
             self.clear_gradients()
         else:
             self._apply(norm, divisor)
         if self.scaler is not None:
-            self.scaler.update(overflow)
-        return not overflow
+            self.scaler.update(self.overflow)
+        return not self.overflow
 
     def _apply(self, norm: Tensor, divisor: float) -> None:
         if sum(len(group["params"]) for group in self.inner.param_groups) != self._num_slices:
@@ -314,6 +316,15 @@ class ShardedOptimizer:
         """Forget all gradients accumulated since the last step."""
         for unit in self.units:
             unit.clear_gradients()
+
+    def release(self) -> None:
+        """Give the optimizer its parameters back; state, which is of slices, is dropped."""
+        self._guard.remove()
+        self.inner.state.clear()
+        for group, params in zip(self.inner.param_groups, self._given, strict=True):
+            group["params"] = params
+        if isinstance(self.inner, WholeOptimizer):
+            self.inner.whole = ALONE
 
     def state_bytes(self) -> int:
         """Bytes of state on this rank: moments, and master weights kept beside parameters."""

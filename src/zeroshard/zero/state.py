@@ -102,15 +102,7 @@ def _place(param: Tensor) -> _Place | None:
     engine: Engine | None = slot.unit.engine()
     if engine is None:
         return None
-    name = slot.unit.members[slot.index].name
-    if slot.unit.mesh.is_destroyed:
-        raise UsageError(
-            compose(
-                f"the state of {name} was wanted after its engine was destroyed.",
-                hint="read what is wanted before engine.destroy().",
-            )
-        )
-    engine.check_present(f"access to the state of {name}")
+    engine.check_present(f"access to the state of {slot.unit.members[slot.index].name}")
     return _Place(slot, engine)
 
 

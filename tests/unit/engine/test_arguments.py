@@ -232,4 +232,4 @@ def test_initialize_needs_no_values_for_a_block_that_an_object_replaces() -> Non
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     config = {**AUTO, "train_batch_size": 2}
     _, returned, *_ = zeroshard.initialize(model=model, optimizer=optimizer, config=config)
-    assert returned is optimizer
+    assert returned.optimizer is optimizer

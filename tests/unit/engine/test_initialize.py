@@ -84,7 +84,8 @@ def test_it_returns_the_engine_the_optimizer_the_loader_and_the_schedule() -> No
     engine, returned, loader, returned_schedule = result
     assert isinstance(engine, zeroshard.Engine)
     assert engine.module is model
-    assert returned is optimizer is engine.optimizer
+    assert returned is engine.optimizer
+    assert returned.optimizer is optimizer
     assert returned_schedule is schedule is engine.lr_scheduler
     assert loader is engine.training_dataloader
     assert len(loader) == 3

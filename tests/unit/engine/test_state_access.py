@@ -273,8 +273,7 @@ def test_rank_0_decides_where_ranks_set_different_counts(stage: int) -> None:
 def test_a_destroyed_engine_has_no_state_to_give(stage: int) -> None:
     engine = make(stage)
     engine.destroy()
-    with pytest.raises(UsageError, match=r"head\.weight was wanted after its engine was destroyed"):
-        zero.safe_get_full_fp32_param(engine.module.head.weight)
+    assert zero.safe_get_full_fp32_param(engine.module.head.weight) is None
 
 
 @pytest.mark.parametrize("world", [1, 3])

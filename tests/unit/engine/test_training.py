@@ -280,12 +280,12 @@ def test_attributes_that_the_engine_lacks_are_those_of_the_module() -> None:
 
 
 @on_ranks(2, STAGES)
-def test_the_optimizer_cannot_be_stepped_behind_the_engine(stage: int) -> None:
+def test_the_optimizer_inside_cannot_be_stepped_behind_the_engine(stage: int) -> None:
     engine = make(stage)
     before = weights_of(engine)
     engine.backward(loss_of(engine))
     with pytest.raises(UsageError, match=r"hint: call engine\.step\(\)"):
-        engine.optimizer.step()
+        engine.basic_optimizer.step()
     for name, weight in weights_of(engine).items():
         assert torch.equal(weight, before[name])
     engine.step()
