@@ -49,10 +49,11 @@ from zeroshard.core.unit import (
     Precision,
     attribute,
     build_unit,
-    full_shape,
     is_waiting,
     restore,
+    shows_shape,
     slot_of,
+    stand_in,
 )
 from zeroshard.core.waiting import Waiting
 
@@ -140,29 +141,7 @@ _BLIND: Final = frozenset(
         torch.is_floating_point,
     }
 )
-# What shows the shape alone.
-_OUTLINE: Final = frozenset(
-    {
-        Tensor.__len__,
-        Tensor.dim,
-        Tensor.is_contiguous,
-        Tensor.ndimension,
-        Tensor.nelement,
-        Tensor.numel,
-        Tensor.size,
-        Tensor.stride,
-        torch.numel,
-    }
-)
-_OUTLINE_ATTRIBUTES: Final = frozenset({"nbytes", "ndim", "shape"})
 _VALUE_ATTRIBUTES: Final = frozenset({"H", "T", "data", "imag", "mH", "mT", "real"})
-
-
-def _stand_in(tensor: Tensor) -> Tensor:
-    """A tensor without data that has the shape of a freed parameter; others as they are."""
-    if not isinstance(tensor, FreedParameter):
-        return tensor
-    return torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -248,8 +227,8 @@ class _Construction:
 
     def read(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function of freed parameters, with their shapes if that will do."""
-        if func in _OUTLINE or attribute(func) in _OUTLINE_ATTRIBUTES:
-            args, kwargs = tree.replace((args, kwargs), _stand_in)
+        if shows_shape(func):
+            args, kwargs = tree.replace((args, kwargs), stand_in)
         else:
             self.open(tree.find((args, kwargs)).tensors)
         return func(*args, **kwargs)
@@ -393,7 +372,9 @@ def _patch_reading(patches: _Patches) -> None:
     ) -> Any:
         construction = _ACTIVE[-1] if _ACTIVE else None
         name = attribute(func)
-        is_blind = func in _BLIND or name not in {None, *_OUTLINE_ATTRIBUTES, *_VALUE_ATTRIBUTES}
+        is_blind = func in _BLIND or (
+            name not in {None, *_VALUE_ATTRIBUTES} and not shows_shape(func)
+        )
         if construction is None or is_blind or not _all_wait(args, kwargs):
             return refuse.__get__(None, cls)(func, types, args, kwargs)
         return construction.read(func, args, kwargs or {})

@@ -34,7 +34,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.autograd.graph import increment_version
@@ -55,7 +54,7 @@ from zeroshard.core.collectives import (
 )
 from zeroshard.core.layout import Layout, Range
 from zeroshard.core.lifetime import Lifetime
-from zeroshard.core.mesh import Mesh, default_mesh
+from zeroshard.core.mesh import Mesh
 from zeroshard.core.store import DeviceStore, Store
 from zeroshard.core.values import deal, pass_round, put
 from zeroshard.errors import UsageError, compose
@@ -79,7 +78,9 @@ __all__ = [
     "keep_until_engine",
     "restore",
     "share_values",
+    "shows_shape",
     "slot_of",
+    "stand_in",
 ]
 
 _ALIGN_BYTES = 16
@@ -170,8 +171,37 @@ _HARMLESS = frozenset(
     }
 )
 
+# What shows the shape alone.
+_OUTLINE = frozenset(
+    {
+        Tensor.__len__,
+        Tensor.dim,
+        Tensor.is_contiguous,
+        Tensor.ndimension,
+        Tensor.nelement,
+        Tensor.numel,
+        Tensor.size,
+        Tensor.stride,
+        torch.numel,
+    }
+)
+_OUTLINE_ATTRIBUTES = frozenset({"nbytes", "ndim", "shape"})
+
 # A whole module is cast by these, one parameter after another.
 _CASTS = frozenset({Tensor.bfloat16, Tensor.double, Tensor.float, Tensor.half, Tensor.type})
+
+
+def shows_shape(func: Callable[..., Any]) -> bool:
+    """Whether a function of a tensor shows its shape alone."""
+    return func in _OUTLINE or attribute(func) in _OUTLINE_ATTRIBUTES
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """A tensor without data that has the shape of a freed parameter; others as they are."""
+    if not isinstance(tensor, _FREED):
+        return tensor
+    param = tensor.parameter if isinstance(tensor, FreedData) else tensor
+    return torch.empty(full_shape(param), dtype=param.dtype, device="meta")
 
 
 def _is_harmless(func: Callable[..., Any], args: Sequence[Any]) -> bool:
@@ -181,8 +211,9 @@ def _is_harmless(func: Callable[..., Any], args: Sequence[Any]) -> bool:
     name = attribute(func)
     if name == "data" and func.__name__ == "__set__":
         # As when a module is moved. Anything else, a cast included, would be lost.
-        is_freed = isinstance(args[0], FreedParameter)
-        return is_freed and args[-1].numel() == 0 and args[-1].dtype == args[0].dtype
+        with torch._C.DisableTorchFunctionSubclass():
+            is_same = args[-1].numel() == 0 and args[-1].dtype == args[0].dtype
+            return is_same and isinstance(args[0], FreedParameter)
     return name not in {None, "H", "T", "data", "imag", "mH", "mT", "real"}
 
 
@@ -221,25 +252,24 @@ def _call_with_freed(
     kwargs: dict[str, Any] | None = None,
 ) -> Any:
     kwargs = kwargs or {}
-    if args and isinstance(args[0], FreedParameter) and _is_harmless(func, args):
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
     given = [each for each in tree.find((args, kwargs)).tensors if isinstance(each, _FREED)]
     params = [each.parameter if isinstance(each, FreedData) else each for each in given]
     if not any(isinstance(param, FreedParameter) for param in params):
         # Gathered since the data was asked for.
         return func(*tree.replace(args, FreedData.now), **tree.replace(kwargs, FreedData.now))
+    slots = [slot_of(param) for param in params if isinstance(param, FreedParameter)]
+    keepers = {slot.unit.keeper if slot is not None else None for slot in slots}
+    keeper = keepers.pop() if len(keepers) == 1 else None
+    if keeper is not None and shows_shape(func) and not torch.is_grad_enabled():
+        return keeper.read(func, args, kwargs)
     if _is_harmless(func, args):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     name = _without_values(func, args, kwargs)
     if name is not None:
         return name
-    slots = [slot_of(param) for param in params if isinstance(param, FreedParameter)]
-    keepers = {slot.unit.keeper if slot is not None else None for slot in slots}
-    keeper = keepers.pop()
     is_cast = func in _CASTS or func is Tensor.to
-    if keepers or keeper is None or is_cast or attribute(func) == "data":
+    if keeper is None or is_cast or attribute(func) == "data":
         raise freed_read(params[0])
     return keeper.read(func, args, kwargs)
 
@@ -302,13 +332,12 @@ class FreedData(Tensor):
         return _call_with_freed(func, types, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return copy.deepcopy(self._values, memo)
+        return copy.deepcopy(self._present(), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._values.__reduce_ex__(protocol)
+        return self._present().__reduce_ex__(protocol)
 
-    @property
-    def _values(self) -> Tensor:
+    def _present(self) -> Tensor:
         if isinstance(self.parameter, FreedParameter):
             raise freed_read(self.parameter)
         return self.parameter.data
@@ -320,12 +349,17 @@ _FREED = (FreedParameter, FreedData)
 class Keeper(Protocol):
     """Who answers for the units that no engine manages yet."""
 
+    def add(self, unit: Unit) -> None:
+        """Take a unit in."""
+        ...
+
     def read(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Call a function that needs the values of freed parameters."""
         ...
 
 
 def freed_read(param: Tensor | None) -> UsageError:
+    """The error of reading a parameter while its unit is freed."""
     slot = slot_of(param) if param is not None else None
     what, where = "a parameter", ""
     hint = (
@@ -902,10 +936,11 @@ def restore(unit: Unit) -> Tensor:
     return unit._full.tensor
 
 
-def hand_back(unit: Unit) -> None:
+def hand_back(unit: Unit, keeper: Keeper | None) -> None:
     """End an engine's hold of a unit: full parameters become ordinary, freed ones wait for another.
 
-    Local, and the process groups of the unit's mesh may end afterwards.
+    Local, and the process groups of the unit's mesh may end afterwards. Without a keeper, nobody
+    can gather what is freed any more.
     """
     unit.clear_gradients()
     unit._end_gather()
@@ -914,11 +949,10 @@ def hand_back(unit: Unit) -> None:
         unit.wait()
         for param in unit._params:
             _SLOTS.pop(param, None)
-    elif dist.is_initialized():
+    elif keeper is not None:
         unit.free()
-        unit.mesh = default_mesh(unit.mesh.device)
         unit.master, unit.slices, unit._gradient = None, (), None
-        keep_until_engine(unit)
+        keeper.add(unit)
 
 
 def build_unit(

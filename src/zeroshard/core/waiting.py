@@ -6,7 +6,8 @@ code that knows nothing of shards. All ranks run it, or rank 0 alone inside ``ga
 modifier_rank=0)`` while the others wait at the end of that block. So a read of a parameter that
 waits gathers its unit, which stays full until nobody uses it; then it keeps the values of rank 0,
 or of the block's modifier. An edit cannot be missed, and about one unit is full besides the blocks.
-Reads with gradients on are refused: somebody runs a model that has no engine.
+Shapes are those of the values. With gradients on, reads are refused, as somebody runs a
+model that has no engine, and shapes are empty.
 
 A gather that not every rank takes part in would never end. So ranks show each other what they are
 about to do, and do it if all want the same. Those that wait at the end of a block help the rank
@@ -40,7 +41,9 @@ from zeroshard.core.unit import (
     is_waiting,
     keep_until_engine,
     share_values,
+    shows_shape,
     slot_of,
+    stand_in,
 )
 from zeroshard.errors import UsageError, compose
 
@@ -91,7 +94,7 @@ class _Block:
 
 
 class Waiting:
-    """The parameters of one construction that wait for an engine. See [Note: reading what waits]."""
+    """Parameters of one construction that wait for an engine. See [Note: reading what waits]."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -102,14 +105,16 @@ class Waiting:
 
     def add(self, unit: Unit) -> None:
         """Take a unit in, on every rank."""
-        unit.number = next(_NUMBERS)
+        unit.mesh, unit.number = self._mesh, next(_NUMBERS)
         self._units[unit.number] = unit
         keep_until_engine(unit, self)
 
     # Reading
 
     def read(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Call a function that needs the values of freed parameters, gathered. A collective."""
+        """Call a function of freed parameters; a collective where it needs their values."""
+        if shows_shape(func):
+            return func(*tree.replace(args, stand_in), **tree.replace(kwargs, stand_in))
         params = [_parameter(each) for each in tree.find((args, kwargs)).tensors]
         units = [slot.unit for param in params if (slot := slot_of(param)) is not None]
         if not all(unit.keeper is self for unit in units):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Sampler, SequentialSampler
@@ -18,10 +19,11 @@ from torch.utils.data import Sampler, SequentialSampler
 from zeroshard.config import Batch, Config, resolve
 from zeroshard.core import tree
 from zeroshard.core.hooks import Runtime, in_backward
-from zeroshard.core.mesh import Mesh
+from zeroshard.core.mesh import Mesh, default_mesh
 from zeroshard.core.scaling import ScaledLoss
 from zeroshard.core.unit import hand_back
 from zeroshard.core.usage import GradientWatch
+from zeroshard.core.waiting import Waiting
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.diagnose import explain_backward
 from zeroshard.engine.export import load_weights, save_weights, weights_of
@@ -690,8 +692,9 @@ class Engine(Getters):
         if self._sharded is not None:
             self._sharded.release()
             vars(self._sharded.inner).pop("zero_grad", None)
+        keeper = Waiting(default_mesh(self.mesh.device)) if dist.is_initialized() else None
         for unit in self.runtime.units:
-            hand_back(unit)
+            hand_back(unit, keeper)
         self.mesh.destroy()
         self._is_destroyed = True
 

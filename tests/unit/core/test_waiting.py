@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -62,7 +63,11 @@ def on_ranks(work: Callable[[int], Any], world: int = 2) -> list[Any]:
 def test_a_read_without_gradients_by_all_ranks_has_the_values() -> None:
     def work(rank: int) -> None:
         model, wanted = build(), plain()
+        assert model.first.weight.shape == model.first.weight.data.shape == (0,)
         with torch.no_grad():
+            assert model.first.weight.shape == model.first.weight.data.shape == (5, 6)
+            assert (len(model.first.weight), model.first.bias.numel()) == (5, 5)
+            assert not is_full(model.first.weight)
             assert torch.equal(model.first.weight + 1, wanted.first.weight + 1)
             assert torch.equal(model.second.bias.data * 2, wanted.second.bias * 2)
             assert torch.equal(model.third.weight.detach()[1], wanted.third.weight[1])
@@ -132,10 +137,7 @@ def test_what_the_modifier_alone_reads_in_its_block_is_gathered_with_the_help_of
 ) -> None:
     def work(rank: int) -> None:
         model = build()
-        with (
-            torch.no_grad(),
-            zeroshard.gathered(model.first, modifier_rank=modifier),
-        ):
+        with torch.no_grad(), zeroshard.gathered(model.first, modifier_rank=modifier):
             if rank == modifier:
                 model.first.bias.fill_(1)
                 model.second.weight.fill_(model.third.weight.sum().item())
@@ -167,22 +169,22 @@ def test_ranks_that_want_different_things_are_all_told_what_each_one_wants() -> 
 
     def another(rank: int) -> None:
         model = build()
-        with pytest.raises(UsageError, match="rank 0: read Linear#1.*rank 1: read Linear#3"):
-            with torch.no_grad():
-                (model.third if rank else model.first).weight.sum()
+        said = pytest.raises(UsageError, match=r"rank 0: read Linear#1.*rank 1: read Linear#3")
+        with said, torch.no_grad():
+            (model.third if rank else model.first).weight.sum()
 
     def other_units(rank: int) -> None:
         model = build()
-        with pytest.raises(UsageError, match="do different things"):
-            with zeroshard.gathered(model.third if rank else model.first):
-                pass
+        said = pytest.raises(UsageError, match="do different things")
+        with said, zeroshard.gathered(model.third if rank else model.first):
+            pass
 
     def not_the_modifier(rank: int) -> None:
         model = build()
-        with pytest.raises(UsageError, match="rank 0: leave gathered.*rank 1: read Linear#2"):
-            with torch.no_grad(), zeroshard.gathered(model.first, modifier_rank=0):
-                if rank == 1:
-                    model.second.weight.sum()
+        said = pytest.raises(UsageError, match=r"rank 0: leave gathered.*rank 1: read Linear#2")
+        with said, torch.no_grad(), zeroshard.gathered(model.first, modifier_rank=0):
+            if rank == 1:
+                model.second.weight.sum()
 
     for work in (alone, another, other_units, not_the_modifier):
         on_ranks(work)
@@ -245,8 +247,8 @@ def test_data_that_is_replaced_in_a_block_is_kept_if_it_fits() -> None:
         with zeroshard.gathered(model.first, modifier_rank=0):
             model.first.bias.data = torch.arange(5.0) + rank
         assert torch.equal(full(model)["first.bias"], torch.arange(5.0))
-        with pytest.raises(UsageError, match=r"data was replaced .* shape \(4,\)"):
-            with zeroshard.gathered(model.first, modifier_rank=0):
-                model.first.bias.data = torch.ones(4)
+        said = pytest.raises(UsageError, match=r"data was replaced .* shape \(4,\)")
+        with said, zeroshard.gathered(model.first, modifier_rank=0):
+            model.first.bias.data = torch.ones(4)
 
     on_ranks(work)
