@@ -105,6 +105,7 @@ def gathered(params: Gatherable, modifier_rank: int | None = None) -> Iterator[N
     for unit in units:
         _check_access(unit, modifier_rank)
     were_full: list[bool] = []
+    were_readable = [unit.is_readable for unit in units]
     for unit in units:
         is_used = unit.use_here is not None and not unit.is_held and unit.use_here()
         were_full.append(unit.is_full)
@@ -114,9 +115,11 @@ def gathered(params: Gatherable, modifier_rank: int | None = None) -> Iterator[N
         unit.wait()
     lost: list[str] = []
     with ExitStack() as afterwards:  # the last entry comes first
-        for unit, was_full in zip(units, were_full, strict=True):
+        for unit, was_full, was_readable in zip(units, were_full, were_readable, strict=True):
             if not was_full:
                 afterwards.callback(unit.free)
+            elif unit.keeper is not None and not was_readable:
+                afterwards.callback(unit.hide)
             if not unit.is_held:
                 afterwards.callback(lambda unit=unit: lost.extend(unit.edited))
         for unit in units:

@@ -245,6 +245,11 @@ def _keeps_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return all(each == args[0].dtype for each in dtypes if isinstance(each, torch.dtype))
 
 
+def _present(tensor: Tensor) -> Tensor:
+    """The values, if this is the data of a parameter that has been gathered."""
+    return tensor.parameter.data if isinstance(tensor, FreedData) else tensor
+
+
 def _call_with_freed(
     func: Callable[..., Any],
     types: Sequence[type],
@@ -256,7 +261,7 @@ def _call_with_freed(
     params = [each.parameter if isinstance(each, FreedData) else each for each in given]
     if not any(isinstance(param, FreedParameter) for param in params):
         # Gathered since the data was asked for.
-        return func(*tree.replace(args, FreedData.now), **tree.replace(kwargs, FreedData.now))
+        return func(*tree.replace(args, _present), **tree.replace(kwargs, _present))
     slots = [slot_of(param) for param in params if isinstance(param, FreedParameter)]
     keepers = {slot.unit.keeper if slot is not None else None for slot in slots}
     keeper = keepers.pop() if len(keepers) == 1 else None
@@ -315,11 +320,6 @@ class FreedData(Tensor):
             data = freed.detach().as_subclass(FreedData)
         data.parameter = freed
         return data
-
-    @staticmethod
-    def now(tensor: Tensor) -> Tensor:
-        """The values, if this is the data of a parameter that has been gathered."""
-        return tensor.parameter.data if isinstance(tensor, FreedData) else tensor
 
     @classmethod
     def __torch_function__(
@@ -491,6 +491,11 @@ class Unit:
         return self._full.is_allocated
 
     @property
+    def is_readable(self) -> bool:
+        """Whether the parameters are full and can be read now."""
+        return self._is_readable
+
+    @property
     def nbytes_full(self) -> int:
         """Bytes of the full parameters."""
         return self._full.nbytes_full
@@ -530,16 +535,21 @@ class Unit:
             self._show(self._full.views)
             self._is_readable = True
 
+    def await_views(self) -> Sequence[Tensor]:
+        """The full parameters, which must be on the way, while the parameters stay empty."""
+        self._end_gather()
+        return self._full.views
+
     def free(self) -> None:
         """Give the memory of full parameters back, where the lifetime says so."""
         if self.lifetime.params_stay or not (self.is_full or self._is_outlined):
             return
         if self._num_holds:
             return
-        self._hide()
+        self.hide()
         self._full.release()
 
-    def _hide(self) -> None:
+    def hide(self) -> None:
         """Let nothing that can be reached from outside refer to the full parameters."""
         self._end_gather()
         placeholder = self._placeholder
@@ -599,7 +609,7 @@ class Unit:
 
     def park(self) -> None:
         """Let nothing outside refer to parameters whose memory is about to be moved."""
-        self._hide()
+        self.hide()
         self.is_parked = True
 
     def unpark(self) -> None:

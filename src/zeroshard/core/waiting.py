@@ -6,8 +6,8 @@ code that knows nothing of shards. All ranks run it, or rank 0 alone inside ``ga
 modifier_rank=0)`` while the others wait at the end of that block. So a read of a parameter that
 waits gathers its unit, which stays full until nobody uses it; then it keeps the values of rank 0,
 or of the block's modifier. An edit cannot be missed, and about one unit is full besides the blocks.
-Shapes are those of the values. With gradients on, reads are refused, as somebody runs a
-model that has no engine, and shapes are empty.
+With gradients off, as initialisation is written, shapes are those of the values. With gradients on,
+somebody runs a model that has no engine: reads are refused, and shapes are empty.
 
 A gather that not every rank takes part in would never end. So ranks show each other what they are
 about to do, and do it if all want the same. Those that wait at the end of a block help the rank
@@ -35,6 +35,7 @@ from zeroshard.core.collectives import Answered, all_gather, all_reduce_, broadc
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import (
     FreedData,
+    FreedParameter,
     Unit,
     freed_read,
     full_shape,
@@ -126,7 +127,7 @@ class Waiting:
         for unit in dict.fromkeys(units):
             if not unit.is_held:
                 self._open(unit)
-        return func(*tree.replace(args, FreedData.now), **tree.replace(kwargs, FreedData.now))
+        return _call_with_views(func, args, kwargs)
 
     def _open(self, unit: Unit) -> None:
         block = self._blocks[-1] if self._blocks else None
@@ -139,7 +140,7 @@ class Waiting:
 
     def _gather(self, unit: Unit, modifier: int) -> _Read:
         unit.gather()
-        unit.wait()
+        unit.await_views()
         hold = ExitStack()
         hold.enter_context(unit.held())
         unit.modifier_rank = modifier
@@ -280,6 +281,27 @@ class Waiting:
 
 def _parameter(tensor: Tensor) -> Tensor:
     return tensor.parameter if isinstance(tensor, FreedData) else tensor
+
+
+def _call_with_views(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call a function with the full values in place of freed parameters.
+
+    The parameters themselves stay empty: code that has found one of two empty must not find the
+    other full.
+    """
+    given: dict[Tensor, Tensor] = {}
+
+    def view(tensor: Tensor) -> Tensor:
+        param = _parameter(tensor)
+        slot = slot_of(param)
+        if slot is None or not isinstance(param, FreedParameter):
+            return tensor
+        values = slot.unit.await_views()[slot.index].detach()
+        given[values] = tensor
+        return values
+
+    result = func(*tree.replace(args, view), **tree.replace(kwargs, view))
+    return given.get(result, result) if isinstance(result, Tensor) else result
 
 
 def _checksum(*numbers: int) -> int:
