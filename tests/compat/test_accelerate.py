@@ -29,9 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 import deepspeed
-import zeroshard
 from deepspeed.runtime.engine import DeepSpeedEngine
-from forked import RankError, run_ranks
+from forked import run_ranks
 from zeroshard.optim import WarmupDecayLR
 
 RATE = 1e-2
@@ -151,6 +150,14 @@ def slower(optimizer: Optimizer) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
 
+def scheduled_by(kind: str, optimizer: Any) -> Any:
+    if kind == "real":
+        return slower(optimizer)
+    if kind == "dummy":
+        return DummyScheduler(optimizer, total_num_steps=16)
+    return DummyScheduler(optimizer, lr_scheduler_callable=slower)
+
+
 def assert_close(one: Any, other: Any) -> None:
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -183,11 +190,7 @@ def test_every_pairing_of_real_and_dummy_trains_as_plain_torch_does_at_every_sta
                 model = llama()
                 make = DummyOptim if optimizer == "dummy" else AdamW
                 given: Any = make(model.parameters(), lr=RATE, weight_decay=0.0)
-                schedule: Any = {
-                    "real": lambda: slower(given),
-                    "dummy": lambda: DummyScheduler(given, total_num_steps=16),
-                    "callable": lambda: DummyScheduler(given, lr_scheduler_callable=slower),
-                }[scheduler]()
+                schedule = scheduled_by(scheduler, given)
                 prepared = accelerator.prepare(
                     model, given, schedule, DataLoader(samples(), batch_size=2)
                 )
@@ -356,6 +359,46 @@ def test_accumulated_micro_steps_are_one_step_and_the_norm_is_told() -> None:
     run_ranks(rank)
 
 
+# Saving
+
+
+@pytest.mark.parametrize("scheduler", ["real", "dummy"])
+def test_training_goes_on_from_a_saved_state_as_if_it_had_not_stopped(
+    tmp_path: Path, scheduler: str
+) -> None:
+    def rank(_: int, __: int) -> None:
+        for stage in range(4):
+            config = config_of(stage, **({"scheduler": SCHEDULER} if scheduler == "dummy" else {}))
+
+            def begin(config: dict[str, Any] = config) -> tuple[Accelerator, Any, list[Any]]:
+                accelerator = started(copy.deepcopy(config), mixed_precision="bf16")
+                model = llama()
+                optimizer = AdamW(model.parameters(), lr=RATE)
+                schedule = scheduled_by(scheduler, optimizer)
+                loader = DataLoader(samples(), batch_size=2)
+                *prepared, loader = accelerator.prepare(model, optimizer, schedule, loader)
+                return accelerator, loader, prepared
+
+            folder = str(tmp_path / f"stage{stage}")
+            accelerator, loader, prepared = begin()
+            batches = list(loader)
+            train(accelerator, *prepared, batches[:2])
+            accelerator.save_state(folder)
+            losses = train(accelerator, *prepared, batches[2:])
+            rates = prepared[2].get_last_lr()
+            accelerator.free_memory()
+            accelerator, loader, prepared = begin()
+            train(accelerator, *prepared, batches[3:])  # leads elsewhere
+            accelerator.wait_for_everyone()
+            accelerator.load_state(folder)
+            assert prepared[0].global_steps == 2
+            assert train(accelerator, *prepared, batches[2:]) == losses
+            assert prepared[2].get_last_lr() == rates
+            accelerator.free_memory()
+
+    run_ranks(rank, timeout=100)
+
+
 # Several models
 
 
@@ -497,3 +540,123 @@ def test_without_a_launcher_a_program_is_a_world_of_one() -> None:
         assert "mpi4py" not in sys.modules
 
     run_ranks(rank, 1, process_group=False)
+
+
+# Launched
+
+PORTABLE = """
+import json, sys
+import torch
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.manual_seed(0)
+sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+ids = torch.randint(0, 64, (16, 8), generator=torch.Generator().manual_seed(1))
+dataloader = DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=2)
+
+from accelerate import Accelerator
+
+accelerator = Accelerator()
+model, optimizer, dataloader, scheduler = accelerator.prepare(
+    model, optimizer, dataloader, scheduler
+)
+
+for batch in dataloader:
+    outputs = model(**batch)
+    loss = outputs.loss
+    accelerator.backward(loss)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+
+if accelerator.is_main_process:
+    told = {
+        "class": type(model).__module__,
+        "ranks": [accelerator.num_processes, model.world_size],
+        "stage": model.zero_optimization_stage(),
+        "steps": model.global_steps,
+        "bf16": model.bfloat16_enabled(),
+        "gradient_clipping": model.gradient_clipping(),
+        "lr": scheduler.get_last_lr(),
+    }
+    with open(sys.argv[1], "w") as file:
+        json.dump(told, file)
+"""
+# Accelerate starts DeepSpeed's ranks on GPUs alone, unless the program has chosen the CPU before.
+ON_CPU = """
+import runpy, sys
+from accelerate import PartialState
+
+PartialState(cpu=True)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def launched(folder: Path, config: ClusterConfig, *options: str) -> dict[str, Any]:
+    """Launch the portable loop with what `accelerate config` has written; give what it tells."""
+    (folder / "on_cpu.py").write_text(ON_CPU)
+    (folder / "train.py").write_text(PORTABLE)
+    home = folder / "home"
+    (home / "accelerate").mkdir(parents=True)
+    config.to_yaml_file(str(home / "accelerate" / "default_config.yaml"))
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", *options]
+    ended = subprocess.run(
+        [*command, "--main_process_port=0", "on_cpu.py", "train.py", "told.json"],
+        cwd=folder,
+        env={**os.environ, "HF_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return json.loads((folder / "told.json").read_text())
+
+
+def cluster(processes: int, precision: str | None, **fields: object) -> ClusterConfig:
+    return ClusterConfig(
+        compute_environment="LOCAL_MACHINE",
+        distributed_type=DistributedType.DEEPSPEED,
+        mixed_precision=precision,
+        use_cpu=False,
+        debug=False,
+        num_processes=processes,
+        deepspeed_config=fields,
+    )
+
+
+def test_the_portable_loop_is_launched_by_what_accelerate_config_wrote(tmp_path: Path) -> None:
+    config = cluster(
+        2,
+        "bf16",
+        zero_stage=3,
+        gradient_accumulation_steps=1,
+        gradient_clipping=0.5,
+        offload_optimizer_device="none",
+        offload_param_device="none",
+        zero3_init_flag=True,
+        zero3_save_16bit_model=True,
+    )
+    told = launched(tmp_path, config)
+    assert told == {
+        "class": "zeroshard.engine.engine",
+        "ranks": [2, 2],
+        "stage": 3,
+        "steps": 4,
+        "bf16": True,
+        "gradient_clipping": 0.5,
+        "lr": [pytest.approx(RATE / 9)],
+    }
+
+
+def test_a_launch_by_a_file_of_deepspeeds_form_follows_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps(config_of(2, fp16={"enabled": False})))
+    config = cluster(1, None, deepspeed_config_file=str(file), zero3_init_flag=False)
+    told = launched(tmp_path, config, "--num_processes=1")
+    assert (told["stage"], told["ranks"], told["steps"]) == (2, [1, 1], 8)
+    assert (told["bf16"], told["gradient_clipping"]) == (False, 1.0)
