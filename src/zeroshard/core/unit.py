@@ -151,6 +151,8 @@ class FreedParameter(nn.Parameter):
         {
             Tensor.__hash__,
             Tensor.__repr__,
+            Tensor.cpu,
+            Tensor.cuda,
             Tensor.data_ptr,
             Tensor.dim,
             Tensor.element_size,
@@ -283,6 +285,7 @@ class Unit:
         self.add_use: Callable[[nn.Module], object] | None = None
         self.drop_use: Callable[[nn.Module], object] | None = None
         self.use_here: Callable[[], bool] | None = None
+        self.let_go: Callable[[], None] | None = None
         self.engine: Callable[[], Any] | None = None  # a weak reference, set by the engine
         self.is_parked = False  # the memory of its parameters is elsewhere for a while
         self.is_kept_for_engine = False  # by its parameters
@@ -547,6 +550,40 @@ class Unit:
             self.master.copy_(torch.where(same, self.master, mine.to(self.master.dtype)))
         self._versions = self._count_edits()
 
+    # Saving and loading
+
+    def read_kept(self) -> Tensor:
+        """This rank's range with all digits that are kept: master weights, or a frozen shard."""
+        if self.master is not None:
+            return self.master
+        numel = self.layout.shard_numel
+        return self._store.read(self._mine if self.is_full else self._placeholder.new_empty(numel))
+
+    def load_kept(self, values: Tensor) -> None:
+        """Replace this rank's range by what has been read; gathers see it from now on."""
+        if self.master is not None:
+            if values.data_ptr() != self.master.data_ptr():
+                self.master.copy_(values)
+            self.write_master()
+        else:
+            self._store.write(values)
+            self._versions = self._count_edits()
+
+    def resume_gradient(self, reduced: Tensor) -> None:
+        """Go on with an accumulation, of which ranks have averaged what came before."""
+        assert self.is_trained, f"{self.name} is frozen and takes no gradients"
+        self.grad_shard = reduced.to(self._wide(self.precision.accumulate))
+
+    def resume_unreduced(self) -> Sequence[Tensor]:
+        """Go on with an accumulation, of which this rank alone has what came before.
+
+        Returns:
+            The full gradient of each parameter, zeros, to be filled.
+        """
+        self._fresh_gradient().tensor.zero_()
+        self.has_gradient = True
+        return self._buffer.views
+
     # Gradients
 
     def collect(self) -> bool:
@@ -768,7 +805,7 @@ def hand_back(unit: Unit) -> None:
     """
     unit.clear_gradients()
     unit._end_gather()
-    unit.add_use = unit.drop_use = unit.use_here = unit.engine = None
+    unit.add_use = unit.drop_use = unit.use_here = unit.let_go = unit.engine = None
     if unit.lifetime.params_stay:
         unit.wait()
         for param in unit._params:
