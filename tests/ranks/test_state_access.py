@@ -149,7 +149,7 @@ def test_data_that_replace_a_parameters_own_are_kept_like_an_edit(stage: int) ->
     engine = make(stage, **BF16)
     weight = engine.module.head.weight
     with GatheredParameters(weight, modifier_rank=1):
-        weight.data = torch.full_like(weight.data, dist.get_rank() + 2.0, dtype=torch.float32)
+        weight.data = torch.full_like(weight.data, dist.get_rank() + 2.0)
     with GatheredParameters(weight):
         assert weight.dtype == torch.bfloat16
         assert torch.equal(weight, torch.full_like(weight, 3))
@@ -163,7 +163,9 @@ def test_data_of_another_shape_are_refused_and_the_parameter_stays(stage: int) -
     engine = make(stage)
     weight, before = engine.module.head.weight, Net().head.weight
     with (
-        pytest.raises(UsageError, match=r"head.weight was replaced by a tensor of another shape"),
+        pytest.raises(
+            UsageError, match=r"head.weight: its data was replaced while it was gathered"
+        ),
         GatheredParameters(weight, modifier_rank=0),
     ):
         weight.data = torch.ones(2)

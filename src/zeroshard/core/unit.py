@@ -33,18 +33,19 @@ block's weights and statistics, and are shown and hidden where the quantiser rea
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.autograd.graph import increment_version
+from torch.nn import functional
 from torch.profiler import record_function
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -61,7 +62,7 @@ from zeroshard.core.collectives import (
 )
 from zeroshard.core.layout import Layout, Range
 from zeroshard.core.lifetime import Lifetime
-from zeroshard.core.mesh import Mesh, default_mesh
+from zeroshard.core.mesh import Mesh
 from zeroshard.core.store import DeviceStore, Store
 from zeroshard.core.values import deal, pass_round, put
 from zeroshard.errors import UsageError, compose
@@ -69,12 +70,16 @@ from zeroshard.errors import UsageError, compose
 __all__ = [
     "Companion",
     "FlatBuffer",
+    "FreedData",
     "FreedParameter",
+    "Keeper",
     "Member",
     "Precision",
     "Slot",
     "Unit",
+    "attribute",
     "build_unit",
+    "freed_read",
     "full_nbytes",
     "full_shape",
     "hand_back",
@@ -82,7 +87,10 @@ __all__ = [
     "keep_until_engine",
     "plain",
     "restore",
+    "share_values",
+    "shows_shape",
     "slot_of",
+    "stand_in",
 ]
 
 _ALIGN_BYTES = 16
@@ -175,6 +183,140 @@ class FlatBuffer:
         self._lay(self.tensor.clone())
 
 
+_HARMLESS = frozenset(
+    {
+        Tensor.__hash__,
+        Tensor.__repr__,
+        Tensor.data_ptr,
+        Tensor.dim,
+        Tensor.element_size,
+        Tensor.is_complex,
+        Tensor.is_contiguous,
+        Tensor.is_floating_point,
+        Tensor.numel,
+        Tensor.register_hook,
+        Tensor.register_post_accumulate_grad_hook,
+        Tensor.requires_grad_,
+        Tensor.size,
+        Tensor.stride,
+        Tensor.untyped_storage,
+        torch._has_compatible_shallow_copy_type,
+        torch.is_floating_point,
+    }
+)
+
+# What shows the shape alone.
+_OUTLINE = frozenset(
+    {
+        Tensor.__len__,
+        Tensor.dim,
+        Tensor.is_contiguous,
+        Tensor.ndimension,
+        Tensor.nelement,
+        Tensor.numel,
+        Tensor.size,
+        Tensor.stride,
+        torch.numel,
+    }
+)
+_OUTLINE_ATTRIBUTES = frozenset({"nbytes", "ndim", "shape"})
+
+# A whole module is moved by these, one parameter after another.
+_MOVES = frozenset({Tensor.cpu, Tensor.cuda})
+
+# A whole module is cast by these, one parameter after another.
+_CASTS = frozenset({Tensor.bfloat16, Tensor.double, Tensor.float, Tensor.half, Tensor.type})
+
+
+def shows_shape(func: Callable[..., Any]) -> bool:
+    """Whether a function of a tensor shows its shape alone."""
+    return func in _OUTLINE or attribute(func) in _OUTLINE_ATTRIBUTES
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """A tensor without data that has the shape of a freed parameter; others as they are."""
+    if not isinstance(tensor, _FREED):
+        return tensor
+    param = tensor.parameter if isinstance(tensor, FreedData) else tensor
+    return torch.empty(full_shape(param), dtype=param.dtype, device="meta")
+
+
+def _is_harmless(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether a function of freed parameters neither shows values nor changes them."""
+    if func in _HARMLESS:
+        return True
+    name = attribute(func)
+    if name == "data" and func.__name__ == "__set__":
+        # As when a module is moved. Anything else, a cast included, would be lost.
+        with torch._C.DisableTorchFunctionSubclass():
+            is_same = args[-1].numel() == 0 and args[-1].dtype == args[0].dtype
+            return is_same and isinstance(args[0], FreedParameter)
+    return name not in {None, "H", "T", "data", "imag", "mH", "mT", "real"}
+
+
+def attribute(func: Callable[..., Any]) -> str | None:
+    """The attribute of a tensor that is read or set, if that is what ``func`` does."""
+    if type(func).__name__ != "method-wrapper":
+        return None
+    return getattr(getattr(func, "__self__", None), "__name__", "")
+
+
+def _without_values(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """What a function of a freed parameter gives that is only another name of its values."""
+    is_data = attribute(func) == "data" and func.__name__ == "__get__"
+    moves = func in _MOVES or (func is Tensor.to and _keeps_dtype(args, kwargs))
+    if is_data or func is Tensor.detach or moves:
+        return FreedData.of(args[0])
+    if func is functional.pad:
+        # Transformers fits the bias of an output layer to tied embeddings, whose shapes are empty.
+        size = args[1] if len(args) > 1 else kwargs.get("pad", (1,))
+        return None if any(size) else args[0]
+    return None
+
+
+def _keeps_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``to`` moves a tensor and does not cast it."""
+    targets = [*args[1:], *kwargs.values()]
+    dtypes = [getattr(each, "dtype", each) for each in targets]
+    return all(each == args[0].dtype for each in dtypes if isinstance(each, torch.dtype))
+
+
+def _present(tensor: Tensor) -> Tensor:
+    """The values, if this is the data of a parameter that has been gathered."""
+    return tensor.parameter.data if isinstance(tensor, FreedData) else tensor
+
+
+def _call_with_freed(
+    func: Callable[..., Any],
+    types: Sequence[type],
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    kwargs = kwargs or {}
+    given = [each for each in tree.find((args, kwargs)).tensors if isinstance(each, _FREED)]
+    params = [each.parameter if isinstance(each, FreedData) else each for each in given]
+    if not any(isinstance(param, FreedParameter) for param in params):
+        # Gathered since the data was asked for.
+        return func(*tree.replace(args, _present), **tree.replace(kwargs, _present))
+    slots = [slot_of(param) for param in params if isinstance(param, FreedParameter)]
+    keepers = {slot.unit.keeper if slot is not None else None for slot in slots}
+    keeper = keepers.pop() if len(keepers) == 1 else None
+    if keeper is not None and shows_shape(func) and not torch.is_grad_enabled():
+        return keeper.read(func, args, kwargs)
+    if _is_harmless(func, args):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    name = _without_values(func, args, kwargs)
+    if name is not None:
+        return name
+    is_cast = func in _CASTS or func is Tensor.to
+    if keeper is None or is_cast or attribute(func) == "data":
+        raise freed_read(params[0])
+    return keeper.read(func, args, kwargs)
+
+
 class FreedParameter(nn.Parameter):
     """What a parameter is while its unit is freed: an empty tensor that refuses to be read.
 
@@ -182,28 +324,6 @@ class FreedParameter(nn.Parameter):
     """
 
     _own_class: type[nn.Parameter] = nn.Parameter
-    _harmless = frozenset(
-        {
-            Tensor.__hash__,
-            Tensor.__repr__,
-            Tensor.data_ptr,
-            Tensor.dim,
-            Tensor.element_size,
-            Tensor.is_complex,
-            Tensor.is_contiguous,
-            Tensor.is_floating_point,
-            Tensor.numel,
-            Tensor.register_hook,
-            Tensor.register_post_accumulate_grad_hook,
-            Tensor.requires_grad_,
-            Tensor.size,
-            Tensor.stride,
-            Tensor.to,
-            Tensor.untyped_storage,
-            torch._has_compatible_shallow_copy_type,
-            torch.is_floating_point,
-        }
-    )
 
     @classmethod
     def __torch_function__(
@@ -213,28 +333,13 @@ class FreedParameter(nn.Parameter):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in cls._harmless or cls._is_harmless_attribute(func, args):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        given = tree.find((args, kwargs or {})).tensors
-        raise _freed_read(next((tensor for tensor in given if isinstance(tensor, cls)), None))
-
-    @staticmethod
-    def _is_harmless_attribute(func: Callable[..., Any], args: Sequence[Any]) -> bool:
-        """Whether it is the access to an attribute that does not show the values."""
-        if type(func).__name__ != "method-wrapper":
-            return False
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name == "data" and func.__name__ == "__set__":
-            # As when a module is moved. Anything else, a cast included, would be lost.
-            return args[-1].numel() == 0 and args[-1].dtype == args[0].dtype
-        return name not in {"H", "T", "data", "imag", "mH", "mT", "real"}
+        return _call_with_freed(func, types, args, kwargs)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
-        raise _freed_read(self)
+        raise freed_read(self)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise _freed_read(self)
+        raise freed_read(self)
 
 
 @functools.cache
@@ -245,7 +350,64 @@ def _freed_class(own_class: type[nn.Parameter]) -> type[FreedParameter]:
     return type(own_class.__name__, (FreedParameter, own_class), {"_own_class": own_class})
 
 
-def _freed_read(param: Tensor | None) -> UsageError:
+class FreedData(Tensor):
+    """What ``param.data`` and ``param.detach()`` are while the unit of ``param`` is freed.
+
+    A state dict is made of such, and most that is done with it needs names alone. To read one is to
+    read the parameter: it is refused, or has the values once the parameter is gathered.
+    """
+
+    parameter: Tensor
+
+    @staticmethod
+    def of(freed: Tensor) -> Tensor:
+        """The data of a freed parameter."""
+        if isinstance(freed, FreedData):
+            return freed
+        with torch._C.DisableTorchFunctionSubclass():
+            data = freed.detach().as_subclass(FreedData)
+        data.parameter = freed
+        return data
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return _call_with_freed(func, types, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self._present(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._present().__reduce_ex__(protocol)
+
+    def _present(self) -> Tensor:
+        if isinstance(self.parameter, FreedParameter):
+            raise freed_read(self.parameter)
+        return self.parameter.data
+
+
+_FREED = (FreedParameter, FreedData)
+
+
+class Keeper(Protocol):
+    """Who answers for the units that no engine manages yet."""
+
+    def add(self, unit: Unit) -> None:
+        """Take a unit in."""
+        ...
+
+    def read(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call a function that needs the values of freed parameters."""
+        ...
+
+
+def freed_read(param: Tensor | None) -> UsageError:
+    """The error of reading a parameter while its unit is freed."""
     slot = slot_of(param) if param is not None else None
     what, where = "a parameter", ""
     hint = (
@@ -258,7 +420,7 @@ def _freed_read(param: Tensor | None) -> UsageError:
         what = slot.unit.members[slot.index].name
         shape, shards = tuple(slot.unit.shapes[slot.index]), slot.unit.mesh.shard.size
         where = f" Its shape is {shape}; its data lives in {shards} shards."
-        if slot.unit.is_kept_for_engine:
+        if slot.unit.keeper is not None:
             hint = (
                 "wrap the read in zeroshard.gathered(...); to run the model, pass it to "
                 "zeroshard.initialize() first; to cast it, name a dtype where it is built."
@@ -339,9 +501,11 @@ class Unit:
         self.add_use: Callable[[nn.Module], object] | None = None
         self.drop_use: Callable[[nn.Module], object] | None = None
         self.use_here: Callable[[], bool] | None = None
+        self.let_go: Callable[[], None] | None = None
         self.engine: Callable[[], Any] | None = None  # a weak reference, set by the engine
         self.is_parked = False  # the memory of its parameters is elsewhere for a while
-        self.is_kept_for_engine = False  # by its parameters
+        self.keeper: Keeper | None = None  # until an engine takes the parameters over
+        self.number = 0  # among the units that wait, the same on all ranks
         self._num_holds = 0
         self.modifier_rank: int | None = None  # whose edits the access under way keeps
         self._versions = self._count_edits()
@@ -443,16 +607,21 @@ class Unit:
         for each in self._beside:
             each.companion.put(self._full.views[each.at])
 
+    def await_views(self) -> Sequence[Tensor]:
+        """The full parameters, which must be on the way, while the parameters stay empty."""
+        self._end_gather()
+        return self._full.views[: len(self._params)]
+
     def free(self) -> None:
         """Give the memory of full parameters back, where the lifetime says so."""
         if self.lifetime.params_stay or not (self.is_full or self._is_outlined):
             return
         if self._num_holds:
             return
-        self._hide()
+        self.hide()
         self._full.release()
 
-    def _hide(self) -> None:
+    def hide(self) -> None:
         """Let nothing that can be reached from outside refer to the full parameters."""
         self._end_gather()
         placeholders = self._placeholders
@@ -520,7 +689,7 @@ class Unit:
 
     def park(self) -> None:
         """Let nothing outside refer to parameters whose memory is about to be moved."""
-        self._hide()
+        self.hide()
         self.is_parked = True
 
     def unpark(self) -> None:
@@ -533,6 +702,11 @@ class Unit:
         """Let the optimizer's slices be those of this copy of the master weights."""
         for piece, part in zip(self.slices, self._cut(master), strict=True):
             piece.data = part
+
+    @property
+    def num_users(self) -> int:
+        """How many tensors and other objects refer to the full parameters' memory."""
+        return self._full.num_users
 
     @property
     def is_held(self) -> bool:
@@ -611,8 +785,13 @@ class Unit:
             )
 
     def adopt(self, edit: Callable[[Tensor], object]) -> None:
-        """Edit the full parameters in place and keep the result in shard and master weights."""
+        """Edit the full parameters in place and keep the result in shard and master weights.
+
+        Raises:
+            UsageError: at the end, data of another shape or dtype was given to a parameter.
+        """
         assert self.is_full, f"{self.name} is edited while freed"
+        misfits = self._take_replaced()
         edit(self._full.tensor)
         mine = self._mine
         self._store.write(mine)
@@ -621,22 +800,64 @@ class Unit:
             same = self.master.to(mine.dtype) == mine
             self.master.copy_(torch.where(same, self.master, mine.to(self.master.dtype)))
         self._versions = self._count_edits()
+        if misfits:
+            hint = "give the module a new parameter instead."
+            raise UsageError(compose(misfits[0], hint=hint))
 
-    def take_replaced(self) -> list[str]:
-        """Copy data that was put in the place of a full parameter's to where that belongs.
+    # Saving and loading
+
+    def read_kept(self) -> Tensor:
+        """This rank's range with all digits that are kept: master weights, or a frozen shard."""
+        if self.master is not None:
+            return self.master
+        numel = self.layout.shard_numel
+        return self._store.read(self._mine if self.is_full else self._full.tensor.new_empty(numel))
+
+    def load_kept(self, values: Tensor) -> None:
+        """Replace this rank's range by what has been read; gathers see it from now on."""
+        if self.master is not None:
+            if values.data_ptr() != self.master.data_ptr():
+                self.master.copy_(values)
+            self.write_master()
+        else:
+            self._store.write(values)
+            self._versions = self._count_edits()
+
+    def resume_gradient(self, reduced: Tensor) -> None:
+        """Go on with an accumulation, of which ranks have averaged what came before."""
+        assert self.is_trained, f"{self.name} is frozen and takes no gradients"
+        self.grad_shard = reduced.to(self._wide(self.precision.accumulate))
+
+    def resume_unreduced(self) -> Sequence[Tensor]:
+        """Go on with an accumulation, of which this rank alone has what came before.
 
         Returns:
-            Names of parameters whose new data have another shape; these are as they were before.
+            The full gradient of each parameter, zeros, to be filled.
+        """
+        self._fresh_gradient().tensor.zero_()
+        self.has_gradient = True
+        return self._buffer.views
+
+    def _take_replaced(self) -> list[str]:
+        """Take in what somebody gave a parameter as its ``data``, in place of the view of it.
+
+        Returns:
+            What is wrong with those that have another shape or dtype; they are as before.
         """
         misfits: list[str] = []
         for member, view in zip(self.members, self._full.views, strict=False):
+            if isinstance(member.param, FreedParameter):
+                continue
             given = plain(member.param)
-            if given.shape != view.shape:
-                misfits.append(member.name)
-            elif given.data_ptr() != view.data_ptr():
+            if given.data_ptr() == view.data_ptr():
+                continue
+            if given.shape == view.shape and given.dtype == view.dtype:
                 view.copy_(given)
             else:
-                continue
+                misfits.append(
+                    f"{member.name}: its data was replaced while it was gathered, by a "
+                    f"{given.dtype} tensor of shape {tuple(given.shape)}."
+                )
             member.param.data = view
         return misfits
 
@@ -796,10 +1017,10 @@ def slot_of(param: Tensor) -> Slot | None:
 
 
 # The attribute by which a parameter keeps its unit until an engine takes the parameter over.
-_KEEPER = "_zeroshard_keeper"
+_OWNER = "_zeroshard_owner"
 
 
-class _Keeper:
+class _Owner:
     """Owns a unit that no engine owns yet; a pickled parameter leaves it behind."""
 
     __slots__ = ("unit",)
@@ -811,22 +1032,22 @@ class _Keeper:
         return type(None), ()
 
 
-def keep_until_engine(unit: Unit) -> None:
+def keep_until_engine(unit: Unit, keeper: Keeper) -> None:
     """Let the parameters own their unit: there is data as long as there is a parameter of it."""
-    keeper = _Keeper(unit)
-    unit.is_kept_for_engine = True
+    owner = _Owner(unit)
+    unit.keeper = keeper
     for member in unit.members:
-        setattr(member.param, _KEEPER, keeper)
+        setattr(member.param, _OWNER, owner)
 
 
-def _release_keeper(param: Tensor) -> None:
-    if hasattr(param, _KEEPER):
-        delattr(param, _KEEPER)
+def _disown(param: Tensor) -> None:
+    if hasattr(param, _OWNER):
+        delattr(param, _OWNER)
 
 
 def is_waiting(param: Tensor) -> bool:
     """Whether a parameter lives in shards but no engine manages it yet."""
-    return vars(param).get(_KEEPER) is not None
+    return vars(param).get(_OWNER) is not None
 
 
 def plain(param: Tensor) -> Tensor:
@@ -856,7 +1077,7 @@ def restore(unit: Unit) -> Tensor:
     unit.wait()
     for param in unit._params:
         _SLOTS.pop(param)
-        _release_keeper(param)
+        _disown(param)
     return unit._full.tensor
 
 
@@ -914,7 +1135,7 @@ def _pieces_of(members: Sequence[Member]) -> _Pieces:
     return _Pieces(pieces, companions)
 
 
-def _piece(param: nn.Parameter) -> _Piece:
+def _piece(param: Tensor) -> _Piece:
     slot = slot_of(param) if is_waiting(param) else None
     if slot is None:
         return _Piece(param.shape, param.dtype, plain(param))
@@ -937,23 +1158,23 @@ def _is_same(one: _Piece, other: _Piece) -> bool:
     return one.own.data_ptr() == other.own.data_ptr() and one.shape == other.shape
 
 
-def hand_back(unit: Unit) -> None:
+def hand_back(unit: Unit, keeper: Keeper | None) -> None:
     """End an engine's hold of a unit: full parameters become ordinary, freed ones wait for another.
 
-    Local, and the process groups of the unit's mesh may end afterwards.
+    Local, and the process groups of the unit's mesh may end afterwards. Without a keeper, nobody
+    can gather what is freed any more.
     """
     unit.clear_gradients()
     unit._end_gather()
-    unit.add_use = unit.drop_use = unit.use_here = unit.engine = None
+    unit.add_use = unit.drop_use = unit.use_here = unit.let_go = unit.engine = None
     if unit.lifetime.params_stay:
         unit.wait()
         for param in unit._params:
             _SLOTS.pop(param, None)
-    elif dist.is_initialized():
+    elif keeper is not None:
         unit.free()
-        unit.mesh = default_mesh(unit.mesh.device)
         unit.master, unit.slices, unit._gradient = None, (), None
-        keep_until_engine(unit)
+        keeper.add(unit)
 
 
 def build_unit(
@@ -1068,6 +1289,16 @@ def _flat(values: Tensor, dtype: torch.dtype) -> Tensor:
     return flat.contiguous().view(dtype) if dtype == torch.uint8 else flat
 
 
+def share_values(param: Tensor, mesh: Mesh) -> Tensor:
+    """This rank's even share of a parameter that waits, or of rank 0's ordinary one. A collective.
+
+    Parameters of one shape are divided alike, whatever units they are in.
+    """
+    layout = Layout(numels=(full_shape(param).numel(),), world=mesh.shard.size, align=1)
+    with torch.no_grad():
+        return _values([_piece(param)], layout, layout.shard(mesh.shard.rank), mesh, param.dtype)
+
+
 def _vacate(members: Sequence[Member], mesh: Mesh) -> None:
     """Give back the memory that parameters have: their own, or the shards in which they wait."""
     for member in members:
@@ -1076,6 +1307,6 @@ def _vacate(members: Sequence[Member], mesh: Mesh) -> None:
             object.__setattr__(param, "__class__", type(param)._own_class)
         param.data = torch.empty(0, dtype=param.dtype, device=mesh.device)
         param.grad = None
-        _release_keeper(param)
+        _disown(param)
         for companion in member.companions:
             companion.put(torch.empty(0, device=mesh.device))

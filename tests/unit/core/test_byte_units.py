@@ -23,8 +23,8 @@ from zeroshard.core.unit import (
     Unit,
     build_unit,
     hand_back,
-    keep_until_engine,
 )
+from zeroshard.core.waiting import Waiting
 from zeroshard.core.wrap import Kind, choose_groups
 from zeroshard.errors import UsageError
 
@@ -147,11 +147,12 @@ def test_a_unit_that_is_taken_over_brings_the_companions_along() -> None:
         before = [contents(param) for param in params]
         mesh = mesh_for(freeing, world)
         first = make(params, freeing, mesh)
-        keep_until_engine(first)
+        waiting = Waiting(mesh)
+        waiting.add(first)
         second = make(params, freeing, mesh)
         with gathered(params):
             assert_same(params, before)
-        hand_back(second)
+        hand_back(second, waiting)
         third = make(params[:1], freeing, mesh)
         with gathered(params):
             assert_same(params, before)
