@@ -32,6 +32,7 @@ from transformers import (
 
 from forked import run_ranks
 from zeroshard import gathered, initialize
+from zeroshard.errors import CheckpointError
 
 QUANTISED = (Params4bit, Int8Params)
 STEPS = 2
@@ -346,6 +347,43 @@ def test_what_is_not_quantised_yet_is_when_the_model_is_initialized() -> None:
         x = torch.randn(2, 64)
         with torch.no_grad():
             assert torch.equal(engine(x), want.train()(x))
+
+    run_ranks(on_rank, 2)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["whole", "adapters alone"])
+@pytest.mark.parametrize("case", [Case(torch.bfloat16), Case(None)], ids=["4 bits", "8 bits"])
+def test_training_goes_on_from_a_checkpoint_at_any_stage(
+    base: Path, tmp_path: Path, case: Case, kept: bool
+) -> None:
+    def on_rank(rank: int, world: int) -> None:
+        for before, after in ((3, 3), (3, 2), (2, 3)):
+            engine, folder = start(load(base, case), case, before), tmp_path / f"{before}{after}"
+            engine_losses(engine)
+            engine.save_checkpoint(str(folder), exclude_frozen_parameters=not kept)
+            want = engine_losses(engine)
+            model = load(base, case)
+            untouched = quantised_bytes(model)
+            again = start(model, case, after)
+            path, _ = again.load_checkpoint(str(folder), load_module_strict=kept)
+            assert path is not None
+            with gathered(model):
+                assert_equal_bytes(quantised_bytes(model), untouched)
+            assert engine_losses(again) == pytest.approx(want, rel=1e-6)
+
+    run_ranks(on_rank, 2)
+
+
+def test_a_checkpoint_of_another_quantised_base_is_refused(base: Path, tmp_path: Path) -> None:
+    def on_rank(rank: int, world: int) -> None:
+        engine = start(load(base, Case()), Case(), 3)
+        engine.save_checkpoint(str(tmp_path))
+        other = load(base, Case())
+        layer = next(module for module in other.modules() if isinstance(module, Linear4bit))
+        layer.weight.quant_state.state2.absmax.mul_(2)
+        again = start(other, Case(), 3)
+        with pytest.raises(CheckpointError, match=r"other statistics .*nested_absmax"):
+            again.load_checkpoint(str(tmp_path))
 
     run_ranks(on_rank, 2)
 

@@ -20,6 +20,7 @@ from zeroshard.errors import UsageError, compose
 __all__ = [
     "Gatherable",
     "assemble",
+    "companions_on_host",
     "gathered",
     "guard_state_dict",
     "parameters_in",
@@ -224,6 +225,20 @@ def stacked(mine: Tensor, unit: Unit) -> Tensor:
     with Answered(unit.mesh.rank, f"to read the state of {unit.name}"):
         all_gather(rows.view(-1), mine.view(-1), axis).wait()
     return rows
+
+
+def companions_on_host(units: Iterable[Unit], *, wanted: bool) -> dict[Tensor, Tensor]:
+    """Copies of all companions, by what is shown in their place while they are freed.
+
+    A collective, also for ranks by which they are not ``wanted``: those get none.
+    """
+    copies: dict[Tensor, Tensor] = {}
+    for unit in units:
+        if unit.companions:
+            with gathered([member.param for member in unit.members]):
+                if wanted:
+                    copies |= {shown: full.to("cpu", copy=True) for shown, full in unit.companions}
+    return copies
 
 
 def refresh(unit: Unit) -> None:

@@ -147,6 +147,7 @@ class FlatBuffer:
         dtypes: Sequence[torch.dtype] | None = None,
     ) -> None:
         self.layout, self._shapes = layout, shapes
+        self.is_bytes = dtypes is not None
         self._dtypes = [tensor.dtype] * len(shapes) if dtypes is None else dtypes
         self.nbytes_full = tensor.nbytes
         self._lay(tensor)
@@ -487,6 +488,7 @@ class Unit:
         self._cut_sizes, self._cut_at = full.layout.cuts(mesh.shard.rank)
         is_cut = mesh.shard.size > 1 or master is None
         self._cut_shapes = None if is_cut else self._shape_cuts()
+        self._is_bytes = full.is_bytes
         self._placeholders = [view.new_empty(0) for view in full.views[: len(members)]]
         self._beside = [
             _Beside(companion, at, full.views[at].new_empty(0)) for companion, at in companions
@@ -577,7 +579,18 @@ class Unit:
     def stored(self, index: int) -> Tensor:
         """This rank's slice of a parameter, as gathers read it."""
         shard = self._store.read(self._full.tensor.new_empty(self.layout.shard_numel))
-        return self._cut(shard)[index].view(self._placeholders[index].dtype)
+        return self.part_of(shard, index)
+
+    def part_of(self, shard: Tensor, index: int) -> Tensor:
+        """What belongs to a parameter in a tensor that is laid out as a shard is, flat."""
+        part = shard[self.layout.slice_of(index, self.mesh.shard.rank).slice()]
+        return part.view(self._placeholders[index].dtype) if self._is_bytes else part
+
+    def owned(self, index: int, rank: int) -> Range:
+        """The part of a parameter that a rank owns, in the parameter's own elements."""
+        start, stop = self.layout.owned(index, rank)
+        size = self._placeholders[index].element_size() if self._is_bytes else 1
+        return Range(start // size, stop // size)
 
     def gather(self) -> None:
         """Start making the parameters full. A collective over the shard axis."""
