@@ -26,7 +26,6 @@ from zeroshard.core import tree
 from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
-from zeroshard.core.unit import hand_back
 from zeroshard.core.usage import GradientWatch
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.diagnose import explain_backward
@@ -115,6 +114,7 @@ class Engine(Getters):
             self._optimizer = ZeroOptimizer(sharded, self._step_now, self.zero_grad)
             # The gradients are here, so forgetting them is, too.
             sharded.inner.zero_grad = self.zero_grad
+        self._shown_optimizer: Any = self._optimizer
         self._refresh()
 
     def __getattr__(self, name: str) -> Any:
@@ -686,7 +686,7 @@ class Engine(Getters):
                 )
             )
         self.check_present("offload_states()")
-        units, optimizer = self.runtime.units, self.optimizer
+        units, optimizer = self.runtime.units, self.basic_optimizer
         self._offloaded = offload(
             units, optimizer, kinds, pin=pin_memory, non_blocking=non_blocking
         )
@@ -803,12 +803,10 @@ class Engine(Getters):
             return
         self.reload_states()
         self.zero_grad()
-        self.runtime.detach()
+        self.runtime.let_go()
         if self._sharded is not None:
             self._sharded.release()
             vars(self._sharded.inner).pop("zero_grad", None)
-        for unit in self.runtime.units:
-            hand_back(unit)
         self.mesh.destroy()
         self._is_destroyed = True
 
