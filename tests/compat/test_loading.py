@@ -109,6 +109,8 @@ def step_plain(model: Any, architecture: Architecture, world: int) -> list[float
 
 def step_differences(model: Any, plain: Any, architecture: Architecture) -> list[str]:
     """What one step at stage 3 changes otherwise than a step of the plain model does."""
+    for name, param in model.named_parameters():
+        plain.get_parameter(name).requires_grad_(param.requires_grad)  # plain loads forget it
     engine = deepspeed.initialize(model=model, config=STAGE_3)[0]
     loss = engine(**batch_of(architecture, dist.get_rank()))["loss"]
     engine.backward(loss)
@@ -278,7 +280,7 @@ def test_no_rank_holds_more_than_its_shards_and_one_module(
         save(plain, tmp_path)
     del plain
 
-    def work(rank: int) -> Watch:
+    def work(rank: int) -> tuple[int, int]:
         gc.collect()
         watch = Watch()
         watch.start(monkeypatch)
@@ -289,16 +291,15 @@ def test_no_rank_holds_more_than_its_shards_and_one_module(
                 model = model_class._from_config(config)
         assert all_wait(model)
         watch.note()
-        watch.units.clear()
-        return watch
+        return watch.most_in_units, watch.most_in_process
 
     largest = 4 * 16384 * 768
     shards = (4 * numel + largest) // 2  # until it is tied, the head has shards of its own
-    for watch in on_ranks(work):
-        assert shards > 100 * MIB
-        assert watch.most_in_units <= shards + largest + MIB
-        # gloo copies what it gathers.
-        assert watch.most_in_process <= shards + 2 * largest + 40 * MIB
+    for in_units, in_process in on_ranks(work):
+        assert 100 * MIB < shards < in_units <= shards + largest + MIB
+        # Gloo copies what it gathers, and transformers reads a checkpoint whole on every rank.
+        checkpoint = 4 * numel if source == "from_pretrained" else 0
+        assert in_process <= shards + checkpoint + 2 * largest + 40 * MIB
 
 
 @pytest.mark.parametrize("group", ["none", "torch's"])
