@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from zeroshard.core.collectives import Answered, all_gather, broadcast_
+from zeroshard.core.hook import Hook
 from zeroshard.core.unit import Slot, Unit, slot_of
 from zeroshard.core.waiting import waiting_of
 from zeroshard.errors import UsageError, compose
@@ -23,6 +24,7 @@ __all__ = [
     "guard_state_dict",
     "parameters_in",
     "refresh",
+    "reshow",
     "stacked",
 ]
 
@@ -222,6 +224,12 @@ def refresh(unit: Unit) -> None:
     """Show edited master weights to whoever reads parameters from now on; a collective."""
     with torch.no_grad():
         unit.write_master()
+    reshow(unit)
+
+
+def reshow(unit: Unit) -> None:
+    """Let full parameters be what their shards are now; a collective."""
+    with torch.no_grad():
         was_full = unit.is_full
         unit.gather()  # also where it is not full here: between two passes it may be on other ranks
         unit.wait()
@@ -252,8 +260,8 @@ def guard_state_dict(model: nn.Module, on_load: Callable[[Unit], object]) -> lis
 
     handles: list[RemovableHandle] = []
     for module in model.modules():
-        handles.append(module.register_state_dict_pre_hook(before_save))
-        handles.append(module.register_load_state_dict_pre_hook(before_load))
+        handles.append(module.register_state_dict_pre_hook(Hook(before_save)))
+        handles.append(module.register_load_state_dict_pre_hook(Hook(before_load)))
     return handles
 
 

@@ -187,6 +187,9 @@ _OUTLINE = frozenset(
 )
 _OUTLINE_ATTRIBUTES = frozenset({"nbytes", "ndim", "shape"})
 
+# A whole module is moved by these, one parameter after another.
+_MOVES = frozenset({Tensor.cpu, Tensor.cuda})
+
 # A whole module is cast by these, one parameter after another.
 _CASTS = frozenset({Tensor.bfloat16, Tensor.double, Tensor.float, Tensor.half, Tensor.type})
 
@@ -229,7 +232,8 @@ def _without_values(
 ) -> Tensor | None:
     """What a function of a freed parameter gives that is only another name of its values."""
     is_data = attribute(func) == "data" and func.__name__ == "__get__"
-    if is_data or func is Tensor.detach or (func is Tensor.to and _keeps_dtype(args, kwargs)):
+    moves = func in _MOVES or (func is Tensor.to and _keeps_dtype(args, kwargs))
+    if is_data or func is Tensor.detach or moves:
         return FreedData.of(args[0])
     if func is functional.pad:
         # Transformers fits the bias of an output layer to tied embeddings, whose shapes are empty.
@@ -440,6 +444,7 @@ class Unit:
         self.add_use: Callable[[nn.Module], object] | None = None
         self.drop_use: Callable[[nn.Module], object] | None = None
         self.use_here: Callable[[], bool] | None = None
+        self.let_go: Callable[[], None] | None = None
         self.engine: Callable[[], Any] | None = None  # a weak reference, set by the engine
         self.is_parked = False  # the memory of its parameters is elsewhere for a while
         self.keeper: Keeper | None = None  # until an engine takes the parameters over
@@ -511,6 +516,11 @@ class Unit:
         return self._full.tensor[self.layout.shard(self.mesh.shard.rank).slice()]
 
     # Parameters
+
+    def stored(self, index: int) -> Tensor:
+        """This rank's slice of a parameter, as gathers read it."""
+        shard = self._store.read(self._full.tensor.new_empty(self.layout.shard_numel))
+        return self._cut(shard)[index]
 
     def gather(self) -> None:
         """Start making the parameters full. A collective over the shard axis."""
@@ -710,6 +720,40 @@ class Unit:
             same = self.master.to(mine.dtype) == mine
             self.master.copy_(torch.where(same, self.master, mine.to(self.master.dtype)))
         self._versions = self._count_edits()
+
+    # Saving and loading
+
+    def read_kept(self) -> Tensor:
+        """This rank's range with all digits that are kept: master weights, or a frozen shard."""
+        if self.master is not None:
+            return self.master
+        numel = self.layout.shard_numel
+        return self._store.read(self._mine if self.is_full else self._placeholder.new_empty(numel))
+
+    def load_kept(self, values: Tensor) -> None:
+        """Replace this rank's range by what has been read; gathers see it from now on."""
+        if self.master is not None:
+            if values.data_ptr() != self.master.data_ptr():
+                self.master.copy_(values)
+            self.write_master()
+        else:
+            self._store.write(values)
+            self._versions = self._count_edits()
+
+    def resume_gradient(self, reduced: Tensor) -> None:
+        """Go on with an accumulation, of which ranks have averaged what came before."""
+        assert self.is_trained, f"{self.name} is frozen and takes no gradients"
+        self.grad_shard = reduced.to(self._wide(self.precision.accumulate))
+
+    def resume_unreduced(self) -> Sequence[Tensor]:
+        """Go on with an accumulation, of which this rank alone has what came before.
+
+        Returns:
+            The full gradient of each parameter, zeros, to be filled.
+        """
+        self._fresh_gradient().tensor.zero_()
+        self.has_gradient = True
+        return self._buffer.views
 
     def _take_replaced(self) -> None:
         """Take in what somebody gave a parameter as its ``data``, in place of the view of it.
@@ -954,7 +998,7 @@ def hand_back(unit: Unit, keeper: Keeper | None) -> None:
     """
     unit.clear_gradients()
     unit._end_gather()
-    unit.add_use = unit.drop_use = unit.use_here = unit.engine = None
+    unit.add_use = unit.drop_use = unit.use_here = unit.let_go = unit.engine = None
     if unit.lifetime.params_stay:
         unit.wait()
         for param in unit._params:
