@@ -29,6 +29,7 @@ import deepspeed
 import zeroshard
 from architectures import ARCHITECTURES, Architecture
 from forked import run_ranks
+from zeroshard import UsageError
 from zeroshard.core.unit import Unit, is_waiting, slot_of
 
 transformers.logging.set_verbosity_error()
@@ -508,6 +509,35 @@ def test_resized_embeddings_keep_their_rows_and_train(name: str, tmp_path: Path)
             for each, weight in full(model).items():
                 param = wanted.get_parameter(each)
                 assert (weight - (param - RATE * param.grad)).abs().max() <= 1e-6, each
+
+    on_ranks(work)
+
+
+def test_embeddings_are_resized_between_two_engines_and_not_under_one() -> None:
+    architecture = ARCHITECTURES["llama"]
+
+    def step(engine: Any, size: int) -> float:
+        ids = torch.randint(3, size, (2, 8), generator=torch.Generator().manual_seed(1))
+        loss = engine(input_ids=ids, labels=ids)["loss"]
+        engine.backward(loss)
+        engine.step()
+        return loss.item()
+
+    def work(rank: int) -> None:
+        with zero3():
+            model = architecture.model_class._from_config(architecture.make_config())
+            engine = deepspeed.initialize(model=model, config=STAGE_3)[0]
+            step(engine, 64)
+            rows = full(model)["model.embed_tokens.weight"]
+            model.resize_token_embeddings(72)
+            with pytest.raises(UsageError, match=r"embed_tokens\.weight was replaced after init"):
+                step(engine, 72)
+            engine.destroy()
+            engine = deepspeed.initialize(model=model, config=STAGE_3)[0]
+        assert torch.equal(full(model)["model.embed_tokens.weight"][:64], rows)
+        losses = [step(engine, 72) for _ in range(3)]
+        assert losses == sorted(losses, reverse=True)
+        assert not torch.equal(full(model)["model.embed_tokens.weight"][:64], rows)
 
     on_ranks(work)
 
