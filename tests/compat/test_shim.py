@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import logging
 import pickle
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -59,6 +60,13 @@ def run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def ended_with_import_error(code: str, *path: Path) -> str:
+    ended = run(f"{code}\nimport deepspeed", *path)
+    assert ended.returncode == 1, ended.stdout
+    assert "ImportError: " in ended.stderr
+    return ended.stderr
+
+
 def resolve(chain: str) -> Any:
     found: Any = deepspeed
     for name in chain.split("."):
@@ -83,6 +91,46 @@ for chain in {CONTRACT.split()!r}:
 """
     ended = run(code)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_a_deepspeed_of_another_folder_is_refused_with_the_command_that_mends_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "__init__.py").write_text("raise AssertionError\n")
+    message = ended_with_import_error(f"sys.path.append({str(tmp_path)!r})", SHIM.parent)
+    assert f"DeepSpeed itself is in {tmp_path / 'deepspeed'}" in message
+    assert "pip uninstall -y deepspeed" in message
+    assert "pip install . ./shim" in message
+
+
+def test_a_deepspeed_that_is_only_registered_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "deepspeed-0.16.4.dist-info").mkdir()
+    message = ended_with_import_error("", SHIM.parent, tmp_path)
+    assert f"registered by {tmp_path / 'deepspeed-0.16.4.dist-info'}" in message
+
+
+def test_files_of_deepspeed_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(SHIM, tmp_path / "deepspeed")
+    (tmp_path / "deepspeed" / "pipe").mkdir()
+    message = ended_with_import_error("", tmp_path)
+    assert "files of DeepSpeed itself (pipe) are in the same folder" in message
+
+
+def test_two_checkouts_of_zeroshard_do_not_disturb_each_other(tmp_path: Path) -> None:
+    shutil.copytree(SHIM, tmp_path / "deepspeed")
+    ended = run("import deepspeed", tmp_path, SHIM.parent)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_the_report_says_who_answers_to_the_name(tmp_path: Path) -> None:
+    code = "from zeroshard.launch.report import _deepspeed; print(_deepspeed())"
+    ended = run(code, SHIM.parent)
+    assert "(zeroshard under this name, in " in ended.stdout, ended.stderr
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "__init__.py").touch()
+    mixed = run(code, tmp_path, SHIM.parent)
+    assert "(DeepSpeed itself, mixed with another one" in mixed.stdout, mixed.stderr
 
 
 def test_the_version_passes_the_floors_that_libraries_ask_for() -> None:
@@ -237,7 +285,8 @@ def test_the_status_of_a_parameter_follows_its_data_and_copies_are_plain() -> No
         status = resolve("runtime.zero.partition_parameters.ZeroParamStatus")
         torch.manual_seed(0)
         reference = Reader()
-        model = started(3, copy.deepcopy(reference), stage3_param_persistence_threshold=10).module
+        torch.manual_seed(0)
+        model = started(3, Reader(), stage3_param_persistence_threshold=10).module
         weight, bias = model.first.weight, model.first.bias
         assert (weight.ds_status, weight.shape) == (status.NOT_AVAILABLE, (0,))
         assert (weight.ds_persist, bias.ds_persist) == (False, True)
@@ -286,9 +335,10 @@ def test_marked_modules_show_the_mark() -> None:
     model = Reader()
     deepspeed.utils.set_z3_leaf_modules(model, [nn.Linear])
     assert model.first._z3_leaf is True
-    assert not hasattr(model, "_z3_leaf")
+    assert model._z3_leaf is False
+    assert all(hasattr(model, name) for name in dir(model))  # which the compiler takes for granted
     deepspeed.utils.unset_z3_leaf_modules(model, [nn.Linear])
-    assert not hasattr(model.first, "_z3_leaf")
+    assert model.first._z3_leaf is False
 
 
 def test_messages_for_some_ranks_come_from_zeroshards_logger(

@@ -6,13 +6,16 @@ from functools import wraps
 from typing import Any
 
 import deepspeed
-import deepspeed._attributes
 import zeroshard
+from deepspeed import _attributes
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils.logging import logger
 from zeroshard.engine import build
 
 __all__ = ["initialize"]
+
+
+_attributes.install()
 
 
 @wraps(build.initialize)

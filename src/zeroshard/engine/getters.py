@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zeroshard.checkpoint.manifest import Writer
 from zeroshard.config import Batch, Config
 from zeroshard.core.mesh import Mesh
 from zeroshard.engine.optimizer import ZeroOptimizer
@@ -130,6 +131,15 @@ class Getters(nn.Module):
     def zero_optimization_stage(self) -> int:
         """The configured stage, 0 to 3."""
         return self.configuration.zero_optimization.stage
+
+    def writer(self) -> Writer:
+        """What a checkpoint says of the run that writes it."""
+        half = "bf16" if self.bfloat16_enabled() else "fp16" if self.fp16_enabled() else None
+        return Writer(
+            world=self.mesh.world,
+            stage=self.zero_optimization_stage(),
+            precision=half or "fp32",
+        )
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
         """Whether ``save_16bit_model`` may gather parameters that are freed after use."""

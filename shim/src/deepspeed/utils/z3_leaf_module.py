@@ -1,6 +1,6 @@
 """``deepspeed.utils.z3_leaf_module``: modules that are gathered as a whole."""
 
-import deepspeed._attributes  # noqa: F401 - marked modules have a mark to look at
+from deepspeed import _attributes
 from deepspeed._names import names
 from zeroshard.zero import (
     get_z3_leaf_modules,
@@ -23,5 +23,7 @@ __all__ = [
     "z3_leaf_module",
     "z3_leaf_parameter",
 ]
+
+_attributes.install()
 
 __getattr__, __dir__ = names(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deepspeed._attributes import ZeroParamStatus
+from deepspeed._attributes import ZeroParamStatus, install
 from deepspeed._names import names
 from zeroshard.zero import (
     GatheredParameters,
@@ -19,6 +19,9 @@ __all__ = [
     "register_external_parameter",
     "unregister_external_parameter",
 ]
+
+
+install()
 
 
 def is_zero_param(parameter: object) -> bool:
