@@ -797,6 +797,18 @@ class Unit:
                 )
             )
 
+    def differs_from_master(self) -> bool:
+        """Whether this rank's part of full parameters is not what the master weights make of it.
+
+        It was edited through ``param.data`` then, which autograd does not count. Where the two are
+        one memory there is nothing to tell, and nothing is lost.
+        """
+        dtype = self._full.tensor.dtype
+        if self.master is None or self.master.dtype == dtype or not self.lifetime.params_stay:
+            return False
+        made = self.master.to(dtype)
+        return bool(((self._mine != made) & ~made.isnan()).any())
+
     def adopt(self, edit: Callable[[Tensor], object]) -> None:
         """Edit the full parameters in place and keep the result in shard and master weights.
 

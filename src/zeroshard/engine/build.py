@@ -57,6 +57,13 @@ __all__ = ["initialize"]
 
 _log = logging.getLogger(__name__)
 
+# Torch's own ways to train one model on several devices.
+_WRAPPERS = {
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+}
+
 ConfigSource = str | Path | Mapping[str, object]
 
 
@@ -104,7 +111,13 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     """
     show_messages(world.rank_so_far)
     if not isinstance(model, nn.Module):
-        raise UsageError(f"initialize() needs a model, a torch.nn.Module, not {model!r}.")
+        raise UsageError(
+            compose(
+                f"initialize() needs a model, a torch.nn.Module, not a {type(model).__name__}.",
+                hint="pass the module itself; several models that train together can be one, as "
+                "in torch.nn.ModuleList(models).",
+            )
+        )
     if mpu is not None or mesh_param is not None:
         raise UsageError(
             compose(
@@ -371,6 +384,14 @@ def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
                     "model.to_empty() and its initialisation.",
                 )
             )
+        if type(param).__name__ == "DTensor":  # to import the class would take half a second
+            raise UsageError(
+                compose(
+                    f"{name} is a DTensor: fully_shard() or tensor parallelism has divided it "
+                    "already.",
+                    hint="pass the model as it was before that.",
+                )
+            )
         if param.is_complex():
             raise UsageError(
                 compose(
@@ -382,6 +403,14 @@ def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
         if trained is not None and param.requires_grad and param not in trained:
             ignored.append(name)
     for name, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS and type(module).__module__.startswith("torch."):
+            raise UsageError(
+                compose(
+                    f"{name or 'the model'} is wrapped in {type(module).__name__}, which gathers "
+                    "and reduces on its own, as the engine does.",
+                    hint="pass the model without it: model.module, or do not wrap it.",
+                )
+            )
         if getattr(module, "max_norm", None) is not None and isinstance(
             module, (nn.Embedding, nn.EmbeddingBag)
         ):
