@@ -44,6 +44,7 @@ import deepspeed
 from compat.golden import MEASURED, Log, Recipe, Tokens, arguments, llama, logged, run
 from deepspeed.runtime.engine import DeepSpeedEngine
 from forked import run_ranks
+from zeroshard.errors import UsageError
 
 STAGES = (0, 1, 2, 3)
 BLOCKS = ((), ("optimizer",), ("scheduler",), ("optimizer", "scheduler"))
@@ -241,6 +242,22 @@ def test_the_log_says_that_deepspeed_runs_at_the_level_of_the_trainer() -> None:
     informed, quiet = each_rank(body, world=1)[0]
     assert any("DeepSpeed info" in message for message in informed)
     assert quiet == []
+
+
+def test_offload_is_accepted_whoever_makes_the_optimizer() -> None:
+    def body(folder: Path) -> list[Log]:
+        logs = []
+        for blocks in ((), ("optimizer",)):
+            config = Recipe(3, "bf16", blocks).config()
+            logs.append(logged(train(folder, config, bf16=True)))
+            to_host = {"device": "cpu", "pin_memory": True}
+            config["zero_optimization"] |= {"offload_optimizer": to_host, "offload_param": to_host}
+            logs.append(logged(train(folder, config, bf16=True)))
+        return logs
+
+    theirs, theirs_offloaded, ours, ours_offloaded = each_rank(body)[0]
+    assert theirs == theirs_offloaded
+    assert ours == ours_offloaded
 
 
 # Precision
@@ -492,6 +509,23 @@ def test_a_model_is_evaluated_in_shards_without_training() -> None:
 
     plain, sharded = each_rank(body)[0]
     assert sharded == pytest.approx(plain, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("before", ["evaluate", "train"])
+def test_a_trainer_that_is_used_up_says_so(before: str) -> None:
+    # Accelerate has forgotten the engine by then, while the Trainer still holds it.
+    def body(folder: Path) -> None:
+        trainer = Trainer(
+            model=llama(),
+            args=arguments(folder, Recipe(3), max_steps=1),
+            train_dataset=Tokens(),
+            eval_dataset=Tokens(10),
+        )
+        getattr(trainer, before)()
+        with pytest.raises(UsageError, match="Trainer is used up by"):
+            trainer.train()
+
+    each_rank(body, world=1)
 
 
 class TooLarge:
