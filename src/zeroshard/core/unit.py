@@ -159,6 +159,7 @@ class FreedParameter(nn.Parameter):
             Tensor.is_complex,
             Tensor.is_contiguous,
             Tensor.is_floating_point,
+            Tensor.nelement,
             Tensor.numel,
             Tensor.register_hook,
             Tensor.register_post_accumulate_grad_hook,
@@ -183,6 +184,8 @@ class FreedParameter(nn.Parameter):
         if func in cls._harmless or cls._is_harmless_attribute(func, args):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func is Tensor.detach:  # by which a state dict takes it
+            return FreedValue.of(args[0])
         given = tree.find((args, kwargs or {})).tensors
         raise _freed_read(next((tensor for tensor in given if isinstance(tensor, cls)), None))
 
@@ -204,7 +207,41 @@ class FreedParameter(nn.Parameter):
         raise _freed_read(self)
 
 
+class FreedValue(FreedParameter):
+    """What a freed parameter gives for a value: it shows a dtype, and holds nothing to save.
+
+    State dicts of freed parameters hold these. Programs make such a dict to throw it away, or to
+    see names; whoever writes one to a file is stopped there.
+    """
+
+    owner: Tensor
+
+    _harmless = frozenset(
+        {
+            Tensor.__hash__,
+            Tensor.__repr__,
+            Tensor.dim,
+            Tensor.element_size,
+            Tensor.is_complex,
+            Tensor.is_floating_point,
+            Tensor.nelement,
+            Tensor.numel,
+            Tensor.size,
+            torch.is_floating_point,
+        }
+    )
+
+    @classmethod
+    def of(cls, param: Tensor) -> FreedValue:
+        """The value of a freed parameter, or of such a value."""
+        with torch._C.DisableTorchFunctionSubclass():
+            value = param.detach().as_subclass(cls)
+        value.owner = param.owner if isinstance(param, FreedValue) else param
+        return value
+
+
 def _freed_read(param: Tensor | None) -> UsageError:
+    param = param.owner if isinstance(param, FreedValue) else param
     slot = slot_of(param) if param is not None else None
     what, where = "a parameter", ""
     hint = (
