@@ -14,7 +14,7 @@ from zeroshard.checkpoint import folder as disk
 from zeroshard.checkpoint.encoding import Decoder
 from zeroshard.checkpoint.manifest import Manifest
 from zeroshard.checkpoint.objects import load_objects
-from zeroshard.checkpoint.tensors import TensorFile, dtype_named
+from zeroshard.checkpoint.tensors import TensorFile
 from zeroshard.core.layout import Range
 from zeroshard.errors import CheckpointError, compose
 
@@ -109,10 +109,8 @@ class Reader:
 
     def dtype(self, kind: str, name: str) -> torch.dtype:
         """The dtype that a parameter's tensor of some kind was saved in."""
-        entry = self.manifest.parameters[name]
-        if not entry.pieces:
-            return dtype_named(entry.dtype)
-        return self.rank(entry.pieces[0].rank).dtype(f"{kind}/{name}")
+        first, *_ = self.manifest.parameters[name].pieces
+        return self.rank(first.rank).dtype(f"{kind}/{name}")
 
     def whole(self, kind: str, name: str) -> Tensor:
         """A parameter's whole tensor of some kind, in host memory."""

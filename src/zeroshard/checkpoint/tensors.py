@@ -8,6 +8,7 @@ whatever is wrong with a file is an error that names it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from zeroshard.errors import CheckpointError, compose
 
-__all__ = ["TensorFile", "bytes_of", "dtype_named", "name_of_dtype", "write_tensors"]
+__all__ = ["TensorFile", "dtype_named", "memory_of", "name_of_dtype", "on_host", "write_tensors"]
 
 _NAMES: Mapping[str, str] = {
     "BOOL": "bool",
@@ -60,11 +61,19 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The content of a tensor on the host; its own memory where it is there already."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    raw: Any = flat.view(torch.uint8).numpy()
-    return memoryview(raw)
+def on_host(tensor: Tensor) -> Tensor:
+    """A tensor in dense host memory; itself where it is there already."""
+    return tensor.detach().to("cpu").contiguous()
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The memory of a dense tensor on the host, valid as long as the tensor is.
+
+    Not through numpy: what numpy has seen can never be resized again, and storages of units are.
+    """
+    if not tensor.nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 class Storable(Protocol):
@@ -122,7 +131,8 @@ def write_tensors(
     with path.open("wb", buffering=0) as file:
         _write(file, memoryview(len(text).to_bytes(_LENGTH_BYTES, "little") + text))
         for name in order:
-            _write(file, bytes_of(tensors[name].contiguous()))
+            host = on_host(tensors[name].contiguous())
+            _write(file, memory_of(host))
         os.fsync(file.fileno())
     return _LENGTH_BYTES + len(text) + end
 
@@ -221,7 +231,7 @@ class TensorFile:
         if not host.numel():
             return
         self._file.seek(self._start + offset)
-        view = bytes_of(host)
+        view = memory_of(host)
         if self._file.readinto(view) != len(view):
             raise _damaged(self.path, "ended while it was read")
         if not is_direct:

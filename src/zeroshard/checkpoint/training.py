@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zeroshard.checkpoint.manifest import Piece, Writer
+from zeroshard.core.layout import Range
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import Unit
 from zeroshard.core.usage import GradientWatch
@@ -79,14 +80,16 @@ class Place:
 
     @property
     def is_written_here(self) -> bool:
-        """Whether this rank is the one to write its range."""
-        return self.unit.mesh.replicate.rank == self.writer_row
+        """Whether this rank writes a range of it."""
+        return any(piece.rank == self.unit.mesh.rank for piece in self.pieces())
 
     def pieces(self) -> tuple[Piece, ...]:
-        """All its ranges, with the ranks that write them."""
-        size = self.unit.mesh.shard.size
-        owned = [self.unit.layout.owned(self.index, rank) for rank in range(size)]
+        """All its ranges, with the ranks that write them; one without elements if it has none."""
+        layout, size = self.unit.layout, self.unit.mesh.shard.size
         first = self.writer_row * size
+        if not layout.numels[self.index]:
+            return (Piece(first, Range(0, 0)),)
+        owned = [layout.owned(self.index, rank) for rank in range(size)]
         return tuple(Piece(first + rank, part) for rank, part in enumerate(owned) if part.numel)
 
 

@@ -28,7 +28,7 @@ from zeroshard.checkpoint.manifest import (
 from zeroshard.checkpoint.moments import describe, group_of, moments_of, scalar_keys
 from zeroshard.checkpoint.objects import save_objects
 from zeroshard.checkpoint.signposts import facts_of, write_script, write_signposts
-from zeroshard.checkpoint.tensors import bytes_of, name_of_dtype, write_tensors
+from zeroshard.checkpoint.tensors import memory_of, name_of_dtype, on_host, write_tensors
 from zeroshard.checkpoint.together import agreed, check_equal, from_rank_0
 from zeroshard.checkpoint.training import (
     Place,
@@ -148,7 +148,8 @@ def _digests(buffers: Mapping[str, Tensor]) -> bytes:
 
 
 def _digest(tensor: Tensor) -> int:
-    return zlib.crc32(bytes_of(tensor))
+    host = on_host(tensor)
+    return zlib.crc32(memory_of(host))
 
 
 def _share_of(
@@ -168,8 +169,6 @@ def _share_of(
         if place.unit.is_trained:
             _add_gradient(share, place)
         if not place.is_written_here or not (with_frozen or place.param.requires_grad):
-            continue
-        if place.owned().start == place.owned().stop:
             continue
         share.tensors[f"{WEIGHTS}/{place.name}"] = place.of(place.unit.read_kept())
         if optimizer is not None and place.unit.is_trained:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from zeroshard.core.collectives import Answered, all_gather, broadcast_
+from zeroshard.core.hook import Hook
 from zeroshard.core.unit import Slot, Unit, slot_of
 from zeroshard.errors import UsageError, compose
 
@@ -236,7 +237,9 @@ def guard_state_dict(model: nn.Module, on_load: Callable[[Unit], object]) -> lis
         for unit in _units(list(module.parameters(recurse=False))):
             on_load(unit)
 
-    return [module.register_load_state_dict_pre_hook(before_load) for module in model.modules()]
+    return [
+        module.register_load_state_dict_pre_hook(Hook(before_load)) for module in model.modules()
+    ]
 
 
 def _refuse_freed(module: nn.Module) -> None:

@@ -46,6 +46,7 @@ from zeroshard.core import tree
 from zeroshard.core.access import guard_state_dict
 from zeroshard.core.edges import apart, on_gradient
 from zeroshard.core.external import declared, unwatch, watch
+from zeroshard.core.hook import Hook
 from zeroshard.core.scaling import ScaledLoss, rescale
 from zeroshard.core.schedule import Schedule
 from zeroshard.core.unit import Unit, hand_back, slot_of
@@ -173,7 +174,7 @@ class Runtime:
     def _attach_site(self, site: Site) -> None:
         @apart
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # A copy of the module has copies of its hooks, and parameters of its own.
+            # A shallow copy of the module shares its hooks.
             is_ours = module is site.module and not self._is_quiet
             return self._before_forward(site, args, kwargs) if is_ours else None
 
@@ -184,8 +185,8 @@ class Runtime:
 
         module = site.module
         self._handles += [
-            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-            module.register_forward_hook(after, always_call=True),
+            module.register_forward_pre_hook(Hook(before), prepend=True, with_kwargs=True),
+            module.register_forward_hook(Hook(after), always_call=True),
         ]
 
     def detach(self) -> None:
@@ -206,15 +207,24 @@ class Runtime:
         """Whether all hooks are there: some libraries clear those of a model they pass on."""
         return all(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles)
 
+    def mute(self) -> None:
+        """Do nothing in forward from now on; for units that are held, and without gradients."""
+        self._is_quiet = True
+
+    def unmute(self) -> None:
+        """Take back ``mute``."""
+        self._is_quiet = False
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Do nothing in forward; for units that are held, and without gradients."""
-        self._is_quiet, before = True, self._is_quiet
+        """Do nothing in forward; for units that are held. Gradients are off."""
+        was_quiet = self._is_quiet
+        self.mute()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._is_quiet = before
+            self._is_quiet = was_quiet
 
     def add_use(self, module: nn.Module, unit: Unit) -> Site:
         """Gather a unit whenever ``module`` runs, too."""

@@ -591,7 +591,10 @@ class Unit:
 
     def read_kept(self) -> Tensor:
         """This rank's range with all digits that are kept: master weights, or a frozen shard."""
-        return self._store.read(self._mine) if self.master is None else self.master
+        if self.master is not None:
+            return self.master
+        numel = self.layout.shard_numel
+        return self._store.read(self._mine if self.is_full else self._placeholder.new_empty(numel))
 
     def load_kept(self, values: Tensor) -> None:
         """Replace this rank's range by what has been read; gathers see it from now on."""

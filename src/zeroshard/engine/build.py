@@ -272,6 +272,10 @@ def _resolve_scheduler(
     if scheduler is None and settings.scheduler is None:
         return None
     if optimizer is None:
+        if scheduler is None:
+            # Programs that only evaluate keep the configuration of the training.
+            _log.info('there is no optimizer, so the "scheduler" block is not used.')
+            return None
         raise UsageError(
             compose(
                 "initialize() was given a learning rate schedule but no optimizer.",
@@ -323,7 +327,7 @@ def _take_over(model: nn.Module, *, trains: bool) -> None:
         holder = unit.engine() if unit.engine is not None else None
         if not isinstance(holder, Engine):
             unit.let_go()
-        elif holder.optimizer is None:
+        elif holder.basic_optimizer is None:
             _log.info("an engine without optimizer gives the model to a new one, and ends.")
             holder.destroy()
         elif not holder.runtime.is_attached or (trains and holder.module is model):

@@ -114,6 +114,7 @@ class Engine(Getters):
             self._optimizer = ZeroOptimizer(sharded, self._step_now, self.zero_grad)
             # The gradients are here, so forgetting them is, too.
             sharded.inner.zero_grad = self.zero_grad
+        self._shown_optimizer: Any = self._optimizer
         self._refresh()
 
     def __getattr__(self, name: str) -> Any:
@@ -685,7 +686,7 @@ class Engine(Getters):
                 )
             )
         self.check_present("offload_states()")
-        units, optimizer = self.runtime.units, self.optimizer
+        units, optimizer = self.runtime.units, self.basic_optimizer
         self._offloaded = offload(
             units, optimizer, kinds, pin=pin_memory, non_blocking=non_blocking
         )

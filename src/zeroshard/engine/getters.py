@@ -43,6 +43,7 @@ class Getters(nn.Module):
     loaded_checkpoint_dp_world_size: int | None = None
     _sharded: ShardedOptimizer | None
     _optimizer: ZeroOptimizer | None
+    _shown_optimizer: Any
 
     @property
     def config(self) -> dict[str, Any]:
@@ -79,9 +80,16 @@ class Getters(nn.Module):
     # Optimizer
 
     @property
-    def optimizer(self) -> ZeroOptimizer | None:
-        """What ``initialize`` returned as the optimizer; it steps slices of the parameters."""
-        return self._optimizer
+    def optimizer(self) -> Any:
+        """What ``initialize`` returned as the optimizer; it steps slices of the parameters.
+
+        Set to something else, that is what programs find here; the engine steps its own.
+        """
+        return self._shown_optimizer
+
+    @optimizer.setter
+    def optimizer(self, shown: Any) -> None:
+        self._shown_optimizer = shown
 
     @property
     def basic_optimizer(self) -> torch.optim.Optimizer | None:
@@ -103,7 +111,7 @@ class Getters(nn.Module):
 
     def get_mom(self) -> list[Any]:
         """Momentum of every param group, or its betas where it has those."""
-        groups = self.optimizer.param_groups if self.optimizer else []
+        groups = self._optimizer.param_groups if self._optimizer else []
         return [group.get("momentum", group.get("betas", 0.0)) for group in groups]
 
     def get_type(self) -> list[Any]:
@@ -111,7 +119,7 @@ class Getters(nn.Module):
         return self._of_groups("type")
 
     def _of_groups(self, key: str) -> list[Any]:
-        groups = self.optimizer.param_groups if self.optimizer else []
+        groups = self._optimizer.param_groups if self._optimizer else []
         return [group.get(key, 0.0) for group in groups]
 
     # Configuration
