@@ -259,41 +259,36 @@ def reshow(unit: Unit) -> None:
 
 
 def guard_state_dict(model: nn.Module, on_load: Callable[[Unit], object]) -> list[RemovableHandle]:
-    """Refuse to save or load a state dict of freed parameters, which would be empty tensors.
+    """Refuse to load a state dict into freed parameters.
 
-    One of the parameters themselves, by ``keep_vars=True``, shows names, and freed parameters
-    refuse to be read. ``on_load`` is told each unit whose full parameters are overwritten.
+    One that is made of freed parameters shows names, and its values refuse to be read. ``on_load``
+    is told each unit whose full parameters are overwritten.
     """
-
-    def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if not keep_vars:
-            _refuse_freed(module, "state_dict()", "with zeroshard.gathered(model):")
 
     def before_load(
         module: nn.Module, state: object, prefix: object, metadata: dict[str, Any], *_: object
     ) -> None:
         if metadata.get("assign_to_params_buffers"):
             raise UsageError("load_state_dict(assign=True) would replace parameters of the engine.")
-        hint = "with zeroshard.gathered(model, modifier_rank=0):"
-        _refuse_freed(module, "load_state_dict()", hint)
+        _refuse_freed(module)
         for unit in _units(list(module.parameters(recurse=False))):
             on_load(unit)
 
-    handles: list[RemovableHandle] = []
-    for module in model.modules():
-        handles.append(module.register_state_dict_pre_hook(Hook(before_save)))
-        handles.append(module.register_load_state_dict_pre_hook(Hook(before_load)))
-    return handles
+    return [
+        module.register_load_state_dict_pre_hook(Hook(before_load)) for module in model.modules()
+    ]
 
 
-def _refuse_freed(module: nn.Module, call: str, hint: str) -> None:
+def _refuse_freed(module: nn.Module) -> None:
     for name, param in module.named_parameters(recurse=False):
         slot = slot_of(param)
         if slot is not None and not slot.unit.is_full:
             raise UsageError(
                 compose(
-                    f"{call} of {type(module).__name__} needs full parameters, but the unit of its "
-                    f"{name} is freed: its data lives in {slot.unit.mesh.shard.size} shards.",
-                    hint=f"every rank enters `{hint}` and calls it inside.",
+                    f"load_state_dict() of {type(module).__name__} needs full parameters, but the "
+                    f"unit of its {name} is freed: its data lives in {slot.unit.mesh.shard.size} "
+                    "shards.",
+                    hint="every rank enters `with zeroshard.gathered(model, modifier_rank=0):` and "
+                    "calls it inside.",
                 )
             )

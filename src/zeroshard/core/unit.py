@@ -194,6 +194,7 @@ _HARMLESS = frozenset(
         Tensor.is_complex,
         Tensor.is_contiguous,
         Tensor.is_floating_point,
+        Tensor.nelement,
         Tensor.numel,
         Tensor.register_hook,
         Tensor.register_post_accumulate_grad_hook,
@@ -205,6 +206,9 @@ _HARMLESS = frozenset(
         torch.is_floating_point,
     }
 )
+
+# Where values are, for programs that write them without another call, as safetensors does.
+_ADDRESSES = frozenset({Tensor.data_ptr, Tensor.untyped_storage})
 
 # What shows the shape alone.
 _OUTLINE = frozenset(
@@ -306,7 +310,8 @@ def _call_with_freed(
     keeper = keepers.pop() if len(keepers) == 1 else None
     if keeper is not None and shows_shape(func) and not torch.is_grad_enabled():
         return keeper.read(func, args, kwargs)
-    if _is_harmless(func, args):
+    is_written = keeper is None and func in _ADDRESSES and isinstance(args[0], FreedData)
+    if _is_harmless(func, args) and not is_written:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     name = _without_values(func, args, kwargs)
