@@ -9,6 +9,7 @@ import zeroshard
 from zeroshard.engine import build
 
 import deepspeed
+from deepspeed._local_rank import HostRank
 from deepspeed.utils.logging import logger
 
 __all__ = ["initialize"]
@@ -18,6 +19,9 @@ __all__ = ["initialize"]
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """Call :func:`zeroshard.initialize`."""
     made = build.initialize(*args, **kwargs)
+    engine = made[0]
+    if engine.device.type == "cpu":
+        engine.local_rank = HostRank(engine.local_rank)
     # Programs look for these words to know that DeepSpeed has taken over.
     logger.info(
         "DeepSpeed info: version=%s, run by zeroshard %s",
