@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix -c ,$(CONSTRAINTS))
 # Every GPU is the launcher's default; where there is none, one CPU rank would shard nothing.
 RANKS := $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--num_gpus 2')"
-SOURCES := $(wildcard src tests tools examples benchmarks)
+SOURCES := $(wildcard src shim tests tools examples benchmarks)
 
 .PHONY: demo test lint format bench reference clean
 .DELETE_ON_ERROR:
@@ -58,12 +58,12 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
 # The build backend goes in first, from the same pins, because an isolated build would fetch its own.
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
+$(VENV)/.installed: pyproject.toml shim/pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
 	$(PIP) hatchling
-	$(PIP) --no-build-isolation -e .
+	$(PIP) --no-build-isolation -e . -e ./shim
 	touch $@
 
-$(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
+$(VENV)/.installed-test: pyproject.toml shim/pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
 	$(PIP) hatchling
-	$(PIP) --no-build-isolation -e '.[test]'
+	$(PIP) --no-build-isolation -e '.[test,compat]' -e ./shim
 	touch $@ $(VENV)/.installed

@@ -19,8 +19,9 @@ import zeroshard
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "zeroshard"
+SHIM = ROOT / "shim" / "src" / "deepspeed"
 TEXT_SUFFIXES = {".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
-WRITTEN_BY_US = ("src", "tests", "docs", "examples", "benchmarks", "tools", ".ci")
+WRITTEN_BY_US = ("src", "shim", "tests", "docs", "examples", "benchmarks", "tools", ".ci")
 
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -37,7 +38,7 @@ def text_files() -> Iterator[Path]:
 
 
 def documents() -> list[Path]:
-    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+    return sorted([*ROOT.glob("*.md"), *ROOT.glob("shim/*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def relative(path: Path) -> str:
@@ -159,7 +160,9 @@ def test_the_configuration_page_is_what_the_schema_says() -> None:
     importlib.util.find_spec("hatchling") is None or importlib.util.find_spec("build") is None,
     reason="the build tools are not installed",
 )
-def test_the_wheel_is_pure_python_and_holds_only_the_package(tmp_path: Path) -> None:
+@pytest.mark.parametrize("package", [PACKAGE, SHIM], ids=lambda package: package.name)
+def test_a_wheel_is_pure_python_and_holds_only_its_package(package: Path, tmp_path: Path) -> None:
+    project = package.parent.parent
     command = [
         sys.executable,
         "-m",
@@ -169,15 +172,15 @@ def test_the_wheel_is_pure_python_and_holds_only_the_package(tmp_path: Path) -> 
         "--outdir",
         str(tmp_path),
     ]
-    built = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, check=False)
+    built = subprocess.run([*command, str(project)], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"zeroshard"}
-    modules = {relative(path).removeprefix("src/") for path in PACKAGE.rglob("*.py")}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {package.name}
+    modules = {str(path.relative_to(package.parent)) for path in package.rglob("*.py")}
     assert modules <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert any(name.endswith("entry_points.txt") for name in names)

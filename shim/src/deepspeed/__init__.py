@@ -6,6 +6,7 @@ program that uses Hugging Face's libraries, whether it trains with it or not.
 
 from __future__ import annotations
 
+from deepspeed._installed import check
 from deepspeed._names import names
 
 __version__ = "0.19.8+zeroshard.0.1"
@@ -20,6 +21,8 @@ _INFERENCE = (
     "is only run, and deepspeed.zero.GatheredParameters makes it whole"
 )
 _KERNELS = "use the module of torch or of transformers; torch.compile fuses its kernels"
+
+check()
 
 __getattr__, __dir__ = names(
     __name__,

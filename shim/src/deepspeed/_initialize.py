@@ -5,14 +5,17 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-import zeroshard
-from zeroshard.engine import build
-
 import deepspeed
+import zeroshard
+from deepspeed import _attributes
 from deepspeed._local_rank import HostRank
 from deepspeed.utils.logging import logger
+from zeroshard.engine import build
 
 __all__ = ["initialize"]
+
+
+_attributes.install()
 
 
 @wraps(build.initialize)

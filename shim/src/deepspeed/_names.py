@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from typing import Any
 
 __all__ = ["names"]
@@ -60,7 +59,7 @@ def _refusal(module: str, name: str) -> str:
     return f"{fact} name.\n\nhint: {hint or _GUIDE}."
 
 
-class _Refusals(MetaPathFinder):
+class _Refusals:
     """The last one asked for a module: nobody else has found it."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:

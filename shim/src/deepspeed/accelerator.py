@@ -46,8 +46,7 @@ class Accelerator:
 
     def current_device(self) -> int | str:
         """Return the number of this process's device, or "cpu"."""
-        index = world.device().index
-        return self._name if index is None else index
+        return self._name if self._name == "cpu" else world.device().index
 
     def current_device_name(self) -> str:
         """Return the name of this process's device."""

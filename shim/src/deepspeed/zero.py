@@ -1,5 +1,6 @@
 """``deepspeed.zero``: models built in shards, and full parameters outside of forward."""
 
+from deepspeed import _attributes
 from deepspeed._names import names
 from zeroshard.zero import (
     GatheredParameters,
@@ -34,6 +35,8 @@ __all__ = [
     "register_external_parameter",
     "unregister_external_parameter",
 ]
+
+_attributes.install()
 
 __getattr__, __dir__ = names(
     __name__,

@@ -333,6 +333,11 @@ class Unit:
         return self._full.is_allocated
 
     @property
+    def is_readable(self) -> bool:
+        """Whether the parameters are full and can be read now."""
+        return self._is_readable
+
+    @property
     def nbytes_full(self) -> int:
         """Bytes of the full parameters."""
         return self._full.nbytes_full
@@ -348,6 +353,11 @@ class Unit:
         return self._full.tensor[self.layout.shard(self.mesh.shard.rank).slice()]
 
     # Parameters
+
+    def stored(self, index: int) -> Tensor:
+        """This rank's slice of a parameter, as gathers read it."""
+        shard = self._store.read(self._full.tensor.new_empty(self.layout.shard_numel))
+        return self._cut(shard)[index]
 
     def gather(self) -> None:
         """Start making the parameters full. A collective over the shard axis."""

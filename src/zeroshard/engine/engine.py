@@ -669,6 +669,9 @@ class Engine(Getters):
         """Make another loader the one in ``training_dataloader``."""
         self.training_dataloader = loader
 
+    def allreduce_gradients(self, bucket_size: int | None = None) -> None:
+        """Accepted: gradients are averaged while backward runs."""
+
     def empty_partition_cache(self) -> None:
         """Accepted: between two passes no parameters are kept gathered that could be freed."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,6 +15,21 @@ from zeroshard.engine.optimizer import ZeroOptimizer
 from zeroshard.optim.sharded import ShardedOptimizer
 
 __all__ = ["Getters"]
+
+
+def _configured(*keys: str) -> Callable[[Any], Any]:
+    """A method that answers with the configuration's value under ``keys``."""
+
+    def answer(engine: Getters) -> Any:
+        return reduce(getattr, keys, engine.configuration)
+
+    answer.__name__ = keys[-1]
+    answer.__doc__ = f"What is configured as ``{'.'.join(keys)}``."
+    return answer
+
+
+def _zero(key: str) -> Callable[[Any], Any]:
+    return _configured("zero_optimization", key)
 
 
 class Getters(nn.Module):
@@ -133,3 +150,51 @@ class Getters(nn.Module):
     def steps_per_print(self) -> int | None:
         """Optimizer steps between progress lines; None prints none."""
         return self.configuration.steps_per_print
+
+    def optimizer_name(self) -> str | None:
+        """The name of the optimizer that the configuration describes."""
+        block = self.configuration.optimizer
+        return block.type if block else None
+
+    def optimizer_params(self) -> dict[str, Any] | None:
+        """The arguments of the optimizer that the configuration describes."""
+        block = self.configuration.optimizer
+        return dict(block.params) if block else None
+
+    def scheduler_name(self) -> str | None:
+        """The name of the schedule that the configuration describes."""
+        block = self.configuration.scheduler
+        return block.type if block else None
+
+    def scheduler_params(self) -> dict[str, Any] | None:
+        """The arguments of the schedule that the configuration describes."""
+        block = self.configuration.scheduler
+        return dict(block.params) if block else None
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        """Whether gradients are sharded."""
+        return self.zero_optimization_stage() >= 2
+
+    def zero_optimization_partition_weights(self) -> bool:
+        """Whether parameters are sharded."""
+        return self.zero_optimization_stage() >= 3
+
+    def postscale_gradients(self) -> bool:
+        """Whether gradients are divided by the number of ranks after they are summed."""
+        return not self.configuration.prescale_gradients
+
+    communication_data_type = property(_configured("communication_data_type"))
+    dataloader_drop_last = _configured("dataloader_drop_last")
+    fp16_auto_cast = _configured("fp16", "auto_cast")
+    gradient_predivide_factor = _configured("gradient_predivide_factor")
+    zero_allgather_bucket_size = _zero("allgather_bucket_size")
+    zero_allow_untested_optimizer = _configured("zero_allow_untested_optimizer")
+    zero_contiguous_gradients = _zero("contiguous_gradients")
+    zero_max_live_parameters = _zero("stage3_max_live_parameters")
+    zero_max_reuse_distance = _zero("stage3_max_reuse_distance")
+    zero_overlap_comm = _zero("overlap_comm")
+    zero_param_persistence_threshold = _zero("stage3_param_persistence_threshold")
+    zero_prefetch_bucket_size = _zero("stage3_prefetch_bucket_size")
+    zero_reduce_bucket_size = _zero("reduce_bucket_size")
+    zero_reduce_scatter = _zero("reduce_scatter")
+    zero_sub_group_size = _zero("sub_group_size")

@@ -29,7 +29,7 @@ __all__ = ["Feature", "Report", "collect"]
 _PACKAGES = [
     *["zeroshard", "torch", "triton", "numpy", "safetensors", "pydantic"],
     *["transformers", "accelerate", "datasets", "peft"],
-    *["bitsandbytes", "torchao", "flash-attn", "deepspeed"],
+    *["bitsandbytes", "torchao", "flash-attn"],
 ]
 # What of the environment changes how ranks find each other or their devices.
 _VARIABLES = ("CUDA_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "OMP_", "MASTER_", "ZEROSHARD_")
@@ -111,6 +111,7 @@ def _versions() -> dict[str, str]:
         "python": lambda: f"{platform.python_version()} ({sys.executable})",
         "system": platform.platform,
         **{package: (lambda name=package: _version(name)) for package in _PACKAGES},
+        "deepspeed": _deepspeed,
         "CUDA of torch": lambda: _torch().version.cuda or "none (torch is built without)",
         "HIP of torch": lambda: _torch().version.hip or "none (torch is built without)",
         "cuDNN": lambda: _torch().backends.cudnn.version() or "none",
@@ -118,6 +119,20 @@ def _versions() -> dict[str, str]:
         "NVIDIA driver": _driver,
     }
     return {name: _found(probe) for name, probe in probes.items()}
+
+
+def _deepspeed() -> str:
+    """Tell what answers to `import deepspeed`: zeroshard may be installed under that name."""
+    version = _version("deepspeed")
+    found = importlib.util.find_spec("deepspeed")
+    if found is None or found.origin is None:
+        return version
+    folder = Path(found.origin).parent
+    is_ours = (folder / "_names.py").is_file()
+    whose = "zeroshard under this name" if is_ours else "DeepSpeed itself"
+    if is_ours is not ("+zeroshard" in version):
+        whose += ", mixed with another one: uninstall deepspeed until pip finds none"
+    return f"{version} ({whose}, in {folder})"
 
 
 def _nccl() -> str:

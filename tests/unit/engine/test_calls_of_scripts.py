@@ -119,6 +119,13 @@ def test_an_engine_answers_by_the_names_that_scripts_use(stage: int) -> None:
     assert not engine.bfloat16_enabled()
     assert not engine.dynamic_loss_scale()
     assert engine.steps_per_print() is None
+    assert (engine.optimizer_name(), engine.optimizer_params()) == ("SGD", {"lr": LR})
+    assert engine.scheduler_name() is engine.scheduler_params() is None
+    assert engine.zero_optimization_partition_gradients() is (stage >= 2)
+    assert engine.zero_optimization_partition_weights() is (stage >= 3)
+    assert engine.zero_reduce_scatter() is engine.postscale_gradients() is True
+    assert engine.zero_sub_group_size() is engine.communication_data_type is None
+    engine.allreduce_gradients()
     assert (engine.get_lr(), engine.get_mom(), engine.get_type()) == ([LR], [0], [0.0])
     assert engine.train() is engine.eval() is engine
     assert not engine.module.training

@@ -1,10 +1,10 @@
-"""``deepspeed.runtime.base_optimizer``: the class of what ``initialize`` returns as optimizer."""
+"""``deepspeed.runtime.base_optimizer``: the class of the returned optimizer."""
 
 from deepspeed._names import names
-from zeroshard.optim.sharded import ShardedOptimizer
+from zeroshard.engine.optimizer import ZeroOptimizer
 
 __all__ = ["DeepSpeedOptimizer", "ZeROOptimizer"]
 
-DeepSpeedOptimizer = ZeROOptimizer = ShardedOptimizer
+DeepSpeedOptimizer = ZeROOptimizer = ZeroOptimizer
 
 __getattr__, __dir__ = names(__name__)

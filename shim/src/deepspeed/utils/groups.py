@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from deepspeed._names import names
 
-__all__: list[str] = []
+__all__ = [
+    "_get_data_parallel_group",
+    "_get_data_parallel_rank",
+    "_get_data_parallel_world_size",
+    "_get_model_parallel_world_size",
+    "_get_sequence_data_parallel_group",
+    "_get_sequence_data_parallel_rank",
+    "_get_sequence_data_parallel_world_size",
+    "_get_sequence_parallel_group",
+    "_get_sequence_parallel_rank",
+    "_get_sequence_parallel_world_size",
+]
 
 _ALONE = "a model is sharded over all ranks, and otherwise divided over none"
 
@@ -28,7 +40,8 @@ def _get_data_parallel_world_size() -> int:
 
 @cache
 def _alone() -> ProcessGroup:
-    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    group: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return group
 
 
 def _get_sequence_parallel_group() -> ProcessGroup:

@@ -1,5 +1,6 @@
 """``deepspeed.utils.z3_leaf_module``: modules that are gathered as a whole."""
 
+from deepspeed import _attributes
 from deepspeed._names import names
 from zeroshard.zero import (
     get_z3_leaf_modules,
@@ -22,5 +23,7 @@ __all__ = [
     "z3_leaf_module",
     "z3_leaf_parameter",
 ]
+
+_attributes.install()
 
 __getattr__, __dir__ = names(__name__)

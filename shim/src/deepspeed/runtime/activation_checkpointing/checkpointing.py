@@ -1,6 +1,8 @@
-"""``deepspeed.runtime.activation_checkpointing.checkpointing``: that of ``deepspeed``."""
+"""``deepspeed.runtime.activation_checkpointing.checkpointing``: ``deepspeed.checkpointing``."""
 
+from deepspeed import checkpointing
 from deepspeed._names import names
-from deepspeed.checkpointing import *  # noqa: F403
 
-__getattr__, __dir__ = names(__name__)
+__getattr__, __dir__ = names(
+    __name__, {name: f"deepspeed.checkpointing:{name}" for name in checkpointing.__all__}
+)

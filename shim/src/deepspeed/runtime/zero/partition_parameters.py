@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
-
+from deepspeed._attributes import ZeroParamStatus, install
 from deepspeed._names import names
 from zeroshard.zero import (
     GatheredParameters,
@@ -22,12 +21,7 @@ __all__ = [
 ]
 
 
-class ZeroParamStatus(Enum):
-    """Whether the data of a parameter is here in full, elsewhere, or on its way."""
-
-    AVAILABLE = 1
-    NOT_AVAILABLE = 2
-    INFLIGHT = 3
+install()
 
 
 def is_zero_param(parameter: object) -> bool:

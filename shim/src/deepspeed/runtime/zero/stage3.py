@@ -1,7 +1,7 @@
 """``deepspeed.runtime.zero.stage3``: the class of the returned optimizer."""
 
 from deepspeed._names import names
-from zeroshard.optim.sharded import ShardedOptimizer as DeepSpeedZeroOptimizer_Stage3
+from zeroshard.engine.optimizer import ZeroOptimizer as DeepSpeedZeroOptimizer_Stage3
 
 __all__ = ["DeepSpeedZeroOptimizer_Stage3"]
 

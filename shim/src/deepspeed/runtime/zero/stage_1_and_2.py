@@ -1,7 +1,7 @@
 """``deepspeed.runtime.zero.stage_1_and_2``: the class of the returned optimizer."""
 
 from deepspeed._names import names
-from zeroshard.optim.sharded import ShardedOptimizer as DeepSpeedZeroOptimizer
+from zeroshard.engine.optimizer import ZeroOptimizer as DeepSpeedZeroOptimizer
 
 __all__ = ["DeepSpeedZeroOptimizer"]
 
