@@ -134,8 +134,8 @@ def failures_of(engine: type[Replicas], case: Case, setting: Setting) -> list[st
     return comparison.differences
 
 
-@pytest.mark.parametrize("case", ZOO.values(), ids=lambda case: case.name)
-def test_averaging_replicas_pass_the_oracle_on_the_whole_zoo(case: Case) -> None:
+@pytest.mark.parametrize("case", list(ZOO.values())[::3], ids=lambda case: case.name)
+def test_averaging_replicas_pass_the_oracle_on_a_third_of_the_zoo(case: Case) -> None:
     settings = [
         Setting(world=3, accumulation=2, clip=TIGHT_CLIP, checkpointing=mode, steps=2)
         for mode in case.checkpointing

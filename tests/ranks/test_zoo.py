@@ -19,12 +19,20 @@ WORLDS = (1, 2, 3, 4)
 # what they ask of the core: nothing special, another order on each rank, parts that do not learn.
 REPRESENTATIVE = ("block_called_twice_apart", "depth_varies_by_rank", "frozen_weight_in_each_block")
 
+# Four ranks on two cores are slow, and hardly differ from three, so every third model meets them.
+PAIRS = [
+    pytest.param(case, world, id=f"{case.name}-{world}")
+    for number, case in enumerate(ZOO.values())
+    for world in WORLDS
+    if world < 4 or number % 3 == 0 or case.name in REPRESENTATIVE
+]
+
 
 def selection(case: Case) -> dict[int, list[Setting]]:
     """By world, settings in which every two values of different factors meet at least once.
 
-    Four ranks on two cores are slow, and hardly differ from three; so they meet stage 3 and one
-    other stage, which varies with the case. For the same reason only two ranks take a third step.
+    Four ranks meet stage 3 and one other stage, which varies with the case. Only two ranks take a
+    third step.
     """
     factors: dict[str, Sequence[Any]] = {
         "stage": STAGES,
@@ -52,24 +60,19 @@ def failures(case: Case, settings: list[Setting]) -> list[str]:
     return [text for comparison in compare(case, settings) for text in comparison.differences]
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("case", ZOO.values(), ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "world"), PAIRS)
 def test_awkward_models_train_as_in_plain_pytorch(case: Case, world: int) -> None:
     assert failures(case, selection(case)[world]) == []
 
 
-# Stages 1 and 2 lie between their neighbours in all that four ranks could bring to light.
-@pytest.mark.parametrize(
-    ("stage", "world"),
-    [pair for pair in itertools.product(STAGES, WORLDS) if pair not in {(1, 4), (2, 4)}],
-)
+@pytest.mark.parametrize(("stage", "world"), list(itertools.product(STAGES, WORLDS[:3])))
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_every_combination_trains_as_in_plain_pytorch(name: str, stage: int, world: int) -> None:
     case = ZOO[name]
     settings = [
         Setting(stage, world, accumulation, clip, checkpointing, steps=2)
         for accumulation, clip, checkpointing in itertools.product(
-            (1, 2, 3), (0.0, TIGHT_CLIP), case.checkpointing
+            (1, 3), (0.0, TIGHT_CLIP), case.checkpointing
         )
     ]
     assert failures(case, settings) == []
@@ -82,7 +85,7 @@ def test_adamw_with_its_own_epsilon_trains_as_in_plain_pytorch(world: int) -> No
 
 
 @pytest.mark.parametrize("name", ["plain", "mixture_of_experts", "order_varies_by_step"])
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3])
 def test_stages_that_shard_agree_to_the_last_bit(name: str, world: int) -> None:
     """They do the same additions, as long as the ranks run the same blocks in the same order.
 
