@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import sys
-from tempfile import TemporaryDirectory
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -44,17 +43,18 @@ else:
 training_args = or_as_on_the_command_line(training_args)
 
 # The model setup, LoRA configuration, and trainer initialization remain exactly the same.
-with TemporaryDirectory() as folder:  # a pretrained model to read in 4 bits
-    small_llama().save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float16,
-        ),
-    )
+base = f"{training_args.output_dir}/base"  # stands for the name of a pretrained model
+with training_args.main_process_first():
+    small_llama().save_pretrained(base)
+model = AutoModelForCausalLM.from_pretrained(
+    base,
+    quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16,
+    ),
+)
 model.enable_input_require_grads()  # gradient checkpointing under a frozen embedding
 model = get_peft_model(
     model,

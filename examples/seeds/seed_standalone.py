@@ -75,7 +75,7 @@ for batch in dataloader:
     model_engine.backward(loss)
     model_engine.step()
 
-    if model_engine.is_gradient_accumulation_boundary() and model_engine.global_rank == 0:
+    if model_engine.was_step_applied() and model_engine.global_rank == 0:
         print(f"step {model_engine.global_steps}: loss {loss.item():.3f}")
     if model_engine.global_steps == options.steps:
         break
