@@ -1,6 +1,6 @@
 """Gradient checkpointing by all the ways that the tutorial prints: the losses are the same.
 
-    deepspeed --num_gpus=2 seed_checkpointing.py
+deepspeed --num_gpus=2 seed_checkpointing.py
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import os
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import deepspeed
 import torch
 from small import Windows, byte_tokenizer, small_llama
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+
+import deepspeed
 
 NUM_STEPS = 4
 dataset = Windows(byte_tokenizer())
@@ -100,7 +101,5 @@ say("Hugging Face's model, with", standalone(model))
 say("custom model, without", standalone(YourModel(run=lambda layer, x: layer(x))))
 model = YourModel(run=deepspeed.checkpointing.checkpoint)
 # or for custom models:
-deepspeed.checkpointing.configure(
-    num_checkpoints=model.config.num_hidden_layers
-)
+deepspeed.checkpointing.configure(num_checkpoints=model.config.num_hidden_layers)
 say("custom model, with", standalone(model))

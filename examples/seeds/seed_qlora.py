@@ -1,7 +1,7 @@
 """QLoRA with Hugging Face's Trainer on one GPU or on several, as the tutorial prints it.
 
-    python seed_qlora.py
-    deepspeed --num_gpus=2 seed_qlora.py --deepspeed zero2.json
+python seed_qlora.py
+deepspeed --num_gpus=2 seed_qlora.py --deepspeed zero2.json
 """
 
 from __future__ import annotations

@@ -12,10 +12,11 @@ import json
 import os
 from pathlib import Path
 
-import deepspeed
 import torch
 from small import Windows, byte_tokenizer, small_llama
 from torch.utils.data import DataLoader, DistributedSampler
+
+import deepspeed
 
 YourModel = small_llama
 

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer on DeepSpeed's configuration, as the tutorial prints it.
 
-    deepspeed --num_gpus=2 seed_trainer.py \
+deepspeed --num_gpus=2 seed_trainer.py \
       --deepspeed ds_config.json \
       --per_device_train_batch_size 2 \
       --gradient_accumulation_steps 4
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from small import Windows, byte_tokenizer, or_as_on_the_command_line, small_llama
-from transformers import TrainingArguments, Trainer  # noqa: I001 - as printed
+from transformers import Trainer, TrainingArguments
 
 tokenizer = byte_tokenizer()
 train_dataset = Windows(tokenizer)

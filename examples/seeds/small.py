@@ -49,14 +49,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 class Windows(Dataset[dict[str, Tensor]]):
     """Windows of a text as Hugging Face's models take them; they predict each token from those
-    before it, so the labels are the inputs."""
+    before it, so the labels are the inputs.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, num_tokens: int = 32) -> None:
         text = Path(argparse.__file__).read_text(encoding="utf-8")
