@@ -53,9 +53,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Windows of a text as Hugging Face's models take them; they predict each token from those
-    before it, so the labels are the inputs.
-    """
+    """Windows of a text as Hugging Face's models take them: the labels are the inputs."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, num_tokens: int = 32) -> None:
         text = Path(argparse.__file__).read_text(encoding="utf-8")

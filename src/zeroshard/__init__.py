@@ -10,16 +10,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zeroshard import checkpointing, zero
+    from zeroshard import checkpoint, checkpointing, zero
     from zeroshard.core.access import gathered
     from zeroshard.core.external import register_external_parameter
     from zeroshard.core.world import init_distributed
     from zeroshard.engine.arguments import add_config_arguments
     from zeroshard.engine.build import initialize
     from zeroshard.engine.engine import Engine, MemoryReport
-    from zeroshard.errors import ConfigError, DistributedError, Error, LossScaleError, UsageError
+    from zeroshard.errors import (
+        CheckpointError,
+        ConfigError,
+        DistributedError,
+        Error,
+        LossScaleError,
+        UsageError,
+    )
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "DistributedError",
     "Engine",
@@ -28,6 +36,7 @@ __all__ = [
     "MemoryReport",
     "UsageError",
     "add_config_arguments",
+    "checkpoint",
     "checkpointing",
     "gathered",
     "init_distributed",
@@ -48,7 +57,7 @@ _HOMES = {
 }
 
 
-_MODULES = frozenset({"checkpointing", "zero"})
+_MODULES = frozenset({"checkpoint", "checkpointing", "zero"})
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
     Error
     |-- ConfigError        the configuration cannot be used as it stands
     |-- UsageError         a call came at the wrong time, or on the wrong object
+    |-- CheckpointError    a checkpoint is missing, damaged, foreign, or of another model
     |-- LossScaleError     fp16 training cannot find a loss scale that works
     `-- DistributedError   ranks disagree, or one did not answer
 
@@ -12,7 +13,15 @@ line and the word "hint:". :func:`compose` builds that shape, so all messages re
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DistributedError", "Error", "LossScaleError", "UsageError", "compose"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DistributedError",
+    "Error",
+    "LossScaleError",
+    "UsageError",
+    "compose",
+]
 
 
 class Error(Exception):
@@ -25,6 +34,10 @@ class ConfigError(Error, ValueError):
 
 class UsageError(Error, RuntimeError):
     """A call came at the wrong time, or on the wrong object."""
+
+
+class CheckpointError(Error, RuntimeError):
+    """A checkpoint is missing, damaged, foreign, or of another model."""
 
 
 class LossScaleError(Error, RuntimeError):

@@ -59,7 +59,10 @@ def _slot(param: nn.Parameter) -> Slot:
     if slot is None:
         raise LookupError
     engine = slot.unit.engine() if slot.unit.engine else None
-    is_third = is_waiting(param) if engine is None else engine.zero_optimization_stage() == 3
+    if engine is None:  # a model may be used on when nobody holds its engine any more
+        is_third = is_waiting(param) or not slot.unit.lifetime.params_stay
+    else:
+        is_third = engine.zero_optimization_stage() == 3
     if not is_third:
         raise LookupError
     return slot
@@ -158,12 +161,6 @@ _OF_PARAMETERS: dict[str, Callable[[nn.Parameter], Any]] = {
 # Modules
 
 
-def _leaf(module: nn.Module) -> bool:
-    if not is_marked(module):
-        raise LookupError
-    return True
-
-
 def _external(module: nn.Module) -> Callable[[], Iterator[tuple[str, Tensor]]]:
     def ds_external_parameters() -> Iterator[tuple[str, Tensor]]:
         """Parameters that this very module was declared to read elsewhere, by name."""
@@ -178,8 +175,9 @@ def _external(module: nn.Module) -> Callable[[], Iterator[tuple[str, Tensor]]]:
     return ds_external_parameters
 
 
+# Every module answers: the compiler reads all that dir() lists of one.
 _OF_MODULES: dict[str, Callable[[nn.Module], Any]] = {
-    "_z3_leaf": _leaf,
+    "_z3_leaf": is_marked,
     "ds_external_parameters": _external,
 }
 

@@ -20,9 +20,11 @@ _AS_NUMBERS_DO = (
     *("eq", "ne", "lt", "le", "gt", "ge", "format", "repr", "str"),
     *(
         side + name
-        for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "divmod", "pow")
-        + ("and", "or", "xor", "lshift", "rshift")
         for side in ("", "r")
+        for name in (
+            *("add", "sub", "mul", "floordiv", "truediv", "mod", "divmod", "pow"),
+            *("and", "or", "xor", "lshift", "rshift"),
+        )
     ),
 )
 

@@ -1,6 +1,12 @@
 """``deepspeed.checkpointing``: activation checkpointing."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 from deepspeed._names import names
+from zeroshard.checkpointing import RngTracker as CudaRNGStatesTracker
 from zeroshard.checkpointing import (
     checkpoint,
     configure,
@@ -15,6 +21,8 @@ from zeroshard.checkpointing import (
 )
 
 __all__ = [
+    "CheckpointFunction",
+    "CudaRNGStatesTracker",
     "checkpoint",
     "configure",
     "get_cuda_rng_tracker",
@@ -27,11 +35,16 @@ __all__ = [
     "set_num_layers",
 ]
 
-__getattr__, __dir__ = names(
-    __name__,
-    instead={
-        "CheckpointFunction": "call deepspeed.checkpointing.checkpoint(function, *args)",
-        "CudaRNGStatesTracker": "deepspeed.checkpointing.get_cuda_rng_tracker() returns the one "
-        "there is",
-    },
-)
+
+class CheckpointFunction:
+    """What ``checkpoint`` calls in DeepSpeed, for programs that call it themselves."""
+
+    @staticmethod
+    def apply(run_function: Callable[..., Any], all_outputs: list[Any], *args: Any) -> Any:
+        """Call ``checkpoint``, and append what it returns to ``all_outputs``, too."""
+        outputs = checkpoint(run_function, *args)
+        all_outputs += outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        return outputs
+
+
+__getattr__, __dir__ = names(__name__)

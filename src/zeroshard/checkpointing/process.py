@@ -82,7 +82,7 @@ def configure(
         profile: has no effect; the functions have names in the traces of torch.profiler.
 
     Raises:
-        ConfigError: the settings do not fit together.
+        ConfigError: ``deepspeed_config`` is no valid configuration.
         UsageError: ``mpu_`` does not name a group, or ``num_checkpoints`` is no number.
     """
     show_messages(world.rank_so_far)

@@ -10,7 +10,7 @@ from typing import Any
 
 from zeroshard.config import ActivationCheckpointing, Config, peek
 from zeroshard.core.mesh import Axis
-from zeroshard.errors import ConfigError, UsageError, compose
+from zeroshard.errors import UsageError, compose
 
 __all__ = ["Settings", "model_parallel_axis", "read_block"]
 
@@ -59,20 +59,10 @@ class Settings:
 
         Raises:
             UsageError: the number of checkpoints is not one.
-            ConfigError: there is to be one buffer, and nothing says how large.
         """
         number = self.num_checkpoints
         if number is not None and (type(number) is not int or number < 1):
             raise UsageError(f"num_checkpoints must be a whole number from 1, not {number!r}.")
-        if self.contiguous and self.copies and number is None:
-            raise ConfigError(
-                compose(
-                    "contiguous_memory_optimization needs the number of checkpointed functions in "
-                    "one forward, which is the number of places in its buffer.",
-                    hint='set "number_checkpoints", or pass num_checkpoints to configure(); it is '
-                    "the number of layers if each layer is checkpointed.",
-                )
-            )
 
     def warn(self) -> None:
         """Say which settings have no effect, and why."""
@@ -86,6 +76,12 @@ class Settings:
                 "contiguous_memory_optimization has no effect: without cpu_checkpointing or a "
                 "model-parallel group to divide them over, inputs are kept where they are, and "
                 "there are no copies to lay side by side."
+            )
+        elif self.contiguous and self.num_checkpoints is None:
+            _log.warning(
+                "contiguous_memory_optimization has no effect: nothing says how many places its "
+                'buffer has. Set "number_checkpoints", or pass num_checkpoints to configure(); it '
+                "is the number of layers if each layer is checkpointed."
             )
         if self.profile:
             _log.warning(

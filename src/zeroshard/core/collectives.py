@@ -33,6 +33,8 @@ __all__ = [
     "all_gather",
     "all_reduce_",
     "broadcast_",
+    "broadcast_bytes",
+    "gather_bytes",
     "mean_",
     "reduce_mean",
     "scatter_",
@@ -221,3 +223,28 @@ class Exchange:
         self._mine.copy_(torch.tensor(numbers, device="cpu"))
         _gather_op(self._all, self._mine, group=self._mesh.control)
         return self._all.view(self._mesh.world, -1).tolist()
+
+
+def broadcast_bytes(data: bytes, mesh: Mesh, src: int = 0) -> bytes:
+    """Give every rank the bytes that rank ``src`` has; on the host."""
+    length = torch.tensor([len(data)], dtype=torch.int64, device="cpu")
+    dist.broadcast(length, group_src=src, group=mesh.control)
+    content = torch.empty(int(length), dtype=torch.uint8, device="cpu")
+    if mesh.rank == src and data:
+        content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if content.numel():
+        dist.broadcast(content, group_src=src, group=mesh.control)
+    return content.numpy().tobytes()
+
+
+def gather_bytes(data: bytes, mesh: Mesh) -> list[bytes]:
+    """Give rank 0 the bytes that each rank has, and the others nothing; on the host."""
+    lengths = [length for (length,) in Exchange(mesh, 1)([len(data)])]
+    longest = max(1, *lengths)
+    mine = torch.zeros(longest, dtype=torch.uint8, device="cpu")
+    mine[: len(data)] = torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8)[: len(data)]
+    rows = [torch.empty_like(mine) for _ in lengths] if mesh.rank == 0 else None
+    dist.gather(mine, rows, group_dst=0, group=mesh.control)
+    if rows is None:
+        return []
+    return [row[:n].numpy().tobytes() for row, n in zip(rows, lengths, strict=True)]

@@ -38,6 +38,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
@@ -46,9 +47,12 @@ from zeroshard.core import tree
 from zeroshard.core.access import guard_state_dict
 from zeroshard.core.edges import apart, on_gradient
 from zeroshard.core.external import declared, unwatch, watch
+from zeroshard.core.hook import Hook
+from zeroshard.core.mesh import default_mesh
 from zeroshard.core.scaling import ScaledLoss, rescale
 from zeroshard.core.schedule import Schedule
-from zeroshard.core.unit import Unit, slot_of
+from zeroshard.core.unit import Unit, hand_back, slot_of
+from zeroshard.core.waiting import Waiting
 from zeroshard.errors import UsageError, compose
 
 __all__ = ["Runtime", "Site", "in_backward"]
@@ -164,6 +168,7 @@ class Runtime:
             unit.add_use = partial(self.add_use, unit=unit)
             unit.drop_use = partial(self._drop_use, unit=unit)
             unit.use_here = partial(self._use_here, unit)
+            unit.let_go = self.let_go
         for module, param in declared(self.root):
             slot = slot_of(param)
             if slot is not None and slot.unit.add_use is not None:
@@ -172,7 +177,7 @@ class Runtime:
     def _attach_site(self, site: Site) -> None:
         @apart
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # A copy of the module has copies of its hooks, and parameters of its own.
+            # A shallow copy of the module shares its hooks.
             is_ours = module is site.module and not self._is_quiet
             return self._before_forward(site, args, kwargs) if is_ours else None
 
@@ -183,8 +188,8 @@ class Runtime:
 
         module = site.module
         self._handles += [
-            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-            module.register_forward_hook(after, always_call=True),
+            module.register_forward_pre_hook(Hook(before), prepend=True, with_kwargs=True),
+            module.register_forward_hook(Hook(after), always_call=True),
         ]
 
     def detach(self) -> None:
@@ -194,15 +199,37 @@ class Runtime:
         self._handles.clear()
         unwatch(self._watched)
 
+    def let_go(self) -> None:
+        """Remove the hooks and end the hold of all units; see `hand_back`."""
+        self.detach()
+        device = self.units[0].mesh.device if self.units else torch.device("cpu")
+        keeper = Waiting(default_mesh(device)) if dist.is_initialized() else None
+        for unit in self.units:
+            hand_back(unit, keeper)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether all hooks are there: some libraries clear those of a model they pass on."""
+        return all(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles)
+
+    def mute(self) -> None:
+        """Do nothing in forward from now on; for units that are held, and without gradients."""
+        self._is_quiet = True
+
+    def unmute(self) -> None:
+        """Take back ``mute``."""
+        self._is_quiet = False
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Do nothing in forward; for units that are held, and without gradients."""
-        self._is_quiet, before = True, self._is_quiet
+        """Do nothing in forward; for units that are held. Gradients are off."""
+        was_quiet = self._is_quiet
+        self.mute()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._is_quiet = before
+            self._is_quiet = was_quiet
 
     def add_use(self, module: nn.Module, unit: Unit) -> Site:
         """Gather a unit whenever ``module`` runs, too."""
@@ -489,6 +516,10 @@ class Runtime:
         if self._unreduced:
             self._unreduced = False
             self.schedule.finish(self.trained)
+
+    def owe_reduction(self) -> None:
+        """Take note that gradients of earlier backwards are there that were not reduced."""
+        self._unreduced = True
 
     def _forget_calls(self) -> None:
         for counts in self._counts.values():

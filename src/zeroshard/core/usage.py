@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
@@ -28,6 +28,16 @@ class GradientWatch:
         self._seen: set[Tensor] = set()
         for member in self._members:
             member.param.register_post_accumulate_grad_hook(self._seen.add)
+
+    @property
+    def seen(self) -> list[str]:
+        """Names of the parameters that gradients arrived at since the last check."""
+        return [member.name for member in self._members if member.param in self._seen]
+
+    def resume(self, names: Collection[str]) -> None:
+        """Go on from where these parameters had been seen."""
+        self._seen.clear()
+        self._seen.update(member.param for member in self._members if member.name in names)
 
     def forget(self) -> None:
         """Start anew."""

@@ -28,6 +28,7 @@ from zeroshard.core.mesh import Mesh, build_mesh
 from zeroshard.core.schedule import Limits, Schedule
 from zeroshard.core.unit import Unit, build_unit, is_waiting, slot_of
 from zeroshard.core.usage import GradientWatch
+from zeroshard.core.waiting import settle
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
 from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.data import ShardedLoader, make_loader
@@ -115,11 +116,12 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     )
     settings = configuration.load(_config_source(args, config, config_params), facts)
     world.init_distributed(distributed_port=distributed_port)
+    settle(model)
     device = world.device()
     batch = settings.batch(dist.get_world_size())
     life = lifetime(settings.zero_optimization.stage, dist.get_world_size())
 
-    _retire_idle_engines(model)
+    _take_over(model, trains=optimizer is not None or settings.optimizer is not None)
     inner = _resolve_optimizer(optimizer, model, model_parameters, settings)
     trained = set(optimizer_parameters(inner)) if inner is not None else set[nn.Parameter]()
     _check_model(model, trained if inner is not None else None)
@@ -272,6 +274,10 @@ def _resolve_scheduler(
     if scheduler is None and settings.scheduler is None:
         return None
     if optimizer is None:
+        if scheduler is None:
+            # Programs that only evaluate keep the configuration of the training.
+            _log.info('there is no optimizer, so the "scheduler" block is not used.')
+            return None
         raise UsageError(
             compose(
                 "initialize() was given a learning rate schedule but no optimizer.",
@@ -309,13 +315,30 @@ def _resolve_scheduler(
     return scheduler
 
 
-def _retire_idle_engines(model: nn.Module) -> None:
-    """End engines that hold the model without training it, as for evaluation: they lose nothing."""
+def _take_over(model: nn.Module, *, trains: bool) -> None:
+    """End what held the model before, where the new engine may take its place.
+
+    That is an engine that is gone, one without an optimizer, one whose hooks were cleared, and, if
+    the new one trains, one that trained this very model: a model trains in the last engine that it
+    was given to.
+    """
     slots = [slot_of(param) for param in model.parameters()]
-    holders = {slot.unit.engine() for slot in slots if slot is not None and slot.unit.engine}
-    for holder in holders:
-        if isinstance(holder, Engine) and holder.optimizer is None:
+    for unit in dict.fromkeys(slot.unit for slot in slots if slot is not None):
+        if unit.let_go is None:
+            continue  # it has ended with another unit of the same engine, or waits for the first
+        holder = unit.engine() if unit.engine is not None else None
+        if not isinstance(holder, Engine):
+            unit.let_go()
+        elif holder.basic_optimizer is None:
             _log.info("an engine without optimizer gives the model to a new one, and ends.")
+            holder.destroy()
+        elif not holder.runtime.is_attached or (trains and holder.module is model):
+            _log.log(
+                logging.WARNING if trains and holder.global_steps else logging.INFO,
+                "an engine that made %d steps gives the model to a new one, and ends with the "
+                "optimizer's state; its weights go on.",
+                holder.global_steps,
+            )
             holder.destroy()
 
 

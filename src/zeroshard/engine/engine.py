@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Sampler, SequentialSampler
 
+from zeroshard.checkpoint.export import Weights, weights_in
+from zeroshard.checkpoint.reader import Reader
+from zeroshard.checkpoint.reading import Wanted, load
+from zeroshard.checkpoint.training import Progress, Training
+from zeroshard.checkpoint.writing import Common, save
 from zeroshard.config import Batch, Config, resolve
 from zeroshard.core import tree
 from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
-from zeroshard.core.unit import hand_back
 from zeroshard.core.usage import GradientWatch
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.diagnose import explain_backward
@@ -34,6 +39,7 @@ from zeroshard.optim.sharded import ShardedOptimizer
 __all__ = ["Engine", "MemoryReport", "Settings"]
 
 _log = logging.getLogger(__name__)
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,7 @@ class Engine(Getters):
             self._optimizer = ZeroOptimizer(sharded, self._step_now, self.zero_grad)
             # The gradients are here, so forgetting them is, too.
             sharded.inner.zero_grad = self.zero_grad
+        self._shown_optimizer: Any = self._optimizer
         self._refresh()
 
     def __getattr__(self, name: str) -> Any:
@@ -512,30 +519,140 @@ class Engine(Getters):
 
     save_fp16_model = save_16bit_model
 
+    # State of training in files
+
     def save_checkpoint(
         self,
         save_dir: str | Path,
         tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
+        client_state: Mapping[str, Any] = _NOTHING,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Refused: there are no checkpoints of training yet.
+        """Write everything that training goes on from; a collective.
+
+        Args:
+            save_dir: a folder for checkpoints, made if need be.
+            tag: name of this one, a folder in it; ``global_step`` and the number by default.
+            client_state: what ``load_checkpoint`` is to give back; that of rank 0.
+            save_latest: whether it is the one to be loaded where no tag is given.
+            exclude_frozen_parameters: leave out what does not train.
+
+        Returns:
+            True.
 
         Raises:
-            UsageError: always.
+            UsageError: state is offloaded, or ranks were given different arguments.
+            DistributedError: another rank could not write its part. An older checkpoint of the
+                same name is still there then.
         """
-        raise _no_checkpoints("save_checkpoint", "engine.save_16bit_model(folder) writes")
+        self.check_present("save_checkpoint()")
+        self.runtime.schedule.meet()
+        self.runtime.keep_edits()
+        save(
+            self._training,
+            Path(save_dir),
+            f"global_step{self.global_steps}" if tag is None else str(tag),
+            Common(
+                client=client_state or {},
+                progress=self._progress,
+                with_frozen=not exclude_frozen_parameters,
+            ),
+            save_latest=save_latest,
+        )
+        return True
 
     def load_checkpoint(
-        self, load_dir: str | Path, tag: str | None = None, **options: object
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """Refused: there are no checkpoints of training yet.
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., object] | None = None,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Go on from a checkpoint of any stage and number of ranks; a collective.
+
+        Nothing is changed if it does not fit.
+
+        Args:
+            load_dir: the folder that ``save_checkpoint`` was given.
+            tag: name of the checkpoint; the one saved last by default.
+            load_module_strict: false to accept names that are missing or unknown.
+            load_optimizer_states: false to leave the optimizer, the loss scale and the generators
+                of random numbers as they are.
+            load_lr_scheduler_states: false to leave the schedule as it is.
+            load_module_only: load the weights and buffers and nothing else.
+            custom_load_fn: called with ``src=state_dict, dst=model`` in place of loading the
+                weights; see ``load_module_state_dict``.
+
+        Returns:
+            The checkpoint's folder and the client state; None and an empty dict if no tag is given
+            and the folder names none.
 
         Raises:
-            UsageError: always.
+            CheckpointError: there is no such checkpoint, or it is damaged, or of another model.
+            UsageError: state is offloaded, or ranks were given different arguments.
+            DistributedError: another rank could not load it.
         """
-        raise _no_checkpoints("load_checkpoint", "engine.load_module_state_dict(state) loads")
+        self.check_present("load_checkpoint()")
+        self.runtime.schedule.meet()
+        self.runtime.keep_edits()
+        wanted = Wanted(
+            strict=load_module_strict,
+            optimizer=load_optimizer_states,
+            schedule=load_lr_scheduler_states,
+            only_model=load_module_only,
+            weights=custom_load_fn is None,
+        )
+        loaded = load(self._training, Path(load_dir), None if tag is None else str(tag), wanted)
+        if loaded is None:
+            return None, {}
+        self.loaded_checkpoint_dp_world_size = loaded.world
+        if custom_load_fn is not None:
+            with Reader(loaded.folder) as reader:
+                weights = Weights(weights_in(reader, half=None))
+                self.load_module_state_dict(weights, custom_load_fn=custom_load_fn)
+        if loaded.progress is not None:
+            self._resume(loaded.progress)
+        return str(loaded.folder), loaded.client
+
+    @property
+    def _training(self) -> Training:
+        return Training(
+            model=self.module,
+            units=self.runtime.units,
+            mesh=self.mesh,
+            sharded=self._sharded,
+            watch=self._watch,
+            schedule=self.lr_scheduler,
+            accumulation=self.gradient_accumulation_steps(),
+            writer=self.writer(),
+        )
+
+    @property
+    def _progress(self) -> Progress:
+        return Progress(
+            micro_steps=self.micro_steps,
+            global_steps=self.global_steps,
+            global_samples=self.global_samples,
+            skipped_steps=self.skipped_steps,
+            accumulated=self._num_accumulated,
+            accumulation=self.gradient_accumulation_steps(),
+            is_step_due=self._is_step_due,
+            has_run_backward=self.runtime.num_backwards != self._num_backwards_seen,
+        )
+
+    def _resume(self, progress: Progress) -> None:
+        self.micro_steps, self.global_steps = progress.micro_steps, progress.global_steps
+        self.global_samples, self.skipped_steps = progress.global_samples, progress.skipped_steps
+        self._counts_from = progress.micro_steps - progress.accumulated
+        self._is_step_due = progress.is_step_due
+        self._num_backwards_seen = self.runtime.num_backwards - progress.has_run_backward
+        if any(unit.has_gradient for unit in self.runtime.units):
+            self.runtime.owe_reduction()
+        self._refresh()
 
     # State that makes room for a while
 
@@ -569,7 +686,7 @@ class Engine(Getters):
                 )
             )
         self.check_present("offload_states()")
-        units, optimizer = self.runtime.units, self.optimizer
+        units, optimizer = self.runtime.units, self.basic_optimizer
         self._offloaded = offload(
             units, optimizer, kinds, pin=pin_memory, non_blocking=non_blocking
         )
@@ -686,23 +803,12 @@ class Engine(Getters):
             return
         self.reload_states()
         self.zero_grad()
-        self.runtime.detach()
+        self.runtime.let_go()
         if self._sharded is not None:
             self._sharded.release()
             vars(self._sharded.inner).pop("zero_grad", None)
-        for unit in self.runtime.units:
-            hand_back(unit)
         self.mesh.destroy()
         self._is_destroyed = True
-
-
-def _no_checkpoints(call: str, instead: str) -> UsageError:
-    return UsageError(
-        compose(
-            f"engine.{call}() is not there yet: the state of training cannot be saved.",
-            hint=f"{instead} the weights alone.",
-        )
-    )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zeroshard.checkpoint.manifest import Writer
 from zeroshard.config import Batch, Config
 from zeroshard.core.mesh import Mesh
 from zeroshard.engine.optimizer import ZeroOptimizer
@@ -42,6 +43,7 @@ class Getters(nn.Module):
     loaded_checkpoint_dp_world_size: int | None = None
     _sharded: ShardedOptimizer | None
     _optimizer: ZeroOptimizer | None
+    _shown_optimizer: Any
 
     @property
     def config(self) -> dict[str, Any]:
@@ -78,9 +80,16 @@ class Getters(nn.Module):
     # Optimizer
 
     @property
-    def optimizer(self) -> ZeroOptimizer | None:
-        """What ``initialize`` returned as the optimizer; it steps slices of the parameters."""
-        return self._optimizer
+    def optimizer(self) -> Any:
+        """What ``initialize`` returned as the optimizer; it steps slices of the parameters.
+
+        Set to something else, that is what programs find here; the engine steps its own.
+        """
+        return self._shown_optimizer
+
+    @optimizer.setter
+    def optimizer(self, shown: Any) -> None:
+        self._shown_optimizer = shown
 
     @property
     def basic_optimizer(self) -> torch.optim.Optimizer | None:
@@ -102,7 +111,7 @@ class Getters(nn.Module):
 
     def get_mom(self) -> list[Any]:
         """Momentum of every param group, or its betas where it has those."""
-        groups = self.optimizer.param_groups if self.optimizer else []
+        groups = self._optimizer.param_groups if self._optimizer else []
         return [group.get("momentum", group.get("betas", 0.0)) for group in groups]
 
     def get_type(self) -> list[Any]:
@@ -110,7 +119,7 @@ class Getters(nn.Module):
         return self._of_groups("type")
 
     def _of_groups(self, key: str) -> list[Any]:
-        groups = self.optimizer.param_groups if self.optimizer else []
+        groups = self._optimizer.param_groups if self._optimizer else []
         return [group.get(key, 0.0) for group in groups]
 
     # Configuration
@@ -122,6 +131,15 @@ class Getters(nn.Module):
     def zero_optimization_stage(self) -> int:
         """The configured stage, 0 to 3."""
         return self.configuration.zero_optimization.stage
+
+    def writer(self) -> Writer:
+        """What a checkpoint says of the run that writes it."""
+        half = "bf16" if self.bfloat16_enabled() else "fp16" if self.fp16_enabled() else None
+        return Writer(
+            world=self.mesh.world,
+            stage=self.zero_optimization_stage(),
+            precision=half or "fp32",
+        )
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
         """Whether ``save_16bit_model`` may gather parameters that are freed after use."""

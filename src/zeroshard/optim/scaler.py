@@ -8,7 +8,9 @@ steps without overflow. ``hysteresis`` is the number of overflows it takes to ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from zeroshard.errors import LossScaleError, compose
 
@@ -74,3 +76,19 @@ class LossScaler:
         if stable > 0 and stable % self.policy.window == 0:
             self._tolerance = self.policy.hysteresis
             self.scale *= 2
+
+    def state_dict(self) -> dict[str, float | int]:
+        """Where the scale stands, by which a scaler of the same policy goes on."""
+        return {
+            "scale": self.scale,
+            "tolerance": self._tolerance,
+            "step": self._step,
+            "last_overflow": self._last_overflow,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where another scaler stood; a scale that is kept stays what it is."""
+        if self.policy.dynamic:
+            self.scale = float(state["scale"])
+        self._tolerance = int(state["tolerance"])
+        self._step, self._last_overflow = int(state["step"]), int(state["last_overflow"])

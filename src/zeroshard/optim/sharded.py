@@ -103,16 +103,21 @@ def check_optimizer(
                 "zeroshard.optim.Muon: it takes all parameters, and gathers what it needs.",
             )
         )
+    reason = _LOOKS_FURTHER.get(kind, "is not known to update each element on its own")
+    fact = (
+        f"{kind.__name__} {reason}, and every rank here steps 1/{num_shards} of each parameter: "
+        "numbers could be wrong."
+    )
     if not allow_untested:
-        reason = _LOOKS_FURTHER.get(kind, "is not known to update each element on its own")
         raise UsageError(
             compose(
-                f"{kind.__name__} {reason}, and every rank here steps 1/{num_shards} of each "
-                "parameter: numbers could be wrong.",
+                fact,
                 hint='use "stage": 0, or set "zero_allow_untested_optimizer": true if the '
                 "update of an element depends on that element alone.",
             )
         )
+    # Hugging Face's libraries allow it for every optimizer, so nobody may have decided it.
+    _log.warning('%s "zero_allow_untested_optimizer" lets it train all the same.', fact)
 
 
 def steps_in_parts(kind: type[torch.optim.Optimizer]) -> bool:

@@ -59,7 +59,7 @@ class _Place:
     @property
     def state(self) -> MutableMapping[str, Any] | None:
         """The optimizer's state for the slice; None before the first step."""
-        optimizer = self.engine.optimizer
+        optimizer = self.engine.basic_optimizer
         assert optimizer is not None, "trained parameters have an optimizer"
         return optimizer.state.get(self.slot.unit.slices[self.slot.index]) or None
 
@@ -211,8 +211,8 @@ def _agreed(place: _Place, key: str) -> _Entry:
 
 
 def _no_such_key(place: _Place, key: str) -> UsageError:
-    assert place.engine.optimizer is not None, "trained parameters have an optimizer"
-    states = place.engine.optimizer.state.values()
+    assert place.engine.basic_optimizer is not None, "trained parameters have an optimizer"
+    states = place.engine.basic_optimizer.state.values()
     keys = sorted({str(each) for state in states for each in state})
     return UsageError(
         compose(

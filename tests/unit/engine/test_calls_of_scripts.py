@@ -153,15 +153,6 @@ def test_a_scaled_loss_may_run_backward_itself(more: dict[str, Any], stage: int)
     assert_equal_weights(weights_of(engine), weights_of(other))
 
 
-@on_ranks(2)
-def test_checkpoints_are_refused_with_what_to_call_instead(tmp_path: Path) -> None:
-    engine = make(3)
-    with pytest.raises(UsageError, match=r"save_checkpoint\(\) is not there(.|\n)*save_16bit"):
-        engine.save_checkpoint(tmp_path, tag="a", exclude_frozen_parameters=True)
-    with pytest.raises(UsageError, match=r"load_checkpoint\(\) is not(.|\n)*load_module_state"):
-        engine.load_checkpoint(tmp_path, load_module_strict=False)
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @on_ranks(2, (1, 3))
 def test_a_compiled_engine_trains_as_before(stage: int) -> None:

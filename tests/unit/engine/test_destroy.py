@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import io
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +30,18 @@ from unit.engine.small import (
     weights_of,
 )
 from zeroshard import UsageError
+
+
+@contextmanager
+def shown() -> Iterator[Callable[[], str]]:
+    """What this rank logs in the block."""
+    handler = logging.StreamHandler(stream := io.StringIO())
+    logger = logging.getLogger("zeroshard")
+    logger.addHandler(handler)
+    try:
+        yield stream.getvalue
+    finally:
+        logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -118,9 +138,52 @@ def test_an_engine_without_optimizer_gives_its_model_to_one_that_trains(stage: i
 
 
 @on_ranks(2, STAGES)
-def test_an_engine_that_trains_keeps_its_model(stage: int) -> None:
+def test_an_engine_that_trains_keeps_its_model_from_one_that_does_not(stage: int) -> None:
     engine = make(stage)
     with pytest.raises(UsageError, match=r"which trains it(.|\n)*hint: (.|\n)*destroy\(\)"):
-        zeroshard.initialize(model=engine.module, config=config_of(stage))
+        zeroshard.initialize(model=engine.module, config=config_without("optimizer", stage))
     train(engine, steps=1)
     assert dist.is_initialized()
+
+
+@on_ranks(2, STAGES)
+def test_a_model_trains_in_the_last_engine_it_was_given_to(stage: int) -> None:
+    """As when a trainer fits the same model twice."""
+    whole, first = make(stage), make(stage)
+    train(whole, steps=4)
+    train(first, steps=2)
+    with shown() as text:
+        second, *_ = zeroshard.initialize(model=first.module, config=config_of(stage))
+    assert "an engine that made 2 steps gives the model to a new one" in text()
+    for number in (2, 3):
+        second.backward(loss_of(second, number))
+        second.step()
+    assert_equal_weights(weights_of(second), weights_of(whole))
+    with pytest.raises(UsageError, match="hint: use the engine that the last"):
+        first.step()
+
+
+@on_ranks(2, STAGES)
+def test_an_engine_whose_hooks_were_cleared_gives_its_model_up(stage: int) -> None:
+    engine = make(stage)
+    train(engine, steps=1)
+    want = weights_of(engine)
+    for module in engine.module.modules():
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    judge, *_ = zeroshard.initialize(model=engine.module, config=config_without("optimizer", stage))
+    assert_equal_weights(weights_of(judge), want)
+    with torch.no_grad():
+        judge(batch(0))
+
+
+@on_ranks(2, STAGES)
+def test_a_model_whose_engine_is_gone_can_be_given_to_another(stage: int) -> None:
+    engine = make(stage)
+    train(engine, steps=1)
+    want, model, gone = weights_of(engine), engine.module, weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert gone() is None
+    second, *_ = zeroshard.initialize(model=model, config=config_of(stage))
+    assert_equal_weights(weights_of(second), want)
+    train(second, steps=1)

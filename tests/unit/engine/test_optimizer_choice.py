@@ -344,6 +344,14 @@ def test_a_schedule_without_an_optimizer_is_refused() -> None:
         )
 
 
+@on_ranks(1)
+def test_a_schedule_of_the_configuration_is_not_used_without_an_optimizer() -> None:
+    config = config_without("optimizer") | {"scheduler": {"type": "StepLR", "params": {}}}
+    _, optimizer, _, schedule = zeroshard.initialize(model=Net(), config=config)
+    assert optimizer is None
+    assert schedule is None
+
+
 @pytest.mark.parametrize(
     ("given", "fact"),
     [

@@ -345,16 +345,20 @@ class MyAdam(torch.optim.Adam):
         (MyAdam, "MyAdam is not known to update each element on its own"),
     ],
 )
-def test_an_optimizer_that_may_look_at_whole_matrices_is_refused_on_shards(
-    cls: type[torch.optim.Optimizer], reason: str
+def test_an_optimizer_that_may_look_at_whole_matrices_is_refused_on_shards_or_warned_about(
+    cls: type[torch.optim.Optimizer], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = nn.Linear(2, 2)
     inner = cls(model.parameters(), lr=0.1)
     with pytest.raises(UsageError, match=rf"{reason}.* 1/2 of each") as error:
         check_optimizer(inner, model, 2)
     assert '"zero_allow_untested_optimizer": true' in str(error.value)
-    check_optimizer(inner, model, 2, allow_untested=True)
     check_optimizer(inner, model, 1)
+    assert caplog.messages == []
+    check_optimizer(inner, model, 2, allow_untested=True)
+    (message,) = caplog.messages
+    assert message.startswith(reason)
+    assert message.endswith('"zero_allow_untested_optimizer" lets it train all the same.')
 
 
 @pytest.mark.parametrize(

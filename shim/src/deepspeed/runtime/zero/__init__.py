@@ -23,7 +23,10 @@ __getattr__, __dir__ = names(
     __name__,
     {
         name: f"deepspeed.runtime.zero.{name}"
-        for name in ("offload_config", "partition_parameters", "stage3", "stage_1_and_2")
+        for name in (
+            *("offload_config", "parameter_offload", "partition_parameters"),
+            *("stage3", "stage_1_and_2"),
+        )
     },
     {
         "config": "zeroshard.config.load(source) reads and checks a configuration",

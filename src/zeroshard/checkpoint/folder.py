@@ -1,0 +1,145 @@
+"""Where a checkpoint lies on the disk, and how it appears there whole or not at all.
+
+    DIR/latest                    the tag of the newest checkpoint
+    DIR/zero_to_fp32.py           makes plain weights of it
+    DIR/TAG/manifest.json         what there is, and which range of it is in which file
+    DIR/TAG/rank_00000.safetensors   what rank 0 has written
+    DIR/TAG/common.safetensors    tensors of state that all ranks have, the caller's among it
+    DIR/TAG/objects.pt            what of it is no data; absent if there is no such thing
+
+While it is written, the folder has a hidden name. It is renamed when every rank is done, after
+which ``latest`` is replaced, so both show a checkpoint before or after, never one in between.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from zeroshard.errors import CheckpointError, compose
+
+__all__ = [
+    "COMMON",
+    "LATEST",
+    "MANIFEST",
+    "OBJECTS",
+    "abandon",
+    "begin",
+    "finish",
+    "mark_latest",
+    "newest_tag",
+    "rank_file",
+    "recover",
+    "sync_folder",
+    "unfinished_folder",
+    "write_text",
+]
+
+LATEST = "latest"
+MANIFEST = "manifest.json"
+COMMON = "common.safetensors"
+OBJECTS = "objects.pt"
+
+
+def rank_file(rank: int) -> str:
+    """The name of the file that a rank writes."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _hidden(folder: Path, what: str) -> Path:
+    # Hidden, so that whoever looks for "global_step*" does not take it for a checkpoint.
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can say so."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # not every file system knows it for folders
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    unfinished = _hidden(path, "unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def begin(folder: Path) -> Path:
+    """Make the empty folder to write a checkpoint in, without what an earlier attempt left."""
+    unfinished = _hidden(folder, "unfinished")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def unfinished_folder(folder: Path) -> Path:
+    """The folder that a checkpoint is written in."""
+    return _hidden(folder, "unfinished")
+
+
+def abandon(folder: Path) -> None:
+    """Remove what was written of a checkpoint that cannot be finished."""
+    shutil.rmtree(_hidden(folder, "unfinished"), ignore_errors=True)
+
+
+def finish(folder: Path) -> None:
+    """Give a checkpoint that is written its name, in place of an older one of that name."""
+    unfinished, replaced = _hidden(folder, "unfinished"), _hidden(folder, "replaced")
+    sync_folder(unfinished)
+    if folder.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        folder.rename(replaced)
+    unfinished.rename(folder)
+    sync_folder(folder.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(folder: Path) -> bool:
+    """Bring back a checkpoint that was being replaced when the process ended; say whether."""
+    replaced = _hidden(folder, "replaced")
+    if folder.exists() or not replaced.exists():
+        return False
+    replaced.rename(folder)
+    return True
+
+
+def mark_latest(root: Path, tag: str) -> None:
+    """Let the newest checkpoint be the one with this tag."""
+    write_text(root / LATEST, tag)
+    sync_folder(root)
+
+
+def newest_tag(root: Path) -> str | None:
+    """The tag of the newest checkpoint; None if the folder names none.
+
+    Raises:
+        CheckpointError: the file that names it cannot be read.
+    """
+    try:
+        tag = (root / LATEST).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{root / LATEST} cannot be read: {error}") from error
+    if not tag:
+        raise CheckpointError(
+            compose(
+                f"{root / LATEST} is empty.", hint="name a tag, as in load_checkpoint(dir, TAG)."
+            )
+        )
+    return tag

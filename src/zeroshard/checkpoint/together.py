@@ -1,0 +1,70 @@
+"""What may fail on one rank, and is then an error on all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from zeroshard.core.collectives import Answered, Exchange, broadcast_bytes
+from zeroshard.core.mesh import Mesh
+from zeroshard.errors import DistributedError, UsageError, compose
+
+__all__ = ["agreed", "check_equal", "from_rank_0"]
+
+
+@contextmanager
+def agreed(mesh: Mesh, what: str) -> Iterator[None]:
+    """Around local work; a collective at its end.
+
+    Args:
+        mesh: the ranks.
+        what: the work, as in "could not ...".
+
+    Raises:
+        DistributedError: another rank failed, though this one did not.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    told = b"" if error is None else f"{type(error).__name__}: {error}".encode()
+    with Answered(mesh.rank, f"to know whether every rank could {what}"):
+        lengths = [length for (length,) in Exchange(mesh, 1)([len(told)])]
+        first = next((rank for rank, length in enumerate(lengths) if length), None)
+        text = b"" if first is None else broadcast_bytes(told, mesh, first)
+    if error is not None:
+        raise error
+    if first is not None:
+        raise DistributedError(
+            compose(
+                f"rank {first} could not {what}: {text.decode(errors='replace')}",
+                hint="what it says is the cause; the other ranks gave up with it.",
+            )
+        )
+
+
+def from_rank_0(data: bytes | None, mesh: Mesh, what: str) -> bytes:
+    """What rank 0 has, on every rank; a collective."""
+    with Answered(mesh.rank, what):
+        return broadcast_bytes(data or b"", mesh)
+
+
+def check_equal(text: str, mesh: Mesh, what: str) -> None:
+    """Refuse to go on if ranks differ in what they were given; a collective.
+
+    Raises:
+        UsageError: on every rank.
+    """
+    theirs = from_rank_0(text.encode(), mesh, f"to compare {what}").decode()
+    with Answered(mesh.rank, f"to compare {what}"):
+        differ = [rank for rank, (d,) in enumerate(Exchange(mesh, 1)([text != theirs])) if d]
+    if differ:
+        raise UsageError(
+            compose(
+                f"ranks were given different values of {what}: rank 0 has {theirs!r}, and rank "
+                f"{mesh.rank if text != theirs else differ[0]} has "
+                + (f"{text!r}." if text != theirs else "another."),
+                hint="call it with the same arguments on every rank.",
+            )
+        )

@@ -1,0 +1,28 @@
+"""What is registered on modules of the user's: it belongs to this run, not to the module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Hook"]
+
+
+class Hook:
+    """A function that torch calls for a module; copies and pickles of the module do without it."""
+
+    __slots__ = ("_act",)
+
+    def __init__(self, act: Callable[..., Any]) -> None:
+        self._act = act
+
+    def __call__(self, *args: Any) -> Any:
+        """Act."""
+        return self._act(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (_nothing,)
+
+
+def _nothing(*args: object) -> None:
+    """Leave arguments and results as they are."""
