@@ -1,6 +1,8 @@
-"""Gradient checkpointing by all the ways that the tutorial prints: the losses are the same.
+"""Gradient checkpointing in all the ways that the tutorial prints.
 
-deepspeed --num_gpus=2 seed_checkpointing.py
+    deepspeed --num_gpus=2 seed_checkpointing.py
+
+It changes no loss: each way is run with it and without.
 """
 
 from __future__ import annotations
@@ -101,5 +103,7 @@ say("Hugging Face's model, with", standalone(model))
 say("custom model, without", standalone(YourModel(run=lambda layer, x: layer(x))))
 model = YourModel(run=deepspeed.checkpointing.checkpoint)
 # or for custom models:
-deepspeed.checkpointing.configure(num_checkpoints=model.config.num_hidden_layers)
+deepspeed.checkpointing.configure(
+    num_checkpoints=model.config.num_hidden_layers,
+)
 say("custom model, with", standalone(model))

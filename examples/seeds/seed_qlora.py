@@ -1,7 +1,9 @@
 """QLoRA with Hugging Face's Trainer on one GPU or on several, as the tutorial prints it.
 
-python seed_qlora.py
-deepspeed --num_gpus=2 seed_qlora.py --deepspeed zero2.json
+    python seed_qlora.py
+    deepspeed --num_gpus=2 seed_qlora.py --deepspeed zero2.json
+
+The second command takes zero1.json and zero3.json, too, and learns the same.
 """
 
 from __future__ import annotations

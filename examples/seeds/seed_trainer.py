@@ -1,9 +1,11 @@
 """Hugging Face's Trainer on DeepSpeed's configuration, as the tutorial prints it.
 
-deepspeed --num_gpus=2 seed_trainer.py \
+    deepspeed --num_gpus=2 seed_trainer.py \
       --deepspeed ds_config.json \
       --per_device_train_batch_size 2 \
       --gradient_accumulation_steps 4
+
+`python seed_trainer.py` is a world of one rank.
 """
 
 from __future__ import annotations

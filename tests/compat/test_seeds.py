@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-import json
 import logging
 import os
 import re
@@ -32,7 +31,8 @@ import zeroshard
 from deepspeed._local_rank import HostRank
 from forked import RankError, run_ranks
 
-SEEDS = Path(__file__).resolve().parents[2] / "examples" / "seeds"
+ROOT = Path(__file__).resolve().parents[2]
+SEEDS = ROOT / "examples" / "seeds"
 LAUNCHER_S_WORDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 PRINTED_OPTIONS = (
     *("--deepspeed", "ds_config.json"),
@@ -299,17 +299,9 @@ def test_a_rank_on_the_host_is_a_number_that_tensors_take_for_the_cpu() -> None:
     assert not HostRank(0)
 
 
-def test_the_configurations_parse_and_the_printed_values_are_there() -> None:
-    found = {path.name: json.loads(path.read_text()) for path in SEEDS.glob("*.json")}
-    assert {
-        name: found[name]["zero_optimization"]["stage"]
-        for name in sorted(found)
-        if name != "fp16.json"
-    } == {
-        "ds_config.json": 3,
-        "ds_config_7b.json": 3,
-        "ds_config_7b_nvme.json": 3,
-        "zero1.json": 1,
-        "zero2.json": 2,
-        "zero3.json": 3,
-    }
+def test_the_page_of_versions_names_what_is_pinned() -> None:
+    page = (ROOT / "docs" / "reference" / "versions.md").read_text()
+    listed = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|", page, re.MULTILINE))
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
+    assert set(listed) >= {"accelerate", "bitsandbytes", "lightning", "peft", "transformers", "trl"}
+    assert listed == {name: pinned[name] for name in listed}
