@@ -418,7 +418,7 @@ class Own:
 # What is refused --------------------------------------------------------------------------------
 
 
-class Full(OSError):
+class FullError(OSError):
     """What a disk says that is full."""
 
 
@@ -434,12 +434,12 @@ def test_a_rank_that_cannot_write_leaves_the_checkpoint_before(stage: int, tmp_p
 
         def fail(file: Any, data: Any) -> None:
             if rank == 1 and len(data) > 300:
-                raise Full("no space left")
+                raise FullError("no space left")
             write(file, data)
 
         files._write = fail
         for tag in ("x", "y"):
-            expected: Any = Full if rank == 1 else DistributedError
+            expected: Any = FullError if rank == 1 else DistributedError
             with pytest.raises(expected, match="no space left") as raised:
                 engine.save_checkpoint(tmp_path, tag=tag)
             assert rank == 1 or "rank 1 could not write its part" in str(raised.value)
