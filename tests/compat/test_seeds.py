@@ -292,7 +292,8 @@ def test_a_rank_on_the_host_is_a_number_that_tensors_take_for_the_cpu() -> None:
     assert torch.full((1,), rank).item() == 1
     assert rank == 1
     assert 1 + rank == HostRank(2)
-    assert 0 < rank < 2
+    assert 0 < rank < 2.5
+    assert 0.5 * rank == rank / 2 == 0.5
     assert hash(rank) == hash(1)
     assert (f"{rank:02d}", str(rank), repr(rank)) == ("01", "1", "1")
     assert [*range(rank)] == [0]

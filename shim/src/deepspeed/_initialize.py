@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import zeroshard
@@ -24,7 +24,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """Call :func:`zeroshard.initialize`."""
     engine, optimizer, loader, scheduler = build.initialize(*args, **kwargs)
     if engine.device.type == "cpu":
-        engine.local_rank = HostRank(engine.local_rank)
+        engine.local_rank = cast("int", HostRank(engine.local_rank))
     if engine.zero_optimization_stage() == 3:
         hooks = DeepSpeedZeRoOffload(engine.runtime)
         if optimizer is None:  # then programs look for the hooks in its place

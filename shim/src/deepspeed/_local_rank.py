@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
+from operator import index
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ class HostRank:
 def _as_number(name: str) -> Callable[..., Any]:
     def method(self: HostRank, *others: Any) -> Any:
         numbers = [int(other) if isinstance(other, HostRank) else other for other in others]
-        return getattr(self._number, name)(*numbers)
+        mixed = any(isinstance(number, float) for number in numbers)
+        return getattr(float(index(self)) if mixed else index(self), name)(*numbers)
 
     method.__name__ = name
     return method
