@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from zeroshard.core.collectives import Answered, all_gather, broadcast_
 from zeroshard.core.hook import Hook
 from zeroshard.core.unit import Slot, Unit, slot_of
+from zeroshard.core.waiting import waiting_of
 from zeroshard.errors import UsageError, compose
 
 __all__ = [
@@ -102,9 +103,11 @@ def gathered(params: Gatherable, modifier_rank: int | None = None) -> Iterator[N
             parameter was edited and no rank was named. Edits through ``param.data`` are not seen.
     """
     units = _units(params)
+    _agree(units, modifier_rank)
     for unit in units:
         _check_access(unit, modifier_rank)
     were_full: list[bool] = []
+    were_readable = [unit.is_readable for unit in units]
     for unit in units:
         is_used = unit.use_here is not None and not unit.is_held and unit.use_here()
         were_full.append(unit.is_full)
@@ -114,9 +117,11 @@ def gathered(params: Gatherable, modifier_rank: int | None = None) -> Iterator[N
         unit.wait()
     lost: list[str] = []
     with ExitStack() as afterwards:  # the last entry comes first
-        for unit, was_full in zip(units, were_full, strict=True):
+        for unit, was_full, was_readable in zip(units, were_full, were_readable, strict=True):
             if not was_full:
                 afterwards.callback(unit.free)
+            elif unit.keeper is not None and not was_readable:
+                afterwards.callback(unit.hide)
             if not unit.is_held:
                 afterwards.callback(lambda unit=unit: lost.extend(unit.edited))
         for unit in units:
@@ -126,6 +131,8 @@ def gathered(params: Gatherable, modifier_rank: int | None = None) -> Iterator[N
             afterwards.callback(_adopt, kept, modifier_rank)
             for unit in kept:
                 unit.modifier_rank = modifier_rank
+            for waiting in waiting_of(kept):
+                afterwards.enter_context(waiting.kept(modifier_rank))
         yield
     if lost:
         raise UsageError(
@@ -135,6 +142,15 @@ def gathered(params: Gatherable, modifier_rank: int | None = None) -> Iterator[N
                 hint="pass modifier_rank=RANK on every rank; the edits of that rank are kept.",
             )
         )
+
+
+def _agree(units: Sequence[Unit], modifier_rank: int | None) -> None:
+    """Let the ranks agree to gather those that wait for an engine, where any is to be gathered."""
+    for waiting in waiting_of(units):
+        kept = [unit for unit in units if unit.keeper is waiting]
+        is_outermost = bool(modifier_rank) and not waiting.is_inside_block
+        if is_outermost or not all(unit.is_held for unit in kept):
+            waiting.enter(kept)
 
 
 def _check_access(unit: Unit, modifier_rank: int | None) -> None:

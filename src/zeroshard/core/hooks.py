@@ -38,6 +38,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
@@ -47,9 +48,11 @@ from zeroshard.core.access import guard_state_dict
 from zeroshard.core.edges import apart, on_gradient
 from zeroshard.core.external import declared, unwatch, watch
 from zeroshard.core.hook import Hook
+from zeroshard.core.mesh import default_mesh
 from zeroshard.core.scaling import ScaledLoss, rescale
 from zeroshard.core.schedule import Schedule
 from zeroshard.core.unit import Unit, hand_back, slot_of
+from zeroshard.core.waiting import Waiting
 from zeroshard.errors import UsageError, compose
 
 __all__ = ["Runtime", "Site", "in_backward"]
@@ -199,8 +202,10 @@ class Runtime:
     def let_go(self) -> None:
         """Remove the hooks and end the hold of all units; see `hand_back`."""
         self.detach()
+        device = self.units[0].mesh.device if self.units else torch.device("cpu")
+        keeper = Waiting(default_mesh(device)) if dist.is_initialized() else None
         for unit in self.units:
-            hand_back(unit)
+            hand_back(unit, keeper)
 
     @property
     def is_attached(self) -> bool:

@@ -30,7 +30,7 @@ import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -47,24 +47,33 @@ from zeroshard.core.unit import (
     FreedParameter,
     Member,
     Precision,
+    attribute,
     build_unit,
-    full_shape,
     is_waiting,
-    keep_until_engine,
     restore,
+    shows_shape,
     slot_of,
+    stand_in,
 )
+from zeroshard.core.waiting import Waiting
 
 __all__ = ["Sharding", "shard_module", "sharded_construction", "suspended"]
 
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """How parameters are sharded: over which ranks, and in which dtype given their own."""
+    """How parameters are sharded: over which ranks, and in which dtype given their own.
+
+    ``waiting`` keeps them until there is an engine.
+    """
 
     mesh: Mesh
     lifetime: Lifetime
     dtype_of: Callable[[torch.dtype], torch.dtype]
+    waiting: Waiting = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "waiting", Waiting(self.mesh))
 
 
 # Free memory that the process may keep while a model is built.
@@ -111,7 +120,7 @@ def _shard(members: Iterable[Member], sharding: Sharding) -> None:
             continue
         precision = Precision(compute=dtype)
         unit = build_unit(group, trained=False, lifetime=lifetime, mesh=mesh, precision=precision)
-        keep_until_engine(unit)
+        sharding.waiting.add(unit)
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -132,36 +141,7 @@ _BLIND: Final = frozenset(
         torch.is_floating_point,
     }
 )
-# What shows the shape alone.
-_OUTLINE: Final = frozenset(
-    {
-        Tensor.__len__,
-        Tensor.dim,
-        Tensor.is_contiguous,
-        Tensor.ndimension,
-        Tensor.nelement,
-        Tensor.numel,
-        Tensor.size,
-        Tensor.stride,
-        torch.numel,
-    }
-)
-_OUTLINE_ATTRIBUTES: Final = frozenset({"nbytes", "ndim", "shape"})
 _VALUE_ATTRIBUTES: Final = frozenset({"H", "T", "data", "imag", "mH", "mT", "real"})
-
-
-def _attribute(func: Callable[..., Any]) -> str | None:
-    """The attribute that is read or set, if that is what ``func`` does."""
-    if type(func).__name__ != "method-wrapper":
-        return None
-    return getattr(getattr(func, "__self__", None), "__name__", "")
-
-
-def _stand_in(tensor: Tensor) -> Tensor:
-    """A tensor without data that has the shape of a freed parameter; others as they are."""
-    if not isinstance(tensor, FreedParameter):
-        return tensor
-    return torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -247,8 +227,8 @@ class _Construction:
 
     def read(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a function of freed parameters, with their shapes if that will do."""
-        if func in _OUTLINE or _attribute(func) in _OUTLINE_ATTRIBUTES:
-            args, kwargs = tree.replace((args, kwargs), _stand_in)
+        if shows_shape(func):
+            args, kwargs = tree.replace((args, kwargs), stand_in)
         else:
             self.open(tree.find((args, kwargs)).tensors)
         return func(*args, **kwargs)
@@ -391,8 +371,10 @@ def _patch_reading(patches: _Patches) -> None:
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         construction = _ACTIVE[-1] if _ACTIVE else None
-        name = _attribute(func)
-        is_blind = func in _BLIND or name not in {None, *_OUTLINE_ATTRIBUTES, *_VALUE_ATTRIBUTES}
+        name = attribute(func)
+        is_blind = func in _BLIND or (
+            name not in {None, *_VALUE_ATTRIBUTES} and not shows_shape(func)
+        )
         if construction is None or is_blind or not _all_wait(args, kwargs):
             return refuse.__get__(None, cls)(func, types, args, kwargs)
         return construction.read(func, args, kwargs or {})

@@ -26,17 +26,18 @@ uniform in dtype and in whether it is trained.
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.autograd.graph import increment_version
+from torch.nn import functional
 from torch.profiler import record_function
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -53,26 +54,33 @@ from zeroshard.core.collectives import (
 )
 from zeroshard.core.layout import Layout, Range
 from zeroshard.core.lifetime import Lifetime
-from zeroshard.core.mesh import Mesh, default_mesh
+from zeroshard.core.mesh import Mesh
 from zeroshard.core.store import DeviceStore, Store
 from zeroshard.core.values import deal, pass_round, put
 from zeroshard.errors import UsageError, compose
 
 __all__ = [
     "FlatBuffer",
+    "FreedData",
     "FreedParameter",
+    "Keeper",
     "Member",
     "Precision",
     "Slot",
     "Unit",
+    "attribute",
     "build_unit",
+    "freed_read",
     "full_nbytes",
     "full_shape",
     "hand_back",
     "is_waiting",
     "keep_until_engine",
     "restore",
+    "share_values",
+    "shows_shape",
     "slot_of",
+    "stand_in",
 ]
 
 _ALIGN_BYTES = 16
@@ -141,36 +149,145 @@ class FlatBuffer:
         self._lay(self.tensor.clone())
 
 
+_HARMLESS = frozenset(
+    {
+        Tensor.__hash__,
+        Tensor.__repr__,
+        Tensor.data_ptr,
+        Tensor.dim,
+        Tensor.element_size,
+        Tensor.is_complex,
+        Tensor.is_contiguous,
+        Tensor.is_floating_point,
+        Tensor.numel,
+        Tensor.register_hook,
+        Tensor.register_post_accumulate_grad_hook,
+        Tensor.requires_grad_,
+        Tensor.size,
+        Tensor.stride,
+        Tensor.untyped_storage,
+        torch._has_compatible_shallow_copy_type,
+        torch.is_floating_point,
+    }
+)
+
+# What shows the shape alone.
+_OUTLINE = frozenset(
+    {
+        Tensor.__len__,
+        Tensor.dim,
+        Tensor.is_contiguous,
+        Tensor.ndimension,
+        Tensor.nelement,
+        Tensor.numel,
+        Tensor.size,
+        Tensor.stride,
+        torch.numel,
+    }
+)
+_OUTLINE_ATTRIBUTES = frozenset({"nbytes", "ndim", "shape"})
+
+# A whole module is moved by these, one parameter after another.
+_MOVES = frozenset({Tensor.cpu, Tensor.cuda})
+
+# A whole module is cast by these, one parameter after another.
+_CASTS = frozenset({Tensor.bfloat16, Tensor.double, Tensor.float, Tensor.half, Tensor.type})
+
+
+def shows_shape(func: Callable[..., Any]) -> bool:
+    """Whether a function of a tensor shows its shape alone."""
+    return func in _OUTLINE or attribute(func) in _OUTLINE_ATTRIBUTES
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """A tensor without data that has the shape of a freed parameter; others as they are."""
+    if not isinstance(tensor, _FREED):
+        return tensor
+    param = tensor.parameter if isinstance(tensor, FreedData) else tensor
+    return torch.empty(full_shape(param), dtype=param.dtype, device="meta")
+
+
+def _is_harmless(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether a function of freed parameters neither shows values nor changes them."""
+    if func in _HARMLESS:
+        return True
+    name = attribute(func)
+    if name == "data" and func.__name__ == "__set__":
+        # As when a module is moved. Anything else, a cast included, would be lost.
+        with torch._C.DisableTorchFunctionSubclass():
+            is_same = args[-1].numel() == 0 and args[-1].dtype == args[0].dtype
+            return is_same and isinstance(args[0], FreedParameter)
+    return name not in {None, "H", "T", "data", "imag", "mH", "mT", "real"}
+
+
+def attribute(func: Callable[..., Any]) -> str | None:
+    """The attribute of a tensor that is read or set, if that is what ``func`` does."""
+    if type(func).__name__ != "method-wrapper":
+        return None
+    return getattr(getattr(func, "__self__", None), "__name__", "")
+
+
+def _without_values(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """What a function of a freed parameter gives that is only another name of its values."""
+    is_data = attribute(func) == "data" and func.__name__ == "__get__"
+    moves = func in _MOVES or (func is Tensor.to and _keeps_dtype(args, kwargs))
+    if is_data or func is Tensor.detach or moves:
+        return FreedData.of(args[0])
+    if func is functional.pad:
+        # Transformers fits the bias of an output layer to tied embeddings, whose shapes are empty.
+        size = args[1] if len(args) > 1 else kwargs.get("pad", (1,))
+        return None if any(size) else args[0]
+    return None
+
+
+def _keeps_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``to`` moves a tensor and does not cast it."""
+    targets = [*args[1:], *kwargs.values()]
+    dtypes = [getattr(each, "dtype", each) for each in targets]
+    return all(each == args[0].dtype for each in dtypes if isinstance(each, torch.dtype))
+
+
+def _present(tensor: Tensor) -> Tensor:
+    """The values, if this is the data of a parameter that has been gathered."""
+    return tensor.parameter.data if isinstance(tensor, FreedData) else tensor
+
+
+def _call_with_freed(
+    func: Callable[..., Any],
+    types: Sequence[type],
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    kwargs = kwargs or {}
+    given = [each for each in tree.find((args, kwargs)).tensors if isinstance(each, _FREED)]
+    params = [each.parameter if isinstance(each, FreedData) else each for each in given]
+    if not any(isinstance(param, FreedParameter) for param in params):
+        # Gathered since the data was asked for.
+        return func(*tree.replace(args, _present), **tree.replace(kwargs, _present))
+    slots = [slot_of(param) for param in params if isinstance(param, FreedParameter)]
+    keepers = {slot.unit.keeper if slot is not None else None for slot in slots}
+    keeper = keepers.pop() if len(keepers) == 1 else None
+    if keeper is not None and shows_shape(func) and not torch.is_grad_enabled():
+        return keeper.read(func, args, kwargs)
+    if _is_harmless(func, args):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    name = _without_values(func, args, kwargs)
+    if name is not None:
+        return name
+    is_cast = func in _CASTS or func is Tensor.to
+    if keeper is None or is_cast or attribute(func) == "data":
+        raise freed_read(params[0])
+    return keeper.read(func, args, kwargs)
+
+
 class FreedParameter(nn.Parameter):
     """What a parameter is while its unit is freed: an empty tensor that refuses to be read.
 
     A parameter changes its class, never its identity, and changes back when it is gathered.
     """
-
-    _harmless = frozenset(
-        {
-            Tensor.__hash__,
-            Tensor.__repr__,
-            Tensor.cpu,
-            Tensor.cuda,
-            Tensor.data_ptr,
-            Tensor.dim,
-            Tensor.element_size,
-            Tensor.is_complex,
-            Tensor.is_contiguous,
-            Tensor.is_floating_point,
-            Tensor.numel,
-            Tensor.register_hook,
-            Tensor.register_post_accumulate_grad_hook,
-            Tensor.requires_grad_,
-            Tensor.size,
-            Tensor.stride,
-            Tensor.to,
-            Tensor.untyped_storage,
-            torch._has_compatible_shallow_copy_type,
-            torch.is_floating_point,
-        }
-    )
 
     @classmethod
     def __torch_function__(
@@ -180,31 +297,73 @@ class FreedParameter(nn.Parameter):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in cls._harmless or cls._is_harmless_attribute(func, args):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        given = tree.find((args, kwargs or {})).tensors
-        raise _freed_read(next((tensor for tensor in given if isinstance(tensor, cls)), None))
-
-    @staticmethod
-    def _is_harmless_attribute(func: Callable[..., Any], args: Sequence[Any]) -> bool:
-        """Whether it is the access to an attribute that does not show the values."""
-        if type(func).__name__ != "method-wrapper":
-            return False
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name == "data" and func.__name__ == "__set__":
-            # As when a module is moved. Anything else, a cast included, would be lost.
-            return args[-1].numel() == 0 and args[-1].dtype == args[0].dtype
-        return name not in {"H", "T", "data", "imag", "mH", "mT", "real"}
+        return _call_with_freed(func, types, args, kwargs)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
-        raise _freed_read(self)
+        raise freed_read(self)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise _freed_read(self)
+        raise freed_read(self)
 
 
-def _freed_read(param: Tensor | None) -> UsageError:
+class FreedData(Tensor):
+    """What ``param.data`` and ``param.detach()`` are while the unit of ``param`` is freed.
+
+    A state dict is made of such, and most that is done with it needs names alone. To read one is to
+    read the parameter: it is refused, or has the values once the parameter is gathered.
+    """
+
+    parameter: Tensor
+
+    @staticmethod
+    def of(freed: Tensor) -> Tensor:
+        """The data of a freed parameter."""
+        if isinstance(freed, FreedData):
+            return freed
+        with torch._C.DisableTorchFunctionSubclass():
+            data = freed.detach().as_subclass(FreedData)
+        data.parameter = freed
+        return data
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return _call_with_freed(func, types, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self._present(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._present().__reduce_ex__(protocol)
+
+    def _present(self) -> Tensor:
+        if isinstance(self.parameter, FreedParameter):
+            raise freed_read(self.parameter)
+        return self.parameter.data
+
+
+_FREED = (FreedParameter, FreedData)
+
+
+class Keeper(Protocol):
+    """Who answers for the units that no engine manages yet."""
+
+    def add(self, unit: Unit) -> None:
+        """Take a unit in."""
+        ...
+
+    def read(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call a function that needs the values of freed parameters."""
+        ...
+
+
+def freed_read(param: Tensor | None) -> UsageError:
+    """The error of reading a parameter while its unit is freed."""
     slot = slot_of(param) if param is not None else None
     what, where = "a parameter", ""
     hint = (
@@ -217,7 +376,7 @@ def _freed_read(param: Tensor | None) -> UsageError:
         what = slot.unit.members[slot.index].name
         shape, shards = tuple(slot.unit.shapes[slot.index]), slot.unit.mesh.shard.size
         where = f" Its shape is {shape}; its data lives in {shards} shards."
-        if slot.unit.is_kept_for_engine:
+        if slot.unit.keeper is not None:
             hint = (
                 "wrap the read in zeroshard.gathered(...); to run the model, pass it to "
                 "zeroshard.initialize() first; to cast it, name a dtype where it is built."
@@ -288,7 +447,8 @@ class Unit:
         self.let_go: Callable[[], None] | None = None
         self.engine: Callable[[], Any] | None = None  # a weak reference, set by the engine
         self.is_parked = False  # the memory of its parameters is elsewhere for a while
-        self.is_kept_for_engine = False  # by its parameters
+        self.keeper: Keeper | None = None  # until an engine takes the parameters over
+        self.number = 0  # among the units that wait, the same on all ranks
         self._num_holds = 0
         self.modifier_rank: int | None = None  # whose edits the access under way keeps
         self._versions = self._count_edits()
@@ -385,16 +545,21 @@ class Unit:
             self._show(self._full.views)
             self._is_readable = True
 
+    def await_views(self) -> Sequence[Tensor]:
+        """The full parameters, which must be on the way, while the parameters stay empty."""
+        self._end_gather()
+        return self._full.views
+
     def free(self) -> None:
         """Give the memory of full parameters back, where the lifetime says so."""
         if self.lifetime.params_stay or not (self.is_full or self._is_outlined):
             return
         if self._num_holds:
             return
-        self._hide()
+        self.hide()
         self._full.release()
 
-    def _hide(self) -> None:
+    def hide(self) -> None:
         """Let nothing that can be reached from outside refer to the full parameters."""
         self._end_gather()
         placeholder = self._placeholder
@@ -454,7 +619,7 @@ class Unit:
 
     def park(self) -> None:
         """Let nothing outside refer to parameters whose memory is about to be moved."""
-        self._hide()
+        self.hide()
         self.is_parked = True
 
     def unpark(self) -> None:
@@ -467,6 +632,11 @@ class Unit:
         """Let the optimizer's slices be those of this copy of the master weights."""
         for piece, part in zip(self.slices, self._cut(master), strict=True):
             piece.data = part
+
+    @property
+    def num_users(self) -> int:
+        """How many tensors and other objects refer to the full parameters' memory."""
+        return self._full.num_users
 
     @property
     def is_held(self) -> bool:
@@ -541,6 +711,7 @@ class Unit:
     def adopt(self, edit: Callable[[Tensor], object]) -> None:
         """Edit the full parameters in place and keep the result in shard and master weights."""
         assert self.is_full, f"{self.name} is edited while freed"
+        self._take_replaced()
         edit(self._full.tensor)
         mine = self._mine
         self._store.write(mine)
@@ -583,6 +754,27 @@ class Unit:
         self._fresh_gradient().tensor.zero_()
         self.has_gradient = True
         return self._buffer.views
+
+    def _take_replaced(self) -> None:
+        """Take in what somebody gave a parameter as its ``data``, in place of the view of it.
+
+        Raises:
+            UsageError: it has another shape or dtype.
+        """
+        for member, view in zip(self.members, self._full.views, strict=True):
+            param = member.param
+            if isinstance(param, FreedParameter) or param.data_ptr() == view.data_ptr():
+                continue
+            if param.shape != view.shape or param.dtype != view.dtype:
+                raise UsageError(
+                    compose(
+                        f"{member.name}: its data was replaced while it was gathered, by a "
+                        f"{param.dtype} tensor of shape {tuple(param.shape)}.",
+                        hint="give the module a new parameter instead.",
+                    )
+                )
+            view.copy_(param)
+            param.data = view
 
     # Gradients
 
@@ -740,10 +932,10 @@ def slot_of(param: Tensor) -> Slot | None:
 
 
 # The attribute by which a parameter keeps its unit until an engine takes the parameter over.
-_KEEPER = "_zeroshard_keeper"
+_OWNER = "_zeroshard_owner"
 
 
-class _Keeper:
+class _Owner:
     """Owns a unit that no engine owns yet; a pickled parameter leaves it behind."""
 
     __slots__ = ("unit",)
@@ -755,22 +947,22 @@ class _Keeper:
         return type(None), ()
 
 
-def keep_until_engine(unit: Unit) -> None:
+def keep_until_engine(unit: Unit, keeper: Keeper) -> None:
     """Let the parameters own their unit: there is data as long as there is a parameter of it."""
-    keeper = _Keeper(unit)
-    unit.is_kept_for_engine = True
+    owner = _Owner(unit)
+    unit.keeper = keeper
     for member in unit.members:
-        setattr(member.param, _KEEPER, keeper)
+        setattr(member.param, _OWNER, owner)
 
 
-def _release_keeper(param: Tensor) -> None:
-    if hasattr(param, _KEEPER):
-        delattr(param, _KEEPER)
+def _disown(param: Tensor) -> None:
+    if hasattr(param, _OWNER):
+        delattr(param, _OWNER)
 
 
 def is_waiting(param: Tensor) -> bool:
     """Whether a parameter lives in shards but no engine manages it yet."""
-    return vars(param).get(_KEEPER) is not None
+    return vars(param).get(_OWNER) is not None
 
 
 def full_shape(param: Tensor) -> torch.Size:
@@ -794,14 +986,15 @@ def restore(unit: Unit) -> Tensor:
     unit.wait()
     for param in unit._params:
         _SLOTS.pop(param)
-        _release_keeper(param)
+        _disown(param)
     return unit._full.tensor
 
 
-def hand_back(unit: Unit) -> None:
+def hand_back(unit: Unit, keeper: Keeper | None) -> None:
     """End an engine's hold of a unit: full parameters become ordinary, freed ones wait for another.
 
-    Local, and the process groups of the unit's mesh may end afterwards.
+    Local, and the process groups of the unit's mesh may end afterwards. Without a keeper, nobody
+    can gather what is freed any more.
     """
     unit.clear_gradients()
     unit._end_gather()
@@ -810,11 +1003,10 @@ def hand_back(unit: Unit) -> None:
         unit.wait()
         for param in unit._params:
             _SLOTS.pop(param, None)
-    elif dist.is_initialized():
+    elif keeper is not None:
         unit.free()
-        unit.mesh = default_mesh(unit.mesh.device)
         unit.master, unit.slices, unit._gradient = None, (), None
-        keep_until_engine(unit)
+        keeper.add(unit)
 
 
 def build_unit(
@@ -886,7 +1078,7 @@ def build_unit(
 
 
 def _values(
-    params: Sequence[nn.Parameter], layout: Layout, part: Range, mesh: Mesh, dtype: torch.dtype
+    params: Sequence[Tensor], layout: Layout, part: Range, mesh: Mesh, dtype: torch.dtype
 ) -> Tensor:
     """The values of this rank's shard, or of the whole flat buffer."""
     own = [None if is_waiting(param) else param.detach() for param in params]
@@ -916,6 +1108,16 @@ def _values(
     return out
 
 
+def share_values(param: Tensor, mesh: Mesh) -> Tensor:
+    """This rank's even share of a parameter that waits, or of rank 0's ordinary one. A collective.
+
+    Parameters of one shape are divided alike, whatever units they are in.
+    """
+    layout = Layout(numels=(full_shape(param).numel(),), world=mesh.shard.size, align=1)
+    with torch.no_grad():
+        return _values([param], layout, layout.shard(mesh.shard.rank), mesh, param.dtype)
+
+
 def _vacate(params: Sequence[nn.Parameter], mesh: Mesh) -> None:
     """Give back the memory that parameters have: their own, or the shards in which they wait."""
     for param in params:
@@ -923,4 +1125,4 @@ def _vacate(params: Sequence[nn.Parameter], mesh: Mesh) -> None:
             object.__setattr__(param, "__class__", nn.Parameter)
         param.data = torch.empty(0, dtype=param.dtype, device=mesh.device)
         param.grad = None
-        _release_keeper(param)
+        _disown(param)

@@ -28,6 +28,7 @@ from zeroshard.core.mesh import Mesh, build_mesh
 from zeroshard.core.schedule import Limits, Schedule
 from zeroshard.core.unit import Unit, build_unit, is_waiting, slot_of
 from zeroshard.core.usage import GradientWatch
+from zeroshard.core.waiting import settle
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
 from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.data import ShardedLoader, make_loader
@@ -115,6 +116,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     )
     settings = configuration.load(_config_source(args, config, config_params), facts)
     world.init_distributed(distributed_port=distributed_port)
+    settle(model)
     device = world.device()
     batch = settings.batch(dist.get_world_size())
     life = lifetime(settings.zero_optimization.stage, dist.get_world_size())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -409,7 +410,9 @@ def test_outside_of_the_context_reads_copies_and_casts_are_refused() -> None:
         for read in (
             lambda: model.child.linear(torch.ones(4)),
             lambda: model.child.linear.weight + 1,
-            model.state_dict,
+            lambda: model.child.linear.weight.data + 1,
+            lambda: torch.save(model.state_dict(), os.devnull),
+            lambda: copy.deepcopy(model.state_dict()),
             lambda: copy.deepcopy(model),
             model.half,
         ):
