@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import bitsandbytes  # noqa: F401 - Accelerate imports it where it is, and ranks share this import
 import pytest
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, DummyOptim, DummyScheduler
@@ -619,14 +621,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def launched(folder: Path, config: ClusterConfig, *options: str) -> dict[str, Any]:
+def launched(folder: Path, config: ClusterConfig) -> dict[str, Any]:
     """Launch the portable loop with what `accelerate config` has written; give what it tells."""
     (folder / "on_cpu.py").write_text(ON_CPU)
     (folder / "train.py").write_text(PORTABLE)
     home = folder / "home"
     (home / "accelerate").mkdir(parents=True)
     config.to_yaml_file(str(home / "accelerate" / "default_config.yaml"))
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch", *options]
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes=2"]
     ended = subprocess.run(
         [*command, "--main_process_port=0", "on_cpu.py", "train.py", "told.json"],
         cwd=folder,
@@ -675,10 +677,30 @@ def test_the_portable_loop_is_launched_by_what_accelerate_config_wrote(tmp_path:
     }
 
 
-def test_a_launch_by_a_file_of_deepspeeds_form_follows_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "ds_config.json"
-    file.write_text(json.dumps(config_of(2, fp16={"enabled": False})))
-    config = cluster(1, None, deepspeed_config_file=str(file), zero3_init_flag=False)
-    told = launched(tmp_path, config, "--num_processes=1")
-    assert (told["stage"], told["ranks"], told["steps"]) == (2, [1, 1], 8)
-    assert (told["bf16"], told["gradient_clipping"]) == (False, 1.0)
+def test_a_file_of_deepspeeds_form_that_the_yaml_names_is_followed_on_all_ranks(
+    tmp_path: Path,
+) -> None:
+    file, yaml = tmp_path / "ds_config.json", tmp_path / "accelerate.yaml"
+    file.write_text(json.dumps(config_of(2, bf16={"enabled": True})))
+    config = cluster(2, None, deepspeed_config_file=str(file), zero3_init_flag=False)
+    config.to_yaml_file(str(yaml))
+    environment: dict[str, str] = {}
+    with mock.patch("torch.distributed.run.run", lambda _: environment.update(os.environ)):
+        launch_command(launch_command_parser().parse_args(["--config_file", str(yaml), "train.py"]))
+
+    def rank(_: int, world: int) -> None:
+        os.environ.update({k: v for k, v in environment.items() if k.startswith("ACCELERATE_")})
+        PartialState(cpu=True)
+        accelerator = Accelerator()
+        model = llama()
+        optimizer = AdamW(model.parameters(), lr=RATE)
+        prepared = accelerator.prepare(
+            model, optimizer, slower(optimizer), DataLoader(samples(), batch_size=2)
+        )
+        engine = prepared[0]
+        train(accelerator, *prepared)
+        assert accelerator.num_processes == engine.world_size == world
+        assert (engine.zero_optimization_stage(), engine.bfloat16_enabled()) == (2, True)
+        assert (engine.gradient_clipping(), engine.global_steps) == (1.0, 4)
+
+    run_ranks(rank)
