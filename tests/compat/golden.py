@@ -7,6 +7,7 @@ weights, and rows of random tokens that are their own labels.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ class Recipe:
                 "stage3_gather_16bit_weights_on_model_save": True,
             },
         }
-        return config | {name: _BLOCKS[name] for name in self.blocks}
+        return config | {name: copy.deepcopy(_BLOCKS[name]) for name in self.blocks}
 
 
 @dataclass(frozen=True)
