@@ -20,6 +20,7 @@ from zeroshard.errors import UsageError, compose
 __all__ = [
     "Gatherable",
     "assemble",
+    "companions_on_host",
     "gathered",
     "guard_state_dict",
     "parameters_in",
@@ -188,9 +189,15 @@ def _adopt(units: Iterable[Unit], src: int) -> None:
     """Keep the edits of rank ``src`` on all ranks."""
     for unit in units:
         unit.modifier_rank = None
+    errors: list[UsageError] = []
     for unit in units:
         with Answered(unit.mesh.rank, f"to share the edits of {unit.name}"):
-            unit.adopt(partial(broadcast_, mesh=unit.mesh, src=src))
+            try:
+                unit.adopt(partial(broadcast_, mesh=unit.mesh, src=src))
+            except UsageError as error:  # the other ranks go on to the next unit
+                errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def assemble(piece: Tensor, slot: Slot) -> Tensor:
@@ -218,6 +225,20 @@ def stacked(mine: Tensor, unit: Unit) -> Tensor:
     with Answered(unit.mesh.rank, f"to read the state of {unit.name}"):
         all_gather(rows.view(-1), mine.view(-1), axis).wait()
     return rows
+
+
+def companions_on_host(units: Iterable[Unit], *, wanted: bool) -> dict[Tensor, Tensor]:
+    """Copies of all companions, by what is shown in their place while they are freed.
+
+    A collective, also for ranks by which they are not ``wanted``: those get none.
+    """
+    copies: dict[Tensor, Tensor] = {}
+    for unit in units:
+        if unit.companions:
+            with gathered([member.param for member in unit.members]):
+                if wanted:
+                    copies |= {shown: full.to("cpu", copy=True) for shown, full in unit.companions}
+    return copies
 
 
 def refresh(unit: Unit) -> None:

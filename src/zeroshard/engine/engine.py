@@ -270,6 +270,7 @@ class Engine(Getters):
                 )
             )
         self._check_scaled()
+        self.runtime.check_replaced()
         for unit in self.runtime.units:
             unit.check_untouched()
         self._num_backwards_seen = self.runtime.num_backwards
