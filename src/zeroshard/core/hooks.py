@@ -534,12 +534,26 @@ class Runtime:
         self.gradient_bytes = sum(unit.gradient_bytes for unit in self.trained)
         self.num_backwards += 1
 
-    def flush(self) -> None:
+    def flush(self, thorough: bool = False) -> None:
         """Before a step: reduce what backwards outside a boundary left. A collective.
 
-        Ranks may have run different numbers of backwards.
+        Ranks may have run different numbers of backwards. Parameters that all ranks have edited
+        are taken over.
+
+        Args:
+            thorough: look for edits that autograd does not count, too.
         """
-        self.schedule.meet()
+        stay = [unit for unit in self.trained if unit.lifetime.params_stay and not unit.is_held]
+        edited = [unit for unit in stay if unit.edited]
+        overlooked = [
+            unit
+            for unit in (stay if thorough else ())
+            if unit not in edited and unit.differs_from_master()
+        ]
+        self.schedule.meet(edited, overlooked)
+        with torch.no_grad():
+            for unit in edited:
+                unit.adopt(lambda full: full)
         if self._unreduced:
             self._unreduced = False
             self.schedule.finish(self.trained)
