@@ -137,6 +137,9 @@ class FlatBuffer:
 
     def release(self) -> None:
         """Give the memory back; the views must not be read until the next allocation."""
+        if not self.tensor.untyped_storage().resizable():
+            # NumPy has seen it, and its arrays may still do so.
+            self._lay(torch.empty_like(self.tensor))
         self.tensor.untyped_storage().resize_(0)
 
     @property

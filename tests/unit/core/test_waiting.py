@@ -76,6 +76,17 @@ def test_a_read_without_gradients_by_all_ranks_has_the_values() -> None:
     on_ranks(work)
 
 
+def test_a_state_dict_may_be_read_by_all_ranks_with_gradients_on() -> None:
+    def work(rank: int) -> None:
+        model, wanted = build(), plain().state_dict()
+        with pytest.raises(UsageError, match="was read while"):
+            model.first.weight.cpu()
+        for name, value in model.state_dict().items():
+            assert value.cpu().numpy().tolist() == wanted[name].tolist()
+
+    on_ranks(work)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_edits_by_all_ranks_last_with_the_values_of_rank_0(world: int) -> None:
     def work(rank: int) -> None:

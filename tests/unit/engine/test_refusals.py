@@ -110,6 +110,19 @@ def test_what_is_kept_from_inside_gathered_may_be_read_later(stage: int) -> None
 
 
 @on_ranks(2, STAGES)
+def test_arrays_of_numpy_may_be_made_inside_gathered_and_kept(stage: int) -> None:
+    engine, other = make(stage), make(stage)
+    want = weights_of(engine)["head.weight"]
+    with zeroshard.gathered(engine.module):
+        kept = engine.module.head.weight.detach().numpy()
+        engine.module.blocks[0].up.weight.detach().numpy()  # and dropped
+    assert torch.equal(torch.from_numpy(kept.copy()), want)
+    train(engine)
+    train(other)
+    assert_equal_weights(weights_of(engine), weights_of(other))
+
+
+@on_ranks(2, STAGES)
 def test_the_model_may_run_inside_gathered(stage: int) -> None:
     engine, other = make(stage), make(stage)
     with zeroshard.gathered(engine.module):
