@@ -23,6 +23,8 @@ SHIM = ROOT / "shim" / "src" / "deepspeed"
 TEXT_SUFFIXES = {".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
 WRITTEN_BY_US = ("src", "shim", "tests", "docs", "examples", "benchmarks", "tools", ".ci")
 
+OUTPUT = ROOT / "examples" / "seeds" / "output"  # what its scripts leave behind
+
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -33,7 +35,11 @@ def text_files() -> Iterator[Path]:
             yield path
     for folder in WRITTEN_BY_US:
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and path.suffix in TEXT_SUFFIXES | {""}:
+            if (
+                path.is_file()
+                and path.suffix in TEXT_SUFFIXES | {""}
+                and OUTPUT not in path.parents
+            ):
                 yield path
 
 

@@ -292,7 +292,8 @@ def test_what_a_rank_reads_is_what_it_owns(tmp_path: Path, monkeypatch: pytest.M
         engine.load_checkpoint(tmp_path)
         units = engine.runtime.units
         owned = sum(u.read_kept().nbytes * (3 if u.is_trained else 1) for u in units)
-        assert 0 < sum(nbytes for _, nbytes in read) <= owned
+        of_parameters = [nbytes for name, nbytes in read if not name.startswith("buffers/")]
+        assert owned / 2 < sum(of_parameters) <= owned
         largest = max(unit.nbytes_full for unit in units)
         assert max(nbytes for _, nbytes in read) <= largest
 
@@ -390,7 +391,7 @@ def test_client_state_comes_back_as_it_was(
         engine.save_checkpoint(tmp_path, tag="data", client_state=data | {"rank": rank})
         with caplog.at_level(logging.WARNING, logger="zeroshard"):
             client = engine.load_checkpoint(tmp_path, tag="data")[1]
-        assert caplog.text == ""
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
         assert client.pop("rank") == 0
         for ours, theirs in zip(client.pop("tensors"), data["tensors"], strict=True):
             assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
@@ -418,7 +419,7 @@ class Own:
 # What is refused --------------------------------------------------------------------------------
 
 
-class Full(OSError):
+class FullError(OSError):
     """What a disk says that is full."""
 
 
@@ -434,16 +435,17 @@ def test_a_rank_that_cannot_write_leaves_the_checkpoint_before(stage: int, tmp_p
 
         def fail(file: Any, data: Any) -> None:
             if rank == 1 and len(data) > 300:
-                raise Full("no space left")
+                raise FullError("no space left")
             write(file, data)
 
         files._write = fail
         for tag in ("x", "y"):
-            expected: Any = Full if rank == 1 else DistributedError
+            expected: Any = FullError if rank == 1 else DistributedError
             with pytest.raises(expected, match="no space left") as raised:
                 engine.save_checkpoint(tmp_path, tag=tag)
             assert rank == 1 or "rank 1 could not write its part" in str(raised.value)
         files._write = write
+        torch.distributed.barrier()  # rank 0 tidies up when it knows
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             "latest",
             "x",
@@ -506,7 +508,8 @@ def test_what_cannot_be_loaded_is_refused_on_every_rank_and_changes_nothing(tmp_
                 shutil.copytree(tmp_path / "whole", tmp_path / name)
                 damage(tmp_path / name)
             torch.distributed.barrier()
-            with pytest.raises(CheckpointError, match=message):
+            # A rank that reads nothing of a damaged file hears of it from the one that does.
+            with pytest.raises((CheckpointError, DistributedError), match=message):
                 engine.load_checkpoint(tmp_path, tag=name)
             assert differing(everything(engine), want) == []
         engine.load_checkpoint(tmp_path, tag="whole")

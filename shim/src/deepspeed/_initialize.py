@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import zeroshard
 from deepspeed import _attributes
+from deepspeed._local_rank import HostRank
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils.logging import logger
 from zeroshard.engine import build
@@ -22,6 +23,8 @@ _attributes.install()
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """Call :func:`zeroshard.initialize`."""
     engine, optimizer, loader, scheduler = build.initialize(*args, **kwargs)
+    if engine.device.type == "cpu":
+        engine.local_rank = cast("int", HostRank(engine.local_rank))
     if engine.zero_optimization_stage() == 3:
         hooks = DeepSpeedZeRoOffload(engine.runtime)
         if optimizer is None:  # then programs look for the hooks in its place

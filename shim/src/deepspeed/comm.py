@@ -1,5 +1,10 @@
 """``deepspeed.comm``: the collectives of torch, which zeroshard's own are, too."""
 
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
 import torch.distributed as dist
 from torch.distributed import (
     ProcessGroup,
@@ -35,8 +40,9 @@ from torch.distributed import (
     send,
 )
 
+from deepspeed._accelerate import tell_backend
 from deepspeed._names import names
-from zeroshard.core.world import init_distributed, local_rank
+from zeroshard.core import world
 
 __all__ = [
     "ProcessGroup",
@@ -78,8 +84,15 @@ __all__ = [
 
 _PROFILER = "use torch.profiler, which shows every collective by its name"
 
-get_local_rank = local_rank
+get_local_rank = world.local_rank
 get_all_ranks_from_group = get_process_group_ranks
+
+
+@wraps(world.init_distributed)
+def init_distributed(*args: Any, **kwargs: Any) -> None:
+    """Join the other ranks; keep a process group that exists already."""
+    world.init_distributed(*args, **kwargs)
+    tell_backend()
 
 
 def get_world_group() -> ProcessGroup | None:

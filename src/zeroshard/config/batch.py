@@ -117,6 +117,8 @@ def _unequal(train: int, micro: int, accumulation: int, world: int) -> ConfigErr
             options.append(f'"{key}": {train // rest}')
         else:
             options.append(f'"{key}": none fits, as {train} is not a multiple of {rest}')
+    if train % (micro * accumulation) == 0:
+        options.append(f"the number of ranks: {train // (micro * accumulation)}")
     return ConfigError(
         compose(
             f"{_TRAIN} {train} != {micro} (micro) x {accumulation} (accumulation) "

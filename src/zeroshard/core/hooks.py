@@ -157,6 +157,33 @@ class Runtime:
             and not any(True for _ in site.module.children())
             and site.frees
         ]
+        self._trained = [
+            (module, name, param)
+            for module in root.modules()
+            for name, param in module.named_parameters(recurse=False)
+            if (slot := slot_of(param)) is not None and slot.unit.is_trained
+        ]
+
+    def check_replaced(self) -> None:
+        """Refuse to go on with a module that was given a parameter which nobody trains.
+
+        Raises:
+            UsageError: one was, in place of a trained one.
+        """
+        for module, name, param in self._trained:
+            new = module._parameters.get(name)
+            if new is param or new is None or slot_of(new) is not None:
+                continue
+            slot = slot_of(param)
+            was = name if slot is None else slot.unit.members[slot.index].name
+            raise UsageError(
+                compose(
+                    f"{was} was replaced after initialize(), and the new parameter, of shape "
+                    f"{tuple(new.shape)}, is not trained.",
+                    hint="change the model (resize its embeddings, say) before initialize(), or "
+                    "call engine.destroy() first and initialize() again.",
+                )
+            )
 
     def attach(self) -> None:
         """Register the hooks."""

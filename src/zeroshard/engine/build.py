@@ -30,6 +30,7 @@ from zeroshard.core.unit import Unit, build_unit, is_waiting, slot_of
 from zeroshard.core.usage import GradientWatch
 from zeroshard.core.waiting import settle
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
+from zeroshard.engine import quantized
 from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.engine import Engine, Settings
@@ -155,6 +156,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
             drop_last=settings.dataloader_drop_last,
             pin_memory=device.type == "cuda",
         )
+    quantized.settle(model, device)
     groups = _choose_groups(model, trained, life, settings, device)
 
     # From here on nothing is refused, and the model changes.
@@ -456,16 +458,19 @@ def _choose_groups(
         persistent = find_persistent(model, largest, zero.stage3_model_persistence_threshold)
     buckets = (zero.reduce_bucket_size, zero.allgather_bucket_size)
     compute_dtype = compute_dtypes(model, settings, device)
+    companions = quantized.companions_in(model)
     return choose_groups(
         model,
         kind_of=lambda param: Kind(
             trained=param.requires_grad and param in trained,
-            compute=compute_dtype(param),
+            compute=None if param in companions else compute_dtype(param),
             persistent=param in persistent,
+            as_bytes=param in companions,
         ),
         units=settings.zeroshard.units,
         leaves=[*leaves, *marked(model)],
         most_numel=min((size for size in buckets if size is not None), default=None),
+        companions=companions,
     )
 
 
@@ -490,6 +495,7 @@ def _shard(
             lifetime=life.with_params_that_stay() if group.kind.persistent else life,
             mesh=mesh,
             precision=replace(dtypes, compute=group.kind.compute),
+            as_bytes=group.kind.as_bytes,
         )
         units.append(unit)
         trim()

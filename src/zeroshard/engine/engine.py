@@ -149,7 +149,13 @@ class Engine(Getters):
     # Forward and backward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
+        """Run the model.
+
+        Raises:
+            UsageError: the engine is destroyed, and the call is one of training.
+        """
+        if self._is_destroyed and self.training and torch.is_grad_enabled():
+            self.check_present("engine(...)")
         if (dtype := self.settings.cast_inputs_to) is not None:
             args, kwargs = tree.replace((args, kwargs), lambda t: _cast(t, dtype))
         try:
@@ -291,6 +297,7 @@ class Engine(Getters):
         self._check_scaled()
         if self.micro_steps == 0:
             check_members(self.module)
+        self.runtime.check_replaced()
         self._check_untouched()
         self._num_backwards_seen = self.runtime.num_backwards
         self._was_step_applied = False
@@ -736,7 +743,8 @@ class Engine(Getters):
                 compose(
                     f"{call} was called after engine.destroy(), or after the model was given to "
                     "another engine.",
-                    hint="use the engine that the last zeroshard.initialize() returned.",
+                    hint="use the engine that the last zeroshard.initialize() returned. Hugging "
+                    "Face's Trainer is used up by train(): make a new one.",
                 )
             )
         if self._offloaded is not None:

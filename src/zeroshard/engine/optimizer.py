@@ -35,6 +35,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         # Torch's own constructor would make groups and state anew; here they are another's.
         self._sharded, self._step, self._zero_grad = sharded, step, zero_grad
         self.optimizer = sharded.inner
+        self.parameter_offload: Any = None  # where DeepSpeed has the hooks of stage 3; for a shim
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # while it is unpickled, or copied

@@ -38,6 +38,7 @@ def test_three_numbers_that_disagree_are_named_with_what_each_would_have_to_be()
     assert '"train_batch_size": 24' in hint
     assert '"train_micro_batch_size_per_gpu": none fits' in hint
     assert '"gradient_accumulation_steps": none fits' in hint
+    assert "the number of ranks: 4" in hint
 
 
 def test_the_hint_names_whole_numbers_where_they_exist() -> None:

@@ -53,15 +53,16 @@ def test_layers_that_cannot_be_trained_right_are_refused(layer: Any, text: str) 
 @pytest.mark.parametrize(
     "read",
     [
-        lambda p: p.data,
+        lambda p: p.data.sum(),
         lambda p: p.data.clamp_(-1, 1),
-        lambda p: p.detach(),
+        lambda p: p.detach() + 1,
         lambda p: p.T,
-        lambda p: p.cpu(),
+        lambda p: p.cpu().numpy(),
+        lambda p: p.data.float(),
         lambda p: p.tolist(),
         lambda p: setattr(p, "data", torch.ones(6, 4)),
     ],
-    ids=["data", "edit_of_data", "detach", "transpose", "cpu", "tolist", "new_data"],
+    ids=["data", "edit_of_data", "detach", "transpose", "cpu", "cast", "tolist", "new_data"],
 )
 @on_ranks(2)
 def test_no_way_to_read_or_edit_a_freed_parameter_is_silent(read: Any) -> None:
