@@ -648,6 +648,29 @@ def test_each_argument_of_loading_does_what_it_says(tmp_path: Path) -> None:
     run_ranks(work, 2)
 
 
+def test_a_model_without_optimizer_is_saved_and_loads_weights_of_one_with(tmp_path: Path) -> None:
+    def work(rank: int, world: int) -> None:
+        engine = make(3, world)
+        train(engine, range(2))
+        engine.save_checkpoint(tmp_path / "trained", client_state={"epoch": 1})
+        want = everything(engine)
+        engine.destroy()
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        evaluating = zeroshard.initialize(model=Net(), config=config)[0]
+        assert evaluating.load_checkpoint(tmp_path / "trained")[1] == {"epoch": 1}
+        evaluating.save_checkpoint(tmp_path / "weights")
+        evaluating.destroy()
+        resumed = make(2, world, model=Net())
+        resumed.load_checkpoint(tmp_path / "weights")
+        assert resumed.global_steps == 2
+        now = everything(resumed)
+        assert [
+            n for n in now if n in resumed.module.state_dict() and not torch.equal(now[n], want[n])
+        ] == []
+
+    run_ranks(work, 2)
+
+
 # Plain weights ----------------------------------------------------------------------------------
 
 

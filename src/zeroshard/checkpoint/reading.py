@@ -73,7 +73,7 @@ def load(training: Training, root: Path, tag: str | None, wanted: Wanted) -> Loa
     if folder is None:
         return None
     with agreed(mesh, f"read {folder}"):
-        reader = Reader(folder)
+        reader = Reader(folder, mesh.rank, mesh.world)
     with reader:
         check_equal(json.dumps(reader.manifest.files), mesh, f"{folder / disk.MANIFEST}")
         companions = dict[Tensor, Tensor]()

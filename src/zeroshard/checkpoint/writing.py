@@ -252,6 +252,7 @@ def _manifest(
     training: Training, shares: list[dict[str, Any]], content: Common, encoder: Encoder
 ) -> Manifest:
     sharded, schedule = training.sharded, training.schedule
+    has_schedule = hasattr(schedule, "state_dict")
     model = _Model.of(training, content.with_frozen)
     return Manifest(
         writer=training.writer,
@@ -267,7 +268,7 @@ def _manifest(
         progress=asdict(content.progress),
         has_gradients=any(share["has_gradients"] for share in shares),
         scaler=sharded.scaler.state_dict() if sharded and sharded.scaler else None,
-        schedule=None if schedule is None else encoder.encode(schedule.state_dict()),
+        schedule=encoder.encode(schedule.state_dict()) if has_schedule else None,
         optimizer=describe(sharded.inner, encoder) if sharded else None,
         client=encoder.encode(dict(content.client)),
     )
