@@ -266,14 +266,19 @@ def _(stage: int) -> None:
     assert engine.module.state_dict().keys() == Net().state_dict().keys()
 
 
-@row("called `model.state_dict()`", 3)
+@row("saved `model.state_dict()`", 3)
 def _(stage: int) -> None:
-    engine_of(stage).module.state_dict()
+    torch.save(engine_of(stage).module.state_dict(), io.BytesIO())
 
 
 @row("called `torch.save(model)`", 3)
 def _(stage: int) -> None:
     torch.save(engine_of(stage).module, io.BytesIO())
+
+
+@row("called `model.load_state_dict()`", 3)
+def _(stage: int) -> None:
+    engine_of(stage).module.load_state_dict(Net().state_dict())
 
 
 @row("called `save_pretrained` outside `GatheredParameters`", 3)
