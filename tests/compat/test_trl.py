@@ -178,7 +178,7 @@ GENERATION = {"max_completion_length": 6, "num_generations": 2, "reward_funcs": 
 
 
 def grpo(job: Job, **more: Any) -> Any:
-    return job.make(GRPOTrainer, GRPOConfig, PROMPTS, **GENERATION, **more)
+    return job.make(GRPOTrainer, GRPOConfig, PROMPTS, **{**GENERATION, **more})
 
 
 def grpo_that_generates_from_shards(job: Job) -> Any:
@@ -285,20 +285,33 @@ def test_a_trainer_logs_with_zero_what_it_logs_with_ddp(build: Any, folder: Path
         assert_alike(logs_of(build, folder, stage), want)
 
 
-@pytest.mark.parametrize("stage", [DDP, 3])
-def test_evaluation_alone_generates(folder: Path, stage: int | None) -> None:
-    """The engine has no optimizer then."""
+def test_evaluation_alone_generates_from_an_engine_without_optimizer(folder: Path) -> None:
+    def work(job: Job) -> dict[str, float]:
+        metrics = grpo(job, eval_dataset=Dataset.from_list(PROMPTS[:4])).evaluate()
+        return {key: metrics[key] for key in ("eval_reward", "eval_entropy")}
 
-    def work(job: Job) -> float:
-        return grpo(job, eval_dataset=Dataset.from_list(PROMPTS[:4])).evaluate()["eval_loss"]
-
-    assert on_two_ranks(work, folder, stage) == pytest.approx([0.0, 0.0], abs=10)
+    want, got = (on_two_ranks(work, folder, stage)[0] for stage in (DDP, 3))
+    assert got == pytest.approx(want, rel=1e-5)
 
 
-def test_ranks_generate_different_numbers_of_words_from_gathered_weights(folder: Path) -> None:
-    def work(job: Job) -> tuple[list[int], list[Log]]:
-        trainer = grpo(job, max_completion_length=4 + 20 * dist.get_rank())
-        trainer.train()
-        return []
+@pytest.mark.parametrize("gathers", [True, False])
+def test_ranks_may_generate_different_numbers_of_words(folder: Path, gathers: bool) -> None:
+    def work(job: Job) -> list[int]:
+        lengths: list[int] = []
 
-    on_two_ranks(work, folder, 3)
+        def count(completion_ids: list[list[int]], **_: Any) -> list[float]:
+            lengths.extend(len(ids) for ids in completion_ids)
+            return [float(number) for number in range(len(completion_ids))]
+
+        most = 3 if dist.get_rank() == 0 else 12
+        grpo(
+            job,
+            ds3_gather_for_generation=gathers,
+            max_completion_length=most,
+            reward_funcs=count,
+        ).train()
+        return lengths
+
+    few, many = on_two_ranks(work, folder, 3)
+    assert max(few) == 3
+    assert max(many) == 12

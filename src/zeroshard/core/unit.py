@@ -172,6 +172,9 @@ class FlatBuffer:
 
     def release(self) -> None:
         """Give the memory back; the views must not be read until the next allocation."""
+        if not self.tensor.untyped_storage().resizable():
+            # NumPy has seen it, and its arrays may still do so.
+            self._lay(torch.empty_like(self.tensor))
         self.tensor.untyped_storage().resize_(0)
 
     @property
@@ -317,7 +320,8 @@ def _call_with_freed(
     name = _without_values(func, args, kwargs)
     if name is not None:
         return name
-    is_cast = func in _CASTS or func is Tensor.to
+    # Whole models are cast by their parameters; data is cast by who reads a state dict.
+    is_cast = (func in _CASTS or func is Tensor.to) and isinstance(args[0], FreedParameter)
     if keeper is None or is_cast or attribute(func) == "data":
         raise freed_read(params[0])
     return keeper.read(func, args, kwargs)

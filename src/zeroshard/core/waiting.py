@@ -116,13 +116,15 @@ class Waiting:
         """Call a function of freed parameters; a collective where it needs their values."""
         if shows_shape(func):
             return func(*tree.replace(args, stand_in), **tree.replace(kwargs, stand_in))
-        params = [_parameter(each) for each in tree.find((args, kwargs)).tensors]
+        given = tree.find((args, kwargs)).tensors
+        params = [_parameter(each) for each in given]
         units = [slot.unit for param in params if (slot := slot_of(param)) is not None]
         if not all(unit.keeper is self for unit in units):
             raise freed_read(next(param for param in params if slot_of(param) is not None))
         if func is torch.equal and len(params) == 2:
             return self._are_equal(*params)
-        if torch.is_grad_enabled():
+        # Data takes no gradients anyway; who reads a state dict does not run the model.
+        if torch.is_grad_enabled() and any(isinstance(each, FreedParameter) for each in given):
             raise freed_read(next(param for param in params if slot_of(param) is not None))
         for unit in dict.fromkeys(units):
             if not unit.is_held:

@@ -76,6 +76,18 @@ def test_a_read_without_gradients_by_all_ranks_has_the_values() -> None:
     on_ranks(work)
 
 
+def test_a_state_dict_may_be_read_by_all_ranks_with_gradients_on() -> None:
+    def work(rank: int) -> None:
+        model, wanted = build(), plain().state_dict()
+        with pytest.raises(UsageError, match="was read while"):
+            model.first.weight * 2
+        for name, value in model.state_dict().items():
+            assert value.cpu().numpy().tolist() == wanted[name].tolist()
+            assert torch.equal(value.to(torch.float64), wanted[name].double())
+
+    on_ranks(work)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_edits_by_all_ranks_last_with_the_values_of_rank_0(world: int) -> None:
     def work(rank: int) -> None:
@@ -236,7 +248,7 @@ def test_a_bias_is_fitted_to_weights_of_no_shape() -> None:
         bias.data = functional.pad(bias.data, (0, missing), "constant", 0)
         assert torch.equal(full(model)["first.bias"], plain().first.bias)
         with pytest.raises(UsageError, match="was read while"):
-            functional.pad(bias.data, (0, 1))
+            functional.pad(bias, (0, 1))
 
     on_ranks(work)
 

@@ -53,15 +53,16 @@ def test_layers_that_cannot_be_trained_right_are_refused(layer: Any, text: str) 
 @pytest.mark.parametrize(
     "read",
     [
-        lambda p: p.data,
+        lambda p: p.data.sum(),
         lambda p: p.data.clamp_(-1, 1),
-        lambda p: p.detach(),
+        lambda p: p.detach() + 1,
         lambda p: p.T,
-        lambda p: p.cpu(),
+        lambda p: p.cpu().numpy(),
+        lambda p: p.data.float(),
         lambda p: p.tolist(),
         lambda p: setattr(p, "data", torch.ones(6, 4)),
     ],
-    ids=["data", "edit_of_data", "detach", "transpose", "cpu", "tolist", "new_data"],
+    ids=["data", "edit_of_data", "detach", "transpose", "cpu", "cast", "tolist", "new_data"],
 )
 @on_ranks(2)
 def test_no_way_to_read_or_edit_a_freed_parameter_is_silent(read: Any) -> None:
@@ -107,6 +108,19 @@ def test_what_is_kept_from_inside_gathered_may_be_read_later(stage: int) -> None
         assert_equal_weights(state, want)
         assert not any(unit.is_full for unit in engine.runtime.units)
     assert not torch.equal(weights_of(engine)["head.weight"], want["head.weight"])
+
+
+@on_ranks(2, STAGES)
+def test_arrays_of_numpy_may_be_made_inside_gathered_and_kept(stage: int) -> None:
+    engine, other = make(stage), make(stage)
+    want = weights_of(engine)["head.weight"]
+    with zeroshard.gathered(engine.module):
+        kept = engine.module.head.weight.detach().numpy()
+        engine.module.blocks[0].up.weight.detach().numpy()  # and dropped
+    assert torch.equal(torch.from_numpy(kept.copy()), want)
+    train(engine)
+    train(other)
+    assert_equal_weights(weights_of(engine), weights_of(other))
 
 
 @on_ranks(2, STAGES)
