@@ -11,12 +11,15 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import bitsandbytes  # noqa: F401 - Accelerate imports it where it is, and ranks share this import
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, DummyOptim, DummyScheduler
@@ -31,6 +34,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 from forked import run_ranks
+from zeroshard.errors import UsageError
 from zeroshard.optim import WarmupDecayLR
 
 RATE = 1e-2
@@ -229,8 +233,28 @@ def test_what_does_not_fit_together_is_refused_in_accelerates_words() -> None:
             prepare(AdamW, DummyScheduler)
         with pytest.raises(ValueError, match=r"only specify `accelerate.utils.DummyScheduler`"):
             prepare(DummyOptim, lambda _: slower(AdamW(llama().parameters())), optimizer=OPTIMIZER)
+        model = llama()
+        loader = DataLoader(samples(), batch_sampler=[[0, 1], [2, 3]])
+        with pytest.raises(ValueError, match="has `None` as batch size"):
+            started(config_of(2)).prepare(model, SGD(model.parameters(), lr=RATE), loader)
+        model, loader = nn.Linear(2, 2), DataLoader(samples(), batch_size=2)
+        with pytest.raises(ValueError, match=r"Can't find `model.config` entry"):
+            started(config_of(2)).prepare(model, SGD(model.parameters(), lr=RATE), loader)
 
     run_ranks(rank, 1)
+
+
+def test_sequence_parallelism_is_refused_with_what_to_do_instead() -> None:
+    def rank(_: int, world: int) -> None:
+        parallel = ParallelismConfig(sp_backend="deepspeed", sp_size=world)
+        accelerator = started(config_of(2), parallelism_config=parallel)
+        model = llama()
+        with pytest.raises(UsageError, match=r"no sequence parallelism.\n\nhint: leave"):
+            accelerator.prepare(
+                model, SGD(model.parameters(), lr=RATE), DataLoader(samples(), batch_size=2)
+            )
+
+    run_ranks(rank)
 
 
 # Values that are left to Accelerate
@@ -367,7 +391,7 @@ def test_training_goes_on_from_a_saved_state_as_if_it_had_not_stopped(
     tmp_path: Path, scheduler: str
 ) -> None:
     def rank(_: int, __: int) -> None:
-        for stage in range(4):
+        for stage in (0, 1, 2, 3) if scheduler == "real" else (1, 3):
             config = config_of(stage, **({"scheduler": SCHEDULER} if scheduler == "dummy" else {}))
 
             def begin(config: dict[str, Any] = config) -> tuple[Accelerator, Any, list[Any]]:
@@ -597,14 +621,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def launched(folder: Path, config: ClusterConfig, *options: str) -> dict[str, Any]:
+def launched(folder: Path, config: ClusterConfig) -> dict[str, Any]:
     """Launch the portable loop with what `accelerate config` has written; give what it tells."""
     (folder / "on_cpu.py").write_text(ON_CPU)
     (folder / "train.py").write_text(PORTABLE)
     home = folder / "home"
     (home / "accelerate").mkdir(parents=True)
     config.to_yaml_file(str(home / "accelerate" / "default_config.yaml"))
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch", *options]
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes=2"]
     ended = subprocess.run(
         [*command, "--main_process_port=0", "on_cpu.py", "train.py", "told.json"],
         cwd=folder,
@@ -653,10 +677,30 @@ def test_the_portable_loop_is_launched_by_what_accelerate_config_wrote(tmp_path:
     }
 
 
-def test_a_launch_by_a_file_of_deepspeeds_form_follows_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "ds_config.json"
-    file.write_text(json.dumps(config_of(2, fp16={"enabled": False})))
-    config = cluster(1, None, deepspeed_config_file=str(file), zero3_init_flag=False)
-    told = launched(tmp_path, config, "--num_processes=1")
-    assert (told["stage"], told["ranks"], told["steps"]) == (2, [1, 1], 8)
-    assert (told["bf16"], told["gradient_clipping"]) == (False, 1.0)
+def test_a_file_of_deepspeeds_form_that_the_yaml_names_is_followed_on_all_ranks(
+    tmp_path: Path,
+) -> None:
+    file, yaml = tmp_path / "ds_config.json", tmp_path / "accelerate.yaml"
+    file.write_text(json.dumps(config_of(2, bf16={"enabled": True})))
+    config = cluster(2, None, deepspeed_config_file=str(file), zero3_init_flag=False)
+    config.to_yaml_file(str(yaml))
+    environment: dict[str, str] = {}
+    with mock.patch("torch.distributed.run.run", lambda _: environment.update(os.environ)):
+        launch_command(launch_command_parser().parse_args(["--config_file", str(yaml), "train.py"]))
+
+    def rank(_: int, world: int) -> None:
+        os.environ.update({k: v for k, v in environment.items() if k.startswith("ACCELERATE_")})
+        PartialState(cpu=True)
+        accelerator = Accelerator()
+        model = llama()
+        optimizer = AdamW(model.parameters(), lr=RATE)
+        prepared = accelerator.prepare(
+            model, optimizer, slower(optimizer), DataLoader(samples(), batch_size=2)
+        )
+        engine = prepared[0]
+        train(accelerator, *prepared)
+        assert accelerator.num_processes == engine.world_size == world
+        assert (engine.zero_optimization_stage(), engine.bfloat16_enabled()) == (2, True)
+        assert (engine.gradient_clipping(), engine.global_steps) == (1.0, 4)
+
+    run_ranks(rank)

@@ -29,6 +29,7 @@ import deepspeed
 import zeroshard
 from architectures import ARCHITECTURES, Architecture
 from forked import run_ranks
+from zeroshard import UsageError
 from zeroshard.core.unit import Unit, is_waiting, slot_of
 
 transformers.logging.set_verbosity_error()
@@ -109,6 +110,8 @@ def step_plain(model: Any, architecture: Architecture, world: int) -> list[float
 
 def step_differences(model: Any, plain: Any, architecture: Architecture) -> list[str]:
     """What one step at stage 3 changes otherwise than a step of the plain model does."""
+    for name, param in model.named_parameters():
+        plain.get_parameter(name).requires_grad_(param.requires_grad)  # plain loads forget it
     engine = deepspeed.initialize(model=model, config=STAGE_3)[0]
     loss = engine(**batch_of(architecture, dist.get_rank()))["loss"]
     engine.backward(loss)
@@ -278,7 +281,7 @@ def test_no_rank_holds_more_than_its_shards_and_one_module(
         save(plain, tmp_path)
     del plain
 
-    def work(rank: int) -> Watch:
+    def work(rank: int) -> tuple[int, int]:
         gc.collect()
         watch = Watch()
         watch.start(monkeypatch)
@@ -289,16 +292,15 @@ def test_no_rank_holds_more_than_its_shards_and_one_module(
                 model = model_class._from_config(config)
         assert all_wait(model)
         watch.note()
-        watch.units.clear()
-        return watch
+        return watch.most_in_units, watch.most_in_process
 
     largest = 4 * 16384 * 768
     shards = (4 * numel + largest) // 2  # until it is tied, the head has shards of its own
-    for watch in on_ranks(work):
-        assert shards > 100 * MIB
-        assert watch.most_in_units <= shards + largest + MIB
-        # gloo copies what it gathers.
-        assert watch.most_in_process <= shards + 2 * largest + 40 * MIB
+    for in_units, in_process in on_ranks(work):
+        assert 100 * MIB < shards < in_units <= shards + largest + MIB
+        # Gloo copies what it gathers, and transformers reads a checkpoint whole on every rank.
+        checkpoint = 4 * numel if source == "from_pretrained" else 0
+        assert in_process <= shards + checkpoint + 2 * largest + 40 * MIB
 
 
 @pytest.mark.parametrize("group", ["none", "torch's"])
@@ -376,9 +378,13 @@ def test_the_configuration_says_the_dtype_of_parameters_and_buffers_keep_theirs(
     def work(rank: int) -> None:
         for name in names:
             load, folder = ARCHITECTURES[name].model_class.from_pretrained, tmp_path / name
-            for block, dtype in ((None, torch.float32), ("bf16", torch.bfloat16)):
-                config = {**STAGE_3, **({block: {"enabled": True}} if block else {})}
-                for asked in (None, torch.float32, torch.bfloat16, "auto"):
+            for dtype, other in (
+                (torch.float32, torch.bfloat16),
+                (torch.bfloat16, torch.float32),
+            ):
+                config = {**STAGE_3, "bf16": {"enabled": dtype == torch.bfloat16}}
+                wanted = load(folder, dtype=dtype)
+                for asked in (other, "auto"):
                     with zero3(config):
                         model = load(folder, dtype=asked)
                     plain = load(folder, dtype=asked)
@@ -386,7 +392,6 @@ def test_the_configuration_says_the_dtype_of_parameters_and_buffers_keep_theirs(
                     for each, buffer in plain.named_buffers():
                         assert model.get_buffer(each).dtype == buffer.dtype, (name, each)
                         assert torch.equal(model.get_buffer(each), buffer), (name, each)
-                    wanted = load(folder, dtype=dtype)
                     for each, param in full(model).items():
                         assert torch.equal(param, wanted.get_parameter(each)), (name, each)
             model = ARCHITECTURES["llama"].model_class
@@ -467,18 +472,25 @@ def test_tied_weights_stay_tied_and_different_ones_are_not_tied(tmp_path: Path) 
     on_ranks(work)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "bert", "t5"])
-def test_resized_embeddings_keep_their_rows_and_train(name: str, tmp_path: Path) -> None:
-    architecture = ARCHITECTURES[name]
-    save(plain_model(architecture), tmp_path)
+RESIZES = (
+    *(("llama", 72, True), ("llama", 70, False), ("llama", 60, True)),
+    *(("llama_tied", 72, True), ("llama_tied", 60, False)),
+    *(("bert", 70, False), ("t5", 72, True)),
+)
+
+
+def test_resized_embeddings_keep_their_rows_and_train(tmp_path: Path) -> None:
+    for name in {name for name, _, _ in RESIZES}:
+        save(plain_model(ARCHITECTURES[name]), tmp_path / name)
 
     def work(rank: int) -> None:
-        for size, mean_resizing in ((72, True), (70, False), (60, False)):
-            wanted = architecture.model_class.from_pretrained(tmp_path)
+        for name, size, mean_resizing in RESIZES:
+            load, folder = ARCHITECTURES[name].model_class.from_pretrained, tmp_path / name
+            wanted = load(folder)
             torch.manual_seed(0)
             wanted.resize_token_embeddings(size, mean_resizing=mean_resizing)
             with zero3():
-                model = architecture.model_class.from_pretrained(tmp_path)
+                model = load(folder)
                 torch.manual_seed(rank)
                 model.resize_token_embeddings(size, mean_resizing=mean_resizing)
             assert model.config.vocab_size == size
@@ -507,6 +519,35 @@ def test_resized_embeddings_keep_their_rows_and_train(name: str, tmp_path: Path)
             for each, weight in full(model).items():
                 param = wanted.get_parameter(each)
                 assert (weight - (param - RATE * param.grad)).abs().max() <= 1e-6, each
+
+    on_ranks(work)
+
+
+def test_embeddings_are_resized_between_two_engines_and_not_under_one() -> None:
+    architecture = ARCHITECTURES["llama"]
+
+    def step(engine: Any, size: int) -> float:
+        ids = torch.randint(3, size, (2, 8), generator=torch.Generator().manual_seed(1))
+        loss = engine(input_ids=ids, labels=ids)["loss"]
+        engine.backward(loss)
+        engine.step()
+        return loss.item()
+
+    def work(rank: int) -> None:
+        with zero3():
+            model = architecture.model_class._from_config(architecture.make_config())
+            engine = deepspeed.initialize(model=model, config=STAGE_3)[0]
+            step(engine, 64)
+            rows = full(model)["model.embed_tokens.weight"]
+            model.resize_token_embeddings(72)
+            with pytest.raises(UsageError, match=r"embed_tokens\.weight was replaced after init"):
+                step(engine, 72)
+            engine.destroy()
+            engine = deepspeed.initialize(model=model, config=STAGE_3)[0]
+        assert torch.equal(full(model)["model.embed_tokens.weight"][:64], rows)
+        losses = [step(engine, 72) for _ in range(3)]
+        assert losses == sorted(losses, reverse=True)
+        assert not torch.equal(full(model)["model.embed_tokens.weight"][:64], rows)
 
     on_ranks(work)
 
@@ -703,7 +744,7 @@ def test_a_pretrained_encoder_is_fine_tuned_from_its_shards() -> None:
         engine = deepspeed.initialize(model=model, config=config)[0]
         optimizer = torch.optim.SGD(wanted.parameters(), lr=rate)
         losses: list[float] = []
-        for _ in range(4):
+        for _ in range(3):
             loss = loss_of(engine, batch(rank))
             engine.backward(loss)
             engine.step()

@@ -215,6 +215,31 @@ def test_tensor_and_sequence_parallelism_are_refused_where_they_would_divide_any
         sequences.UlyssesSPDataLoaderAdapter([], sp_rank=0)
 
 
+def test_each_rank_is_alone_in_every_parallelism_but_that_of_data() -> None:
+    def rank(_: int, world: int) -> None:
+        groups = deepspeed.utils.groups
+        assert groups._get_data_parallel_world_size() == deepspeed.comm.get_world_size() == world
+        assert groups._get_data_parallel_rank() == deepspeed.comm.get_rank()
+        assert groups._get_sequence_parallel_world_size() == 1
+        mine = torch.tensor([deepspeed.comm.get_rank()])
+        alone = groups._get_sequence_parallel_group()
+        deepspeed.comm.all_reduce(mine, group=alone)
+        assert mine.item() == deepspeed.comm.get_rank()
+        assert groups._get_sequence_parallel_group() is alone
+        deepspeed.comm.all_reduce(mine)
+        assert mine.item() == 1
+
+    run_ranks(rank)
+
+
+def test_batches_are_moved_with_their_containers() -> None:
+    batch = {"x": torch.ones(2), "y": [torch.zeros(1), "text"]}
+    moved = resolve("runtime.utils.move_to_device")(batch, "meta")
+    assert moved["x"].is_meta
+    assert moved["y"][0].is_meta
+    assert moved["y"][1] == "text"
+
+
 def test_copies_for_a_file_are_compact_and_tied_tensors_stay_tied() -> None:
     buffer = torch.arange(6.0)
     tied = buffer[:2]

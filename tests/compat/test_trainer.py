@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -29,18 +30,21 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
 from transformers.integrations.deepspeed import (
     HfDeepSpeedConfig,
     deepspeed_config,
     is_deepspeed_zero3_enabled,
 )
+from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import HPSearchBackend
 
 import deepspeed
 from compat.golden import MEASURED, Log, Recipe, Tokens, arguments, llama, logged, run
 from deepspeed.runtime.engine import DeepSpeedEngine
 from forked import run_ranks
+from zeroshard.errors import UsageError
 
 STAGES = (0, 1, 2, 3)
 BLOCKS = ((), ("optimizer",), ("scheduler",), ("optimizer", "scheduler"))
@@ -240,6 +244,22 @@ def test_the_log_says_that_deepspeed_runs_at_the_level_of_the_trainer() -> None:
     assert quiet == []
 
 
+def test_offload_is_accepted_whoever_makes_the_optimizer() -> None:
+    def body(folder: Path) -> list[Log]:
+        logs = []
+        for blocks in ((), ("optimizer",)):
+            config = Recipe(3, "bf16", blocks).config()
+            logs.append(logged(train(folder, config, bf16=True)))
+            to_host = {"device": "cpu", "pin_memory": True}
+            config["zero_optimization"] |= {"offload_optimizer": to_host, "offload_param": to_host}
+            logs.append(logged(train(folder, config, bf16=True)))
+        return logs
+
+    theirs, theirs_offloaded, ours, ours_offloaded = each_rank(body)[0]
+    assert theirs == theirs_offloaded
+    assert ours == ours_offloaded
+
+
 # Precision
 
 
@@ -262,6 +282,8 @@ def test_models_compute_in_their_precision_and_masters_are_fp32() -> None:
             )
             masters = {piece.dtype for group in groups for piece in group}
             facts.append((stage, dtype, {p.dtype for p in trainer.model.parameters()}, masters))
+            numel = sum(p.numel() for p in llama().parameters())
+            assert get_model_param_count(engine, trainable_only=True) == numel
         return facts
 
     for stage, dtype, computes_in, masters in each_rank(body)[0]:
@@ -283,7 +305,7 @@ class Watch(TrainerCallback):
 
 
 def test_a_step_that_overflows_in_fp16_moves_neither_weights_nor_schedule() -> None:
-    runs = [(stage, blocks) for blocks in BLOCKS for stage in (2, 3)]
+    runs = [*((3, blocks) for blocks in BLOCKS), (1, ())]
 
     def body(folder: Path) -> list[tuple[Log, list[tuple[bool, float, float]]]]:
         found = []
@@ -312,7 +334,7 @@ def test_a_step_that_overflows_in_fp16_moves_neither_weights_nor_schedule() -> N
         assert len({*masters[: 2 + at_zero]}) == 1
         assert len({*masters}) == len(masters) - 1 - at_zero
         assert all(math.isfinite(norm or 0.0) for norm in log.grad_norm[2:])
-    hugging_face, inside, decay, _ = (log.lr for log, _ in logs[::2])
+    hugging_face, inside, decay, *_ = (log.lr for log, _ in logs)
     assert hugging_face == pytest.approx((0.0, 0.0, 0.0, 0.01, 0.0075))
     assert inside == pytest.approx((0.0, 0.0, 0.01, 0.0075, 0.005))
     assert decay == pytest.approx((0.0, 0.0, 0.0, 0.01, 0.01))
@@ -352,15 +374,17 @@ def test_every_grouping_of_the_same_samples_is_the_same_step() -> None:
     ],
 )
 def test_training_is_that_of_plain_torch(data: int, changes: dict[str, Any]) -> None:
+    recipes = [Recipe(stage) for stage in (0, 2, 3)]
+
     def body(folder: Path) -> list[Log]:
         return [
             logged(train(folder, config, data=Tokens(data), **changes))
-            for config in (None, *map(Recipe, STAGES))
+            for config in (None, *recipes)
         ]
 
     plain, *ours = each_rank(body)[0]
-    for stage, log in zip(STAGES, ours, strict=True):
-        assert close(plain, log), f"stage {stage}: {log} instead of {plain}"
+    for recipe, log in zip(recipes, ours, strict=True):
+        assert close(plain, log), f"{recipe}: {log} instead of {plain}"
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -454,7 +478,7 @@ def test_parameters_without_dimensions_train_at_every_stage() -> None:
 def test_evaluation_prediction_and_generation_use_the_bare_model_after_training() -> None:
     def body(folder: Path) -> list[tuple[float, Tensor, list[list[int]]]]:
         found = []
-        for config in (None, *map(Recipe, STAGES)):
+        for config in (None, Recipe(1), Recipe(3)):
             trainer = train(folder, config)
             loss = trainer.evaluate()["eval_loss"]
             predicted = trainer.predict(Tokens(6))
@@ -487,6 +511,23 @@ def test_a_model_is_evaluated_in_shards_without_training() -> None:
     assert sharded == pytest.approx(plain, rel=ROUNDING)
 
 
+@pytest.mark.parametrize("before", ["evaluate", "train"])
+def test_a_trainer_that_is_used_up_says_so(before: str) -> None:
+    # Accelerate has forgotten the engine by then, while the Trainer still holds it.
+    def body(folder: Path) -> None:
+        trainer = Trainer(
+            model=llama(),
+            args=arguments(folder, Recipe(3), max_steps=1),
+            train_dataset=Tokens(),
+            eval_dataset=Tokens(10),
+        )
+        getattr(trainer, before)()
+        with pytest.raises(UsageError, match="Trainer is used up by"):
+            trainer.train()
+
+    each_rank(body, world=1)
+
+
 class TooLarge:
     """Fails inside the model, as a device without memory does, on batches of more than two rows."""
 
@@ -498,7 +539,7 @@ class TooLarge:
 def test_a_batch_size_is_found_by_trial() -> None:
     def body(folder: Path) -> list[Log]:
         logs = []
-        for config in (None, Recipe(0), Recipe(2)):
+        for config in (None, Recipe(2)):
             model = llama()
             search = {"auto_find_batch_size": True, "per_device_train_batch_size": 8}
             if config is not None:
@@ -514,9 +555,8 @@ def test_a_batch_size_is_found_by_trial() -> None:
             logs.append(logged(trainer))
         return logs
 
-    plain, *ours = each_rank(body)[0]
-    for log in ours:
-        assert close(plain, log)
+    plain, ours = each_rank(body)[0]
+    assert close(plain, ours)
 
 
 class Trial(dict[str, Any]):
@@ -538,25 +578,126 @@ def test_a_search_of_hyperparameters_makes_one_engine_after_another(
 
     def body(folder: Path) -> list[Log]:
         logs = []
-        for stage in (2, 3):
-            searching = Trainer(
-                model_init=fresh, args=arguments(folder, Recipe(stage)), train_dataset=Tokens()
-            )
-            searching.hp_search_backend = HPSearchBackend.OPTUNA
-            searching.hp_space = dict
-            for number, rate in enumerate((1e-2, 3e-2)):
-                searching.train(trial=Trial(number, learning_rate=rate))
-                logs.append(logged(searching))
-                alone = Trainer(
-                    model_init=fresh,
-                    args=arguments(folder, Recipe(stage), learning_rate=rate),
-                    train_dataset=Tokens(),
-                )
-                alone.train()
-                assert logged(alone) == logs[-1]
+        args = arguments(folder, Recipe(3))
+        searching = Trainer(model_init=fresh, args=args, train_dataset=Tokens())
+        searching.hp_search_backend = HPSearchBackend.OPTUNA
+        searching.hp_space = dict
+        for number, rate in enumerate((1e-2, 3e-2)):
+            searching.train(trial=Trial(number, learning_rate=rate))
+            logs.append(logged(searching))
+            args = arguments(folder, Recipe(3), learning_rate=rate)
+            alone = Trainer(model_init=fresh, args=args, train_dataset=Tokens())
+            alone.train()
+            assert logged(alone) == logs[-1]
         return logs
 
-    two, other, three, another = each_rank(body)[0]
-    assert close(two, three)
-    assert close(other, another)
-    assert not close(two, other)
+    one, other = each_rank(body)[0]
+    assert one != other
+
+
+# Checkpoints
+
+
+def spoiled() -> LlamaForCausalLM:
+    """A model whose weights nobody wants, with dropout, so random numbers count."""
+    model = llama(attention_dropout=0.1)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(1.0)
+    return model
+
+
+def test_a_resumed_training_is_the_one_that_was_not_interrupted() -> None:
+    recipes = [
+        Recipe(0),
+        Recipe(1, "fp32", ("optimizer",)),
+        Recipe(2, "bf16"),
+        Recipe(3, "bf16", ("optimizer", "scheduler")),
+        Recipe(3, "fp16"),
+    ]
+
+    def body(folder: Path) -> None:
+        for number, recipe in enumerate(recipes):
+            output = folder / str(number)
+            model = llama(attention_dropout=0.1)
+            whole = train(output, recipe, model=model, save_strategy="steps", save_steps=2)
+            resumed = train(output, recipe, model=spoiled(), resume=str(output / "checkpoint-2"))
+            assert logged(resumed) == logged(whole), recipe
+            expected = full_weights(whole)
+            for name, weight in full_weights(resumed).items():
+                assert torch.equal(weight, expected[name]), (recipe, name)
+
+    each_rank(body)
+
+
+def test_the_best_model_is_loaded_at_the_end() -> None:
+    def body(folder: Path) -> None:
+        for stage in STAGES:
+            trainer = train(
+                folder / str(stage),
+                Recipe(stage, "bf16"),
+                learning_rate=0.3,
+                lr_scheduler_type="constant",
+                save_strategy="steps",
+                save_steps=1,
+                eval_strategy="steps",
+                eval_steps=1,
+                load_best_model_at_end=True,
+                save_total_limit=1,
+                greater_is_better=True,  # no fit gets ever worse, but any model can be the best
+            )
+            losses = [
+                each["eval_loss"] for each in trainer.state.log_history if "eval_loss" in each
+            ]
+            assert losses[-1] < max(losses)
+            assert trainer.evaluate()["eval_loss"] == max(losses)
+
+    each_rank(body)
+
+
+def test_resuming_from_nothing_is_an_error() -> None:
+    def body(folder: Path) -> None:
+        trainer = Trainer(model=llama(), args=arguments(folder, Recipe(2)), train_dataset=Tokens())
+        with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
+            trainer.train(resume_from_checkpoint=True)
+        TrainerState(train_batch_size=2).save_to_json(str(folder / "trainer_state.json"))
+        with pytest.raises(ValueError, match="Can't find a valid checkpoint at"):
+            trainer.train(resume_from_checkpoint=str(folder))
+
+    each_rank(body, world=1)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_save_model_writes_weights_that_other_programs_load(stage: int) -> None:
+    def body(folder: Path) -> None:
+        trainer = train(folder, Recipe(stage, "bf16"), max_steps=2)
+        trainer.save_model(str(folder / "model"))
+        expected = full_weights(trainer)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            loaded = load_file(folder / "model" / "model.safetensors")
+            assert loaded.keys() == expected.keys()
+            for name, weight in loaded.items():
+                assert torch.equal(weight, expected[name])
+                assert weight.dtype == torch.bfloat16
+
+    each_rank(body)
+
+
+def test_save_model_writes_shards_where_gathering_is_off() -> None:
+    def body(folder: Path) -> None:
+        config = Recipe(3).config()
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
+        trainer = train(folder, config, max_steps=2)
+        trainer.save_model(str(folder / "model"))
+        expected = full_weights(trainer)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            assert not list((folder / "model").glob("*.safetensors"))
+            whole = deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
+                str(folder / "model")
+            )
+            for name, weight in expected.items():
+                torch.testing.assert_close(whole[name], weight, rtol=0, atol=0)
+
+    each_rank(body)

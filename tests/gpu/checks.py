@@ -11,7 +11,9 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -469,6 +471,53 @@ def covered(span: tuple[float, float], others: list[tuple[float, float]]) -> flo
     return length
 
 
+def check_resume(ctx: Context) -> dict[str, Any]:
+    """A run that is saved and loaded goes on with the same bits, dropout and fp16 included."""
+    folder = [tempfile.mkdtemp() if ctx.rank == 0 else ""]
+    dist.broadcast_object_list(folder, device=torch.device(ctx.device))
+    differ: list[str] = []
+
+    def call(engine: zeroshard.Engine, step: int) -> Tensor:
+        x = ctx.tokens(step, 0, ctx.rank)
+        loss = loss_of(F.dropout(engine(x), 0.1), x)
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    for stage in STAGES:
+        for name, config in {
+            "fp32": {},
+            "bf16": {"bf16": {"enabled": True}},
+            "fp16": {"fp16": {"enabled": True, "initial_scale_power": 20}},
+        }.items():
+
+            def build(stage: int = stage, config: dict[str, Any] = config) -> zeroshard.Engine:
+                more = {"gradient_accumulation_steps": 2, **config}
+                return make_engine(seeded(lambda: Llama(ctx.config)), stage, **more)
+
+            tag, engine = f"{stage}-{name}", build()
+            for step in range(3):
+                call(engine, step)
+            engine.save_checkpoint(folder[0], tag=tag)
+            want = [call(engine, step) for step in range(3, 7)]
+            weights = full_weights(engine)
+            engine.destroy()
+            engine = build()
+            torch.manual_seed(99)
+            engine.load_checkpoint(folder[0], tag=tag)
+            got = [call(engine, step) for step in range(3, 7)]
+            again = full_weights(engine)
+            engine.destroy()
+            if not (
+                torch.equal(torch.stack(got), torch.stack(want)) and worst(again, weights) == 0
+            ):
+                differ.append(tag)
+    dist.barrier()
+    if ctx.rank == 0:
+        shutil.rmtree(folder[0])
+    return {"differ": differ, "ok": not differ}
+
+
 CHECKS = {
     check.__name__.removeprefix("check_"): check
     for check in (
@@ -480,6 +529,7 @@ CHECKS = {
         check_settings,
         check_access,
         check_checkpointing,
+        check_resume,
         check_compile,
         check_overlap,
     )

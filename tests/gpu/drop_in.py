@@ -99,10 +99,9 @@ def arguments(context: Context, name: str, stage: int, **more: Any) -> TrainingA
         max_steps=4,
         learning_rate=1e-3,
         logging_steps=1,
-        save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        **more,
+        **{"save_strategy": "no", **more},
     )
 
 

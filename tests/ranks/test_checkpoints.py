@@ -292,7 +292,8 @@ def test_what_a_rank_reads_is_what_it_owns(tmp_path: Path, monkeypatch: pytest.M
         engine.load_checkpoint(tmp_path)
         units = engine.runtime.units
         owned = sum(u.read_kept().nbytes * (3 if u.is_trained else 1) for u in units)
-        assert 0 < sum(nbytes for _, nbytes in read) <= owned
+        of_parameters = [nbytes for name, nbytes in read if not name.startswith("buffers/")]
+        assert owned / 2 < sum(of_parameters) <= owned
         largest = max(unit.nbytes_full for unit in units)
         assert max(nbytes for _, nbytes in read) <= largest
 
@@ -390,7 +391,7 @@ def test_client_state_comes_back_as_it_was(
         engine.save_checkpoint(tmp_path, tag="data", client_state=data | {"rank": rank})
         with caplog.at_level(logging.WARNING, logger="zeroshard"):
             client = engine.load_checkpoint(tmp_path, tag="data")[1]
-        assert caplog.text == ""
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
         assert client.pop("rank") == 0
         for ours, theirs in zip(client.pop("tensors"), data["tensors"], strict=True):
             assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
@@ -444,6 +445,7 @@ def test_a_rank_that_cannot_write_leaves_the_checkpoint_before(stage: int, tmp_p
                 engine.save_checkpoint(tmp_path, tag=tag)
             assert rank == 1 or "rank 1 could not write its part" in str(raised.value)
         files._write = write
+        torch.distributed.barrier()  # rank 0 tidies up when it knows
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             "latest",
             "x",
@@ -506,7 +508,8 @@ def test_what_cannot_be_loaded_is_refused_on_every_rank_and_changes_nothing(tmp_
                 shutil.copytree(tmp_path / "whole", tmp_path / name)
                 damage(tmp_path / name)
             torch.distributed.barrier()
-            with pytest.raises(CheckpointError, match=message):
+            # A rank that reads nothing of a damaged file hears of it from the one that does.
+            with pytest.raises((CheckpointError, DistributedError), match=message):
                 engine.load_checkpoint(tmp_path, tag=name)
             assert differing(everything(engine), want) == []
         engine.load_checkpoint(tmp_path, tag="whole")
@@ -641,6 +644,29 @@ def test_each_argument_of_loading_does_what_it_says(tmp_path: Path) -> None:
         assert ("head.weight" in seen) is (rank == 0)
         assert torch.equal(state["head.bias"], saved["head.bias"] + 1)
         assert torch.equal(state["head.weight"], untouched["head.weight"])
+
+    run_ranks(work, 2)
+
+
+def test_a_model_without_optimizer_is_saved_and_loads_weights_of_one_with(tmp_path: Path) -> None:
+    def work(rank: int, world: int) -> None:
+        engine = make(3, world)
+        train(engine, range(2))
+        engine.save_checkpoint(tmp_path / "trained", client_state={"epoch": 1})
+        want = everything(engine)
+        engine.destroy()
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        evaluating = zeroshard.initialize(model=Net(), config=config)[0]
+        assert evaluating.load_checkpoint(tmp_path / "trained")[1] == {"epoch": 1}
+        evaluating.save_checkpoint(tmp_path / "weights")
+        evaluating.destroy()
+        resumed = make(2, world, model=Net())
+        resumed.load_checkpoint(tmp_path / "weights")
+        assert resumed.global_steps == 2
+        now = everything(resumed)
+        assert [
+            n for n in now if n in resumed.module.state_dict() and not torch.equal(now[n], want[n])
+        ] == []
 
     run_ranks(work, 2)
 

@@ -144,6 +144,35 @@ def test_weights_loaded_on_one_rank_in_a_nested_gather_last(
     assert_equal_weights(weights_of(engine), want)
 
 
+@on_ranks(2, STAGES)
+def test_data_that_replace_a_parameters_own_are_kept_like_an_edit(stage: int) -> None:
+    engine = make(stage, **BF16)
+    weight = engine.module.head.weight
+    with GatheredParameters(weight, modifier_rank=1):
+        weight.data = torch.full_like(weight.data, dist.get_rank() + 2.0)
+    with GatheredParameters(weight):
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, torch.full_like(weight, 3))
+    step_with(engine, 0)
+    with GatheredParameters(weight):
+        assert torch.equal(weight, torch.full_like(weight, 3))
+
+
+@on_ranks(2, STAGES)
+def test_data_of_another_shape_are_refused_and_the_parameter_stays(stage: int) -> None:
+    engine = make(stage)
+    weight, before = engine.module.head.weight, Net().head.weight
+    with (
+        pytest.raises(
+            UsageError, match=r"head.weight: its data was replaced while it was gathered"
+        ),
+        GatheredParameters(weight, modifier_rank=0),
+    ):
+        weight.data = torch.ones(2)
+    with GatheredParameters(weight):
+        assert torch.equal(weight, before)
+
+
 @on_ranks(3, STAGES)
 def test_an_inner_modifier_inside_a_reading_one_keeps_its_edits(stage: int) -> None:
     engine = make(stage)

@@ -119,7 +119,8 @@ class Encoder:
         return {_TAG: "tensor", "v": key}
 
     def _encode_array(self, value: Any, is_scalar: bool) -> _Json:
-        raw = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)[: value.nbytes]
+        buffer = bytearray(value.tobytes() or b"-")  # torch makes no tensor of an empty one
+        raw = torch.frombuffer(buffer, dtype=torch.uint8)[: value.nbytes]
         key = f"{self._prefix}{len(self.tensors)}"
         self.tensors[key] = raw
         shape = None if is_scalar else list(value.shape)

@@ -55,7 +55,7 @@ def load_objects(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError:
         _log.warning(
             "%s holds objects of the program's own classes, so it is unpickled, which runs what "
-            "its writer put in. They come from client_state; pass data to save_checkpoint() "
+            "its writer put in. They come from client_state, or from the schedule: save data "
             "instead of them, and nothing is unpickled.",
             path,
         )

@@ -26,17 +26,23 @@ _MOST_OPEN = 128
 class Reader:
     """A checkpoint in a folder; close it after use.
 
+    Args:
+        folder: the one that its tag names.
+        rank: the sizes of all files are compared with those in the manifest by ``world`` readers
+            together, of which this is one.
+        world: how many they are.
+
     Raises:
         CheckpointError: there is none, or files of it are missing or have another size.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rank: int = 0, world: int = 1) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
         self._files: OrderedDict[str, TensorFile] = OrderedDict()
         self._decoders: dict[int, Decoder] = {}
         self._objects: dict[str, Any] | None = None
-        for name, nbytes in self.manifest.files.items():
+        for name, nbytes in list(self.manifest.files.items())[rank::world]:
             path = folder / name
             if not path.exists():
                 raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from zeroshard.checkpoint.moments import check_kind, decoded, group_of
 from zeroshard.checkpoint.reader import Reader
 from zeroshard.checkpoint.tensors import TensorFile
 from zeroshard.checkpoint.together import agreed, check_equal, from_rank_0
-from zeroshard.checkpoint.training import Place, Progress, Training
+from zeroshard.checkpoint.training import Place, Progress, Training, present
 from zeroshard.checkpoint.writing import PRIVATE
-from zeroshard.core.access import reshow
+from zeroshard.core.access import companions_on_host, reshow
 from zeroshard.core.layout import Range
 from zeroshard.core.unit import Unit
 from zeroshard.errors import CheckpointError, compose
@@ -72,13 +73,16 @@ def load(training: Training, root: Path, tag: str | None, wanted: Wanted) -> Loa
     if folder is None:
         return None
     with agreed(mesh, f"read {folder}"):
-        reader = Reader(folder)
+        reader = Reader(folder, mesh.rank, mesh.world)
     with reader:
         check_equal(json.dumps(reader.manifest.files), mesh, f"{folder / disk.MANIFEST}")
+        companions = dict[Tensor, Tensor]()
+        if reader.manifest.extras and not reader.manifest.without_frozen:
+            companions = companions_on_host(training.units, wanted=True)
         with agreed(mesh, f"load {folder}"):
             strict = wanted.strict and wanted.weights
             found = match(training, reader.manifest, folder, strict=strict)
-            _check(training, reader, wanted)
+            _check(training, reader, wanted, companions)
             for rank in _ranks_to_read(found, reader):
                 reader.rank(rank)
         with agreed(mesh, f"load {folder}"), torch.no_grad():
@@ -121,12 +125,16 @@ def _find(root: Path, tag: str | None, training: Training) -> Path | None:
     return root / chosen
 
 
-def _check(training: Training, reader: Reader, wanted: Wanted) -> None:
+def _check(
+    training: Training, reader: Reader, wanted: Wanted, companions: Mapping[Tensor, Tensor]
+) -> None:
     """Refuse what does not fit, before anything is changed."""
     manifest, sharded = reader.manifest, training.sharded
     extras = {name: reader.common.decode(value) for name, value in manifest.extras.items()}
     if extras and not manifest.without_frozen:
-        check_extras(training.model.state_dict(keep_vars=True), extras, reader.folder)
+        state = training.model.state_dict(keep_vars=True)
+        own = {name: present(value, companions) for name, value in state.items()}
+        check_extras(own, extras, reader.folder)
     if sharded is None or wanted.only_model or not wanted.optimizer:
         return
     if manifest.optimizer is None:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import weakref
 from collections.abc import Mapping
-from io import BufferedReader
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -148,38 +147,25 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file: BufferedReader = path.open("rb")
+            self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise _damaged(path, f"cannot be opened: {error.strerror}") from error
-        try:
-            self.nbytes = os.fstat(self._file.fileno()).st_size
-            self._start, self._entries, self.metadata = self._read_header()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
+        # Without it, a file that is read tensor by tensor would have to be closed by whoever reads.
+        self._closing = weakref.finalize(self, os.close, self._file)
+        self.nbytes = os.fstat(self._file).st_size
+        self._start, self._entries, self.metadata = self._read_header()
 
     def close(self) -> None:
         """Give the file back."""
-        self._file.close()
+        self._closing()
 
     def _read_header(self) -> tuple[int, dict[str, Any], dict[str, str]]:
-        length = int.from_bytes(self._file.read(_LENGTH_BYTES), "little")
+        length = int.from_bytes(os.pread(self._file, _LENGTH_BYTES, 0), "little")
         start = _LENGTH_BYTES + length
         if self.nbytes < start:
             raise _damaged(self.path, f"is cut short: it has {self.nbytes} bytes")
         try:
-            header: Any = json.loads(self._file.read(length))
+            header: Any = json.loads(os.pread(self._file, length, _LENGTH_BYTES))
             metadata = header.pop("__metadata__", {})
             end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
             for entry in header.values():
@@ -228,12 +214,12 @@ class TensorFile:
             raise _damaged(self.path, f"holds less of {name} than its manifest says")
         is_direct = out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous()
         host = out if is_direct else torch.empty(out.numel(), dtype=dtype, device="cpu")
-        if not host.numel():
-            return
-        self._file.seek(self._start + offset)
-        view = memory_of(host)
-        if self._file.readinto(view) != len(view):
-            raise _damaged(self.path, "ended while it was read")
+        view, at = memory_of(host), self._start + offset
+        while len(view):
+            num_read = os.preadv(self._file, [view], at)
+            if not num_read:
+                raise _damaged(self.path, "ended while it was read")
+            view, at = view[num_read:], at + num_read
         if not is_direct:
             out.copy_(host)
 

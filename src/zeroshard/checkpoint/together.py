@@ -36,10 +36,11 @@ def agreed(mesh: Mesh, what: str) -> Iterator[None]:
     if error is not None:
         raise error
     if first is not None:
+        fact, _, hint = text.decode(errors="replace").partition("\n\nhint: ")
         raise DistributedError(
             compose(
-                f"rank {first} could not {what}: {text.decode(errors='replace')}",
-                hint="what it says is the cause; the other ranks gave up with it.",
+                f"rank {first} could not {what}, so no rank did. {fact}",
+                hint=hint or f"look at the error of rank {first}, which is the cause.",
             )
         )
 

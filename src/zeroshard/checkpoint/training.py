@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from zeroshard.core.unit import Unit
 from zeroshard.core.usage import GradientWatch
 from zeroshard.optim.sharded import ShardedOptimizer
 
-__all__ = ["Place", "Progress", "Training", "named_buffers", "places"]
+__all__ = ["Place", "Progress", "Training", "named_buffers", "places", "present"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,11 @@ class Place:
 
     def owned(self) -> slice:
         """The range of the parameter that this rank owns."""
-        return self.unit.layout.owned(self.index, self.unit.mesh.shard.rank).slice()
+        return self.unit.owned(self.index, self.unit.mesh.shard.rank).slice()
 
     def of(self, shard: Tensor) -> Tensor:
         """The part of this rank's shard that belongs to the parameter, flat."""
-        return shard[self.unit.layout.slice_of(self.index, self.unit.mesh.shard.rank).slice()]
+        return self.unit.part_of(shard, self.index)
 
     @property
     def is_written_here(self) -> bool:
@@ -89,8 +89,13 @@ class Place:
         first = self.writer_row * size
         if not layout.numels[self.index]:
             return (Piece(first, Range(0, 0)),)
-        owned = [layout.owned(self.index, rank) for rank in range(size)]
+        owned = [self.unit.owned(self.index, rank) for rank in range(size)]
         return tuple(Piece(first + rank, part) for rank, part in enumerate(owned) if part.numel)
+
+
+def present(value: Any, companions: Mapping[Tensor, Tensor]) -> Any:
+    """A value of a state dict; the companion itself where it is what is shown in its place."""
+    return companions.get(value, value) if isinstance(value, Tensor) else value
 
 
 def places(training: Training) -> Iterator[Place]:

@@ -36,7 +36,9 @@ from zeroshard.checkpoint.training import (
     Training,
     named_buffers,
     places,
+    present,
 )
+from zeroshard.core.access import companions_on_host
 from zeroshard.core.collectives import Answered, gather_bytes
 from zeroshard.core.unit import FreedParameter
 
@@ -49,11 +51,15 @@ PRIVATE = "zeroshard"
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """What rank 0 saves for all ranks, and whether frozen parameters are saved."""
+    """What rank 0 saves for all ranks, and whether frozen parameters are saved.
+
+    ``companions`` are those of quantised parameters, by what is shown in their place.
+    """
 
     client: Mapping[str, Any]
     progress: Progress
     with_frozen: bool = True
+    companions: Mapping[Tensor, Tensor] = field(default_factory=dict[Tensor, Tensor])
 
 
 @dataclass(slots=True)
@@ -78,6 +84,9 @@ def save(training: Training, root: Path, tag: str, content: Common, *, save_late
         with agreed(mesh, f"make {folder}"):
             if mesh.rank == 0:
                 disk.begin(folder)
+        if content.with_frozen:
+            companions = companions_on_host(training.units, wanted=mesh.rank == 0)
+            content = replace(content, companions=companions)
         buffers = named_buffers(training.model, training.model.state_dict(keep_vars=True))
         common = from_rank_0(_digests(buffers), mesh, "to compare buffers with rank 0")
         with agreed(mesh, f"write its part of {folder}"):
@@ -243,6 +252,7 @@ def _manifest(
     training: Training, shares: list[dict[str, Any]], content: Common, encoder: Encoder
 ) -> Manifest:
     sharded, schedule = training.sharded, training.schedule
+    has_schedule = hasattr(schedule, "state_dict")
     model = _Model.of(training, content.with_frozen)
     return Manifest(
         writer=training.writer,
@@ -250,12 +260,15 @@ def _manifest(
         parameters={place.name: _entry(place, shares) for place in model.places},
         names=model.names,
         buffers=tuple(model.buffers),
-        extras={name: encoder.encode(value) for name, value in model.extras.items()},
+        extras={
+            name: encoder.encode(present(value, content.companions))
+            for name, value in model.extras.items()
+        },
         without_frozen=not content.with_frozen,
         progress=asdict(content.progress),
         has_gradients=any(share["has_gradients"] for share in shares),
         scaler=sharded.scaler.state_dict() if sharded and sharded.scaler else None,
-        schedule=None if schedule is None else encoder.encode(schedule.state_dict()),
+        schedule=encoder.encode(schedule.state_dict()) if has_schedule else None,
         optimizer=describe(sharded.inner, encoder) if sharded else None,
         client=encoder.encode(dict(content.client)),
     )

@@ -205,7 +205,7 @@ def _removed(
 
 _UNOBSERVED = "Monitoring and profiling are not built yet."
 _NO_OFFLOAD = "It tunes offloading, which is not built yet."
-_NO_CHECKPOINTS = "Checkpoints are not built yet."
+_ONE_CHECKPOINT = "Checkpoints are written in one way, and fit any number of ranks."
 _WHOLE_UNITS = "Parameters are gathered, reduced and freed by units."
 _ALWAYS_FREE = "It guards a mechanism that this library does not have."
 _AT_THE_TOP = 'Only the key inside the block "zero_optimization" counts, as in DeepSpeed.'
@@ -216,7 +216,7 @@ _TOP: Mapping[str, NoEffect | Refused] = {
         "Apex AMP", instead='remove it, and enable "torch_autocast", "bf16" or "fp16" instead.'
     ),
     "autotuning": _block("Tuning by trial runs is not built yet."),
-    "checkpoint": _settings(_NO_CHECKPOINTS),
+    "checkpoint": _settings(_ONE_CHECKPOINT),
     "comet": _block(_UNOBSERVED),
     "comms_logger": _block(_UNOBSERVED),
     "compile": _block("Compile the model's blocks with torch.compile.", switch="deepcompile"),
@@ -315,11 +315,11 @@ _ZERO: Mapping[str, NoEffect | Refused] = {
         "The norm is always computed.", kind=Flag, asks_for_nothing=_only(True)
     ),
     "cpu_offload_use_pin_memory": _without_effect("DeepSpeed ignores it too."),
-    "elastic_checkpoint": _without_effect(_NO_CHECKPOINTS),
+    "elastic_checkpoint": _without_effect(_ONE_CHECKPOINT),
     "enable_sanity_checks": _without_effect("What it checks is always checked."),
     "grad_hooks": _without_effect(_ALWAYS_FREE),
     "legacy_stage1": _switch("DeepSpeed itself refuses it, and it is not built yet here."),
-    "load_from_fp32_weights": _without_effect(_NO_CHECKPOINTS),
+    "load_from_fp32_weights": _without_effect(_ONE_CHECKPOINT),
     "log_trace_cache_warnings": _without_effect(_ALWAYS_FREE),
     "mics_hierarchical_params_gather": _without_effect("It tunes MiCS, which is not built yet."),
     "mics_shard_size": Refused(

@@ -20,6 +20,7 @@ from zeroshard.errors import UsageError, compose
 __all__ = [
     "Gatherable",
     "assemble",
+    "companions_on_host",
     "gathered",
     "guard_state_dict",
     "parameters_in",
@@ -188,9 +189,15 @@ def _adopt(units: Iterable[Unit], src: int) -> None:
     """Keep the edits of rank ``src`` on all ranks."""
     for unit in units:
         unit.modifier_rank = None
+    errors: list[UsageError] = []
     for unit in units:
         with Answered(unit.mesh.rank, f"to share the edits of {unit.name}"):
-            unit.adopt(partial(broadcast_, mesh=unit.mesh, src=src))
+            try:
+                unit.adopt(partial(broadcast_, mesh=unit.mesh, src=src))
+            except UsageError as error:  # the other ranks go on to the next unit
+                errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def assemble(piece: Tensor, slot: Slot) -> Tensor:
@@ -220,6 +227,20 @@ def stacked(mine: Tensor, unit: Unit) -> Tensor:
     return rows
 
 
+def companions_on_host(units: Iterable[Unit], *, wanted: bool) -> dict[Tensor, Tensor]:
+    """Copies of all companions, by what is shown in their place while they are freed.
+
+    A collective, also for ranks by which they are not ``wanted``: those get none.
+    """
+    copies: dict[Tensor, Tensor] = {}
+    for unit in units:
+        if unit.companions:
+            with gathered([member.param for member in unit.members]):
+                if wanted:
+                    copies |= {shown: full.to("cpu", copy=True) for shown, full in unit.companions}
+    return copies
+
+
 def refresh(unit: Unit) -> None:
     """Show edited master weights to whoever reads parameters from now on; a collective."""
     with torch.no_grad():
@@ -238,41 +259,36 @@ def reshow(unit: Unit) -> None:
 
 
 def guard_state_dict(model: nn.Module, on_load: Callable[[Unit], object]) -> list[RemovableHandle]:
-    """Refuse to save or load a state dict of freed parameters, which would be empty tensors.
+    """Refuse to load a state dict into freed parameters.
 
-    One of the parameters themselves, by ``keep_vars=True``, shows names, and freed parameters
-    refuse to be read. ``on_load`` is told each unit whose full parameters are overwritten.
+    One that is made of freed parameters shows names, and its values refuse to be read. ``on_load``
+    is told each unit whose full parameters are overwritten.
     """
-
-    def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if not keep_vars:
-            _refuse_freed(module, "state_dict()", "with zeroshard.gathered(model):")
 
     def before_load(
         module: nn.Module, state: object, prefix: object, metadata: dict[str, Any], *_: object
     ) -> None:
         if metadata.get("assign_to_params_buffers"):
             raise UsageError("load_state_dict(assign=True) would replace parameters of the engine.")
-        hint = "with zeroshard.gathered(model, modifier_rank=0):"
-        _refuse_freed(module, "load_state_dict()", hint)
+        _refuse_freed(module)
         for unit in _units(list(module.parameters(recurse=False))):
             on_load(unit)
 
-    handles: list[RemovableHandle] = []
-    for module in model.modules():
-        handles.append(module.register_state_dict_pre_hook(Hook(before_save)))
-        handles.append(module.register_load_state_dict_pre_hook(Hook(before_load)))
-    return handles
+    return [
+        module.register_load_state_dict_pre_hook(Hook(before_load)) for module in model.modules()
+    ]
 
 
-def _refuse_freed(module: nn.Module, call: str, hint: str) -> None:
+def _refuse_freed(module: nn.Module) -> None:
     for name, param in module.named_parameters(recurse=False):
         slot = slot_of(param)
         if slot is not None and not slot.unit.is_full:
             raise UsageError(
                 compose(
-                    f"{call} of {type(module).__name__} needs full parameters, but the unit of its "
-                    f"{name} is freed: its data lives in {slot.unit.mesh.shard.size} shards.",
-                    hint=f"every rank enters `{hint}` and calls it inside.",
+                    f"load_state_dict() of {type(module).__name__} needs full parameters, but the "
+                    f"unit of its {name} is freed: its data lives in {slot.unit.mesh.shard.size} "
+                    "shards.",
+                    hint="every rank enters `with zeroshard.gathered(model, modifier_rank=0):` and "
+                    "calls it inside.",
                 )
             )

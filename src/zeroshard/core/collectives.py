@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zeroshard.core.attendance import roll_call
 from zeroshard.core.mesh import Axis, Mesh
 from zeroshard.errors import DistributedError, Error, compose
 
@@ -89,9 +90,11 @@ class Answered:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, Error):
+            others = roll_call(self._wanted)
             raise DistributedError(
                 compose(
-                    f"rank {self._rank} wants {self._wanted}, and others did not answer: {error}",
+                    f"rank {self._rank} wants {self._wanted}, and others did not answer: {error}"
+                    + (f"\n{others}." if others else ""),
                     hint="look at the first error of the other ranks; a rank that left its "
                     "training loop, or waits in a collective of its own, answers no more.",
                 )

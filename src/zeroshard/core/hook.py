@@ -17,7 +17,7 @@ class Hook:
         self._act = act
 
     def __call__(self, *args: Any) -> Any:
-        """Act."""
+        """Do what it was registered for."""
         return self._act(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:

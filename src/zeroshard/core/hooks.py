@@ -157,6 +157,33 @@ class Runtime:
             and not any(True for _ in site.module.children())
             and site.frees
         ]
+        self._trained = [
+            (module, name, param)
+            for module in root.modules()
+            for name, param in module.named_parameters(recurse=False)
+            if (slot := slot_of(param)) is not None and slot.unit.is_trained
+        ]
+
+    def check_replaced(self) -> None:
+        """Refuse to go on with a module that was given a parameter which nobody trains.
+
+        Raises:
+            UsageError: one was, in place of a trained one.
+        """
+        for module, name, param in self._trained:
+            new = module._parameters.get(name)
+            if new is param or new is None or slot_of(new) is not None:
+                continue
+            slot = slot_of(param)
+            was = name if slot is None else slot.unit.members[slot.index].name
+            raise UsageError(
+                compose(
+                    f"{was} was replaced after initialize(), and the new parameter, of shape "
+                    f"{tuple(new.shape)}, is not trained.",
+                    hint="change the model (resize its embeddings, say) before initialize(), or "
+                    "call engine.destroy() first and initialize() again.",
+                )
+            )
 
     def attach(self) -> None:
         """Register the hooks."""
@@ -507,12 +534,26 @@ class Runtime:
         self.gradient_bytes = sum(unit.gradient_bytes for unit in self.trained)
         self.num_backwards += 1
 
-    def flush(self) -> None:
+    def flush(self, thorough: bool = False) -> None:
         """Before a step: reduce what backwards outside a boundary left. A collective.
 
-        Ranks may have run different numbers of backwards.
+        Ranks may have run different numbers of backwards. Parameters that all ranks have edited
+        are taken over.
+
+        Args:
+            thorough: look for edits that autograd does not count, too.
         """
-        self.schedule.meet()
+        stay = [unit for unit in self.trained if unit.lifetime.params_stay and not unit.is_held]
+        edited = [unit for unit in stay if unit.edited]
+        overlooked = [
+            unit
+            for unit in (stay if thorough else ())
+            if unit not in edited and unit.differs_from_master()
+        ]
+        self.schedule.meet(edited, overlooked)
+        with torch.no_grad():
+            for unit in edited:
+                unit.adopt(lambda full: full)
         if self._unreduced:
             self._unreduced = False
             self.schedule.finish(self.trained)

@@ -35,7 +35,7 @@ from typing import Literal, NamedTuple
 from zeroshard.core.collectives import Answered, Exchange
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import Unit
-from zeroshard.errors import DistributedError, compose
+from zeroshard.errors import DistributedError, UsageError, compose
 
 __all__ = [
     "ABORT",
@@ -353,6 +353,14 @@ class Schedule:
         return look_ahead(due, self._sizes, self._ahead, self._budget, self._limits.live)
 
     def _exchange(self, wish: Sequence[Op]) -> list[Op]:
+        """The window that follows from the wishes of all ranks."""
+        wishes = self._show(wish)
+        if wish[0] == END and all(other[0] in {END, STEP} for other in wishes):
+            return [END]  # the others had ended this backward, or had none
+        return common_window(wishes)
+
+    def _show(self, wish: Sequence[Op]) -> list[list[Op]]:
+        """Show a wish to the others, and see theirs."""
         count = len(self._units)
         numbers = [op.unit + (count if op.kind == "reduce" else 0) for op in wish]
         padded = [len(numbers), *numbers, *([0] * (_WINDOW - len(numbers)))]
@@ -372,9 +380,7 @@ class Schedule:
                     "call engine.reset() and continue with the next batch.",
                 )
             )
-        if wish[0] == END and all(other[0] in {END, STEP} for other in wishes):
-            return [END]  # the others had ended this backward, or had none
-        return common_window(wishes)
+        return wishes
 
     def _op(self, number: int) -> Op:
         count = len(self._units)
@@ -560,15 +566,53 @@ class Schedule:
             if at_end:
                 return
 
-    def meet(self) -> None:
-        """All ranks step together: serve those that are still in a forward or a backward."""
+    def meet(self, edited: Sequence[Unit] = (), overlooked: Sequence[Unit] = ()) -> None:
+        """All ranks step together: serve those that are still in a forward or a backward.
+
+        Args:
+            edited: units that this rank has edited, which all ranks are to have edited.
+            overlooked: those whose edits would be lost on this rank.
+
+        Raises:
+            UsageError: on every rank, if another one has edited other units, or loses an edit.
+        """
         self._complete_window()
-        while (window := self._exchange([STEP])) != [STEP]:
-            self._window.extend(window)
+        notes = [Op("gather", self._index[unit]) for unit in edited]
+        notes += [Op("reduce", self._index[unit]) for unit in overlooked]
+        wishes = self._show([STEP, *notes][:_WINDOW])
+        while any(wish[0] != STEP for wish in wishes):
+            self._window.extend(common_window(wishes))
             self._complete_window()
+            wishes = self._show([STEP, *notes][:_WINDOW])
+        self._check_edits([wish[1:] for wish in wishes])
         self._settle()
         self._issued.clear()
         self._drop_ahead()
+
+    def _check_edits(self, notes: Sequence[Sequence[Op]]) -> None:
+        """Refuse to step with edits that not all ranks have, or that the step would undo."""
+        for rank, ops in enumerate(notes):
+            for op in ops:
+                name, hint = self._units[op.unit].name, "zeroshard.gathered(..., modifier_rank=0)."
+                if op.kind == "reduce":
+                    raise UsageError(
+                        compose(
+                            f"{name} was edited on rank {rank} through its .data; the master "
+                            "weights, which the step updates, know nothing of that, and the edit "
+                            "would be lost.",
+                            hint="edit the parameter itself, under torch.no_grad() and on every "
+                            f"rank, or inside {hint}",
+                        )
+                    )
+                others = [other for other, theirs in enumerate(notes) if op not in theirs]
+                if others:
+                    raise UsageError(
+                        compose(
+                            f"{name} was edited on rank {rank} and not on rank {others[0]}: their "
+                            "weights would not be the same any more.",
+                            hint=f"edit it on every rank, or inside {hint}",
+                        )
+                    )
 
     def reset(self, in_backward: bool) -> None:
         """Give up the pass under way, in a way that the other ranks can follow."""

@@ -19,6 +19,13 @@ freed parameter points at an empty placeholder instead; its ``nn.Parameter`` obj
 The optimizer sees one slice of ``master`` per parameter, never the flat tensor: hyper-parameters
 and state stay per parameter, and a frozen parameter cannot decay. For the same reason a unit is
 uniform in dtype and in whether it is trained.
+
+[Note: byte units]
+A unit of frozen parameters may be made of bytes instead. Its flat buffer is of ``uint8``, each
+parameter lies there as it is, of whatever dtype, and is never cast. Quantised weights need that, as
+their dtype says nothing about their values, and so do their *companions*: statistics that are plain
+tensors in some object of the quantiser's. They lie in the same buffer, so that one gather brings a
+block's weights and statistics, and are shown and hidden where the quantiser reads them.
 """
 
 # Torch's list operations have no public name.
@@ -27,10 +34,11 @@ uniform in dtype and in whether it is trained.
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -60,6 +68,7 @@ from zeroshard.core.values import deal, pass_round, put
 from zeroshard.errors import UsageError, compose
 
 __all__ = [
+    "Companion",
     "FlatBuffer",
     "FreedData",
     "FreedParameter",
@@ -76,6 +85,7 @@ __all__ = [
     "hand_back",
     "is_waiting",
     "keep_until_engine",
+    "plain",
     "restore",
     "share_values",
     "shows_shape",
@@ -102,28 +112,53 @@ class Precision:
 
 
 @dataclass(frozen=True, slots=True)
+class Companion:
+    """A tensor without which a parameter cannot be used: it is gathered and freed with it.
+
+    It is no parameter itself; ``get`` reads it where it is kept, and ``put`` replaces it there. One
+    that is the memory of the parameter itself, under another name, costs nothing.
+    """
+
+    name: str
+    get: Callable[[], Tensor]
+    put: Callable[[Tensor], object]
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
-    """A parameter with its full name in the model."""
+    """A parameter with its full name in the model, and what it cannot be used without."""
 
     name: str
     param: nn.Parameter
+    companions: tuple[Companion, ...] = ()
 
 
 class FlatBuffer:
-    """A flat tensor with one view per parameter; its memory comes and goes under the views."""
+    """A flat tensor with one view per parameter; its memory comes and goes under the views.
 
-    def __init__(self, tensor: Tensor, layout: Layout, shapes: Sequence[torch.Size]) -> None:
-        self._layout, self._shapes = layout, shapes
+    Views are of the tensor's dtype, or, in a tensor of bytes, of those that are named.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        layout: Layout,
+        shapes: Sequence[torch.Size],
+        dtypes: Sequence[torch.dtype] | None = None,
+    ) -> None:
+        self.layout, self._shapes = layout, shapes
+        self.is_bytes = dtypes is not None
+        self._dtypes = [tensor.dtype] * len(shapes) if dtypes is None else dtypes
         self.nbytes_full = tensor.nbytes
         self._lay(tensor)
 
     def _lay(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.views = [
-            tensor[self._layout.full(index).slice()].view(shape)
-            for index, shape in enumerate(self._shapes)
+            tensor[self.layout.full(index).slice()].view(dtype).view(shape)
+            for index, (shape, dtype) in enumerate(zip(self._shapes, self._dtypes, strict=True))
         ]
-        self.gaps = [tensor[gap.slice()] for gap in self._layout.gaps()]
+        self.gaps = [tensor[gap.slice()] for gap in self.layout.gaps()]
 
     @property
     def is_allocated(self) -> bool:
@@ -159,6 +194,7 @@ _HARMLESS = frozenset(
         Tensor.is_complex,
         Tensor.is_contiguous,
         Tensor.is_floating_point,
+        Tensor.nelement,
         Tensor.numel,
         Tensor.register_hook,
         Tensor.register_post_accumulate_grad_hook,
@@ -170,6 +206,9 @@ _HARMLESS = frozenset(
         torch.is_floating_point,
     }
 )
+
+# Where values are, for programs that write them without another call, as safetensors does.
+_ADDRESSES = frozenset({Tensor.data_ptr, Tensor.untyped_storage})
 
 # What shows the shape alone.
 _OUTLINE = frozenset(
@@ -271,7 +310,8 @@ def _call_with_freed(
     keeper = keepers.pop() if len(keepers) == 1 else None
     if keeper is not None and shows_shape(func) and not torch.is_grad_enabled():
         return keeper.read(func, args, kwargs)
-    if _is_harmless(func, args):
+    is_written = keeper is None and func in _ADDRESSES and isinstance(args[0], FreedData)
+    if _is_harmless(func, args) and not is_written:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     name = _without_values(func, args, kwargs)
@@ -289,6 +329,8 @@ class FreedParameter(nn.Parameter):
     A parameter changes its class, never its identity, and changes back when it is gathered.
     """
 
+    _own_class: type[nn.Parameter] = nn.Parameter
+
     @classmethod
     def __torch_function__(
         cls,
@@ -304,6 +346,14 @@ class FreedParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise freed_read(self)
+
+
+@functools.cache
+def _freed_class(own_class: type[nn.Parameter]) -> type[FreedParameter]:
+    """What a parameter of a class is while it is freed: of that class still, by its name, too."""
+    if own_class is nn.Parameter:
+        return FreedParameter
+    return type(own_class.__name__, (FreedParameter, own_class), {"_own_class": own_class})
 
 
 class FreedData(Tensor):
@@ -385,6 +435,15 @@ def freed_read(param: Tensor | None) -> UsageError:
 
 
 @dataclass(frozen=True, slots=True)
+class _Beside:
+    """A companion, which view of the flat buffer it is, and what is shown while that is freed."""
+
+    companion: Companion
+    at: int
+    placeholder: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Holdings:
     """The tensors that hold a unit on this rank now. See [Note: flat units]."""
 
@@ -413,7 +472,6 @@ class Unit:
     def __init__(
         self,
         members: Sequence[Member],
-        layout: Layout,
         lifetime: Lifetime,
         mesh: Mesh,
         *,
@@ -422,18 +480,24 @@ class Unit:
         master: Tensor | None,
         gradient: FlatBuffer | None,
         precision: Precision,
+        companions: Sequence[tuple[Companion, int]] = (),
     ) -> None:
         self.members = tuple(members)
-        self.layout, self.lifetime, self.mesh = layout, lifetime, mesh
+        self.layout, self.lifetime, self.mesh = full.layout, lifetime, mesh
         self.master, self.precision = master, precision
         self._full, self._store, self._gradient = full, store, gradient
         self._params = [member.param for member in members]
         self._classes = [type(param) for param in self._params]
         self._require_grad = [param.requires_grad for param in self._params]
-        self.shapes = [view.shape for view in full.views]
-        self._cut_sizes, self._cut_at = layout.cuts(mesh.shard.rank)
-        self._cut_shapes = self._shape_cuts() if mesh.shard.size == 1 else None
-        self._placeholder = full.tensor.new_empty(0)
+        self.shapes = [view.shape for view in full.views[: len(members)]]
+        self._cut_sizes, self._cut_at = full.layout.cuts(mesh.shard.rank)
+        is_cut = mesh.shard.size > 1 or master is None
+        self._cut_shapes = None if is_cut else self._shape_cuts()
+        self._is_bytes = full.is_bytes
+        self._placeholders = [view.new_empty(0) for view in full.views[: len(members)]]
+        self._beside = [
+            _Beside(companion, at, full.views[at].new_empty(0)) for companion, at in companions
+        ]
         self._wants_gather, self._wants_reduce = f"to gather {self.name}", f"to reduce {self.name}"
         self._gathering: Ticket = DONE
         self._is_readable = self._is_outlined = False
@@ -520,7 +584,18 @@ class Unit:
     def stored(self, index: int) -> Tensor:
         """This rank's slice of a parameter, as gathers read it."""
         shard = self._store.read(self._full.tensor.new_empty(self.layout.shard_numel))
-        return self._cut(shard)[index]
+        return self.part_of(shard, index)
+
+    def part_of(self, shard: Tensor, index: int) -> Tensor:
+        """What belongs to a parameter in a tensor that is laid out as a shard is, flat."""
+        part = shard[self.layout.slice_of(index, self.mesh.shard.rank).slice()]
+        return part.view(self._placeholders[index].dtype) if self._is_bytes else part
+
+    def owned(self, index: int, rank: int) -> Range:
+        """The part of a parameter that a rank owns, in the parameter's own elements."""
+        start, stop = self.layout.owned(index, rank)
+        size = self._placeholders[index].element_size() if self._is_bytes else 1
+        return Range(start // size, stop // size)
 
     def gather(self) -> None:
         """Start making the parameters full. A collective over the shard axis."""
@@ -542,13 +617,18 @@ class Unit:
         """Make the parameters readable; the unit must be full or on the way."""
         self._end_gather()
         if not self._is_readable:
-            self._show(self._full.views)
+            self._show_full()
             self._is_readable = True
+
+    def _show_full(self) -> None:
+        self._show(self._full.views[: len(self._params)])
+        for each in self._beside:
+            each.companion.put(self._full.views[each.at])
 
     def await_views(self) -> Sequence[Tensor]:
         """The full parameters, which must be on the way, while the parameters stay empty."""
         self._end_gather()
-        return self._full.views
+        return self._full.views[: len(self._params)]
 
     def free(self) -> None:
         """Give the memory of full parameters back, where the lifetime says so."""
@@ -562,11 +642,14 @@ class Unit:
     def hide(self) -> None:
         """Let nothing that can be reached from outside refer to the full parameters."""
         self._end_gather()
-        placeholder = self._placeholder
-        for param, own_class in zip(self._params, self._classes, strict=True):
+        placeholders = self._placeholders
+        for param, own_class, placeholder in zip(
+            self._params, self._classes, placeholders, strict=True
+        ):
             param.data = placeholder
-            if own_class is nn.Parameter:
-                param.__class__ = FreedParameter
+            param.__class__ = _freed_class(own_class)
+        for each in self._beside:
+            each.companion.put(each.placeholder)
         self._is_readable = self._is_outlined = False
 
     @contextmanager
@@ -587,7 +670,12 @@ class Unit:
             if may_leave and self._full.num_users > num_users:
                 self._end_gather()
                 self._full.leave()
-                self._show(self._full.views)
+                self._show_full()
+
+    @property
+    def companions(self) -> list[tuple[Tensor, Tensor]]:
+        """What is shown of each companion while the unit is freed, and while it is full."""
+        return [(each.placeholder, self._full.views[each.at]) for each in self._beside]
 
     @property
     def holdings(self) -> Holdings:
@@ -663,8 +751,12 @@ class Unit:
         """
         if self.is_full:
             return
-        nothing = torch.full_like(self._placeholder.new_empty(()), torch.nan)
-        self._show([nothing.expand(shape) for shape in self.shapes])
+        self._show(
+            [
+                empty.new_full((), torch.nan if empty.is_floating_point() else 0).expand(shape)
+                for empty, shape in zip(self._placeholders, self.shapes, strict=True)
+            ]
+        )
         self._is_outlined = True
 
     def _show(self, tensors: Sequence[Tensor]) -> None:
@@ -697,7 +789,9 @@ class Unit:
         with torch._C.DisableTorchFunctionSubclass():
             changed = [param.requires_grad for param in self._params] != self._require_grad
             first, view = self._params[0], self._full.views[0]
-            moved = self._is_readable and first.data_ptr() != view.data_ptr()
+            # Frozen ones that stay are only read, and a module may cast its own, as of a bias.
+            is_ours = self.is_trained or not self.lifetime.params_stay
+            moved = is_ours and self._is_readable and first.data_ptr() != view.data_ptr()
         if changed or moved:
             what = "requires_grad was changed" if changed else "data was replaced"
             raise UsageError(
@@ -708,10 +802,26 @@ class Unit:
                 )
             )
 
+    def differs_from_master(self) -> bool:
+        """Whether this rank's part of full parameters is not what the master weights make of it.
+
+        It was edited through ``param.data`` then, which autograd does not count. Where the two are
+        one memory there is nothing to tell, and nothing is lost.
+        """
+        dtype = self._full.tensor.dtype
+        if self.master is None or self.master.dtype == dtype or not self.lifetime.params_stay:
+            return False
+        made = self.master.to(dtype)
+        return bool(((self._mine != made) & ~made.isnan()).any())
+
     def adopt(self, edit: Callable[[Tensor], object]) -> None:
-        """Edit the full parameters in place and keep the result in shard and master weights."""
+        """Edit the full parameters in place and keep the result in shard and master weights.
+
+        Raises:
+            UsageError: at the end, data of another shape or dtype was given to a parameter.
+        """
         assert self.is_full, f"{self.name} is edited while freed"
-        self._take_replaced()
+        misfits = self._take_replaced()
         edit(self._full.tensor)
         mine = self._mine
         self._store.write(mine)
@@ -720,6 +830,9 @@ class Unit:
             same = self.master.to(mine.dtype) == mine
             self.master.copy_(torch.where(same, self.master, mine.to(self.master.dtype)))
         self._versions = self._count_edits()
+        if misfits:
+            hint = "give the module a new parameter instead."
+            raise UsageError(compose(misfits[0], hint=hint))
 
     # Saving and loading
 
@@ -728,7 +841,7 @@ class Unit:
         if self.master is not None:
             return self.master
         numel = self.layout.shard_numel
-        return self._store.read(self._mine if self.is_full else self._placeholder.new_empty(numel))
+        return self._store.read(self._mine if self.is_full else self._full.tensor.new_empty(numel))
 
     def load_kept(self, values: Tensor) -> None:
         """Replace this rank's range by what has been read; gathers see it from now on."""
@@ -755,26 +868,28 @@ class Unit:
         self.has_gradient = True
         return self._buffer.views
 
-    def _take_replaced(self) -> None:
+    def _take_replaced(self) -> list[str]:
         """Take in what somebody gave a parameter as its ``data``, in place of the view of it.
 
-        Raises:
-            UsageError: it has another shape or dtype.
+        Returns:
+            What is wrong with those that have another shape or dtype; they are as before.
         """
-        for member, view in zip(self.members, self._full.views, strict=True):
-            param = member.param
-            if isinstance(param, FreedParameter) or param.data_ptr() == view.data_ptr():
+        misfits: list[str] = []
+        for member, view in zip(self.members, self._full.views, strict=False):
+            if isinstance(member.param, FreedParameter):
                 continue
-            if param.shape != view.shape or param.dtype != view.dtype:
-                raise UsageError(
-                    compose(
-                        f"{member.name}: its data was replaced while it was gathered, by a "
-                        f"{param.dtype} tensor of shape {tuple(param.shape)}.",
-                        hint="give the module a new parameter instead.",
-                    )
+            given = plain(member.param)
+            if given.data_ptr() == view.data_ptr():
+                continue
+            if given.shape == view.shape and given.dtype == view.dtype:
+                view.copy_(given)
+            else:
+                misfits.append(
+                    f"{member.name}: its data was replaced while it was gathered, by a "
+                    f"{given.dtype} tensor of shape {tuple(given.shape)}."
                 )
-            view.copy_(param)
-            param.data = view
+            member.param.data = view
+        return misfits
 
     # Gradients
 
@@ -965,6 +1080,12 @@ def is_waiting(param: Tensor) -> bool:
     return vars(param).get(_OWNER) is not None
 
 
+def plain(param: Tensor) -> Tensor:
+    """The tensor that a parameter of any class is, detached: no method of the class is called."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return Tensor.detach(param)
+
+
 def full_shape(param: Tensor) -> torch.Size:
     """The shape of a parameter, whether it is full or freed."""
     slot = slot_of(param)
@@ -988,6 +1109,83 @@ def restore(unit: Unit) -> Tensor:
         _SLOTS.pop(param)
         _disown(param)
     return unit._full.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What a unit is built of: a parameter, or a companion of one.
+
+    ``own`` are its values, or None where those wait in shards: of ``unit``, as number ``index``.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    own: Tensor | None = None
+    unit: Unit | None = None
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """All that a unit is built of, parameters first, and where among that its companions are."""
+
+    all: Sequence[_Piece]
+    companions: Sequence[tuple[Companion, int]]
+
+    def layout(self, mesh: Mesh, dtype: torch.dtype, *, as_bytes: bool) -> Layout:
+        """Where they lie in a flat buffer of a dtype, or of bytes."""
+        sizes = [piece.dtype.itemsize if as_bytes else 1 for piece in self.all]
+        return Layout(
+            numels=tuple(p.shape.numel() * size for p, size in zip(self.all, sizes, strict=True)),
+            world=mesh.shard.size,
+            align=max(1, _ALIGN_BYTES // dtype.itemsize),
+        )
+
+    def buffer(self, tensor: Tensor, layout: Layout, *, as_bytes: bool = False) -> FlatBuffer:
+        """A flat tensor with views of them."""
+        dtypes = [piece.dtype for piece in self.all] if as_bytes else None
+        return FlatBuffer(tensor, layout, [piece.shape for piece in self.all], dtypes)
+
+    def without_values(self) -> _Pieces:
+        """The same without a hold on anything."""
+        return replace(self, all=[replace(piece, own=None, unit=None) for piece in self.all])
+
+
+def _pieces_of(members: Sequence[Member]) -> _Pieces:
+    pieces = [_piece(member.param) for member in members]
+    companions: list[tuple[Companion, int]] = []
+    for index, member in enumerate(members):
+        for companion in member.companions:
+            piece = _companion_piece(companion.get(), pieces[index].unit)
+            if _is_same(piece, pieces[index]):
+                companions.append((companion, index))
+            else:
+                companions.append((companion, len(pieces)))
+                pieces.append(piece)
+    return _Pieces(pieces, companions)
+
+
+def _piece(param: Tensor) -> _Piece:
+    slot = slot_of(param) if is_waiting(param) else None
+    if slot is None:
+        return _Piece(param.shape, param.dtype, plain(param))
+    return _Piece(slot.unit.shapes[slot.index], param.dtype, unit=slot.unit, index=slot.index)
+
+
+def _companion_piece(tensor: Tensor, unit: Unit | None) -> _Piece:
+    if unit is not None:
+        for each in unit._beside:
+            if tensor is each.placeholder:
+                view = unit._full.views[each.at]
+                return _Piece(view.shape, view.dtype, unit=unit, index=each.at)
+    return _Piece(tensor.shape, tensor.dtype, tensor.detach())
+
+
+def _is_same(one: _Piece, other: _Piece) -> bool:
+    """Whether two are one memory."""
+    if one.own is None or other.own is None:
+        return one.own is other.own and one.unit is other.unit and one.index == other.index
+    return one.own.data_ptr() == other.own.data_ptr() and one.shape == other.shape
 
 
 def hand_back(unit: Unit, keeper: Keeper | None) -> None:
@@ -1016,35 +1214,43 @@ def build_unit(
     lifetime: Lifetime,
     mesh: Mesh,
     precision: Precision,
+    as_bytes: bool = False,
 ) -> Unit:
     """Move parameters into a new unit, with the values of rank 0. A collective.
 
     Master weights are taken before the cast to the compute dtype, so nothing is rounded away.
     Parameters that wait for an engine are taken out of the shards in which they wait. Where
     parameters do not stay full, nothing here is larger than a shard.
+
+    Args:
+        members: the parameters.
+        trained: whether an optimizer steps them.
+        lifetime: when full parameters and gradients exist.
+        mesh: the ranks.
+        precision: the dtypes of parameters and gradients.
+        as_bytes: keep parameters and companions as they are, each in its dtype; for frozen ones.
+            See [Note: byte units].
     """
+    assert not (trained and as_bytes), f"{members[0].name}: only frozen parameters are bytes"
     params = [member.param for member in members]
-    own_dtype = params[0].dtype
+    pieces = _pieces_of(members)
+    own_dtype = torch.uint8 if as_bytes else params[0].dtype
     compute = precision.compute if own_dtype.is_floating_point and precision.compute else own_dtype
     wide = torch.float64 if own_dtype == torch.float64 else precision.master
-    shapes = [full_shape(param) for param in params]
-    layout = Layout(
-        numels=tuple(shape.numel() for shape in shapes),
-        world=mesh.shard.size,
-        align=max(1, _ALIGN_BYTES // compute.itemsize),
-    )
+    layout = pieces.layout(mesh, compute, as_bytes=as_bytes)
     mine = layout.shard(mesh.shard.rank)
     part = Range(0, layout.full_numel) if lifetime.params_stay else mine
     full = gradient = None
     with torch.no_grad():
         # Without master weights, nobody asks for more digits than the compute dtype has.
-        values = _values(params, layout, part, mesh, own_dtype if trained else compute)
+        values = _values(pieces.all, layout, part, mesh, own_dtype if trained else compute)
         if lifetime.params_stay:
             full = values.to(compute)
             shard, values = full[mine.slice()], values[mine.slice()]
         else:
             shard = values.to(compute)
-        _vacate(params, mesh)
+        pieces = pieces.without_values()
+        _vacate(members, mesh)
         if full is None:
             full = torch.empty(layout.full_numel, dtype=compute, device=mesh.device)
         master = shard
@@ -1055,18 +1261,18 @@ def build_unit(
             kept = precision.accumulate if lifetime.grads_stay else precision.reduce
             buffer_dtype = torch.float64 if own_dtype == torch.float64 else kept
             flat = torch.empty(layout.full_numel, dtype=buffer_dtype, device=mesh.device)
-            gradient = FlatBuffer(flat, layout, shapes)
+            gradient = pieces.buffer(flat, layout)
             gradient.release()
     unit = Unit(
         members,
-        layout,
         lifetime,
         mesh,
-        full=FlatBuffer(full, layout, shapes),
+        full=pieces.buffer(full, layout, as_bytes=as_bytes),
         store=DeviceStore(shard),
         master=master if trained else None,
         gradient=gradient,
         precision=precision,
+        companions=pieces.companions,
     )
     for index, param in enumerate(params):
         _SLOTS[param] = (weakref.ref(unit), index)
@@ -1078,24 +1284,23 @@ def build_unit(
 
 
 def _values(
-    params: Sequence[Tensor], layout: Layout, part: Range, mesh: Mesh, dtype: torch.dtype
+    pieces: Sequence[_Piece], layout: Layout, part: Range, mesh: Mesh, dtype: torch.dtype
 ) -> Tensor:
     """The values of this rank's shard, or of the whole flat buffer."""
-    own = [None if is_waiting(param) else param.detach() for param in params]
+    own = [None if piece.own is None else _flat(piece.own, dtype) for piece in pieces]
     out = torch.zeros(part.numel, dtype=dtype, device=mesh.device)
-    if any(param is not None for param in own):
+    if any(values is not None for values in own):
         if part == layout.shard(mesh.shard.rank):
             deal(own, layout, out, mesh)
         else:
-            for index, param in enumerate(own):
-                if param is not None:
-                    put(out, part, layout, index, param.reshape(-1), 0)
+            for index, values in enumerate(own):
+                if values is not None:
+                    put(out, part, layout, index, values, 0)
             broadcast_(out, mesh)
     waiting: dict[Unit, list[tuple[int, int]]] = {}
-    for index, param in enumerate(params):
-        slot = slot_of(param)
-        if own[index] is None and slot is not None:
-            waiting.setdefault(slot.unit, []).append((index, slot.index))
+    for index, piece in enumerate(pieces):
+        if piece.unit is not None:
+            waiting.setdefault(piece.unit, []).append((index, piece.index))
     for unit, places in waiting.items():
         old = unit.layout
         shard = unit._store.read(out.new_empty(old.shard_numel))
@@ -1108,6 +1313,12 @@ def _values(
     return out
 
 
+def _flat(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as a flat one, seen as bytes where those are wanted."""
+    flat = values.reshape(-1)
+    return flat.contiguous().view(dtype) if dtype == torch.uint8 else flat
+
+
 def share_values(param: Tensor, mesh: Mesh) -> Tensor:
     """This rank's even share of a parameter that waits, or of rank 0's ordinary one. A collective.
 
@@ -1115,14 +1326,17 @@ def share_values(param: Tensor, mesh: Mesh) -> Tensor:
     """
     layout = Layout(numels=(full_shape(param).numel(),), world=mesh.shard.size, align=1)
     with torch.no_grad():
-        return _values([param], layout, layout.shard(mesh.shard.rank), mesh, param.dtype)
+        return _values([_piece(param)], layout, layout.shard(mesh.shard.rank), mesh, param.dtype)
 
 
-def _vacate(params: Sequence[nn.Parameter], mesh: Mesh) -> None:
+def _vacate(members: Sequence[Member], mesh: Mesh) -> None:
     """Give back the memory that parameters have: their own, or the shards in which they wait."""
-    for param in params:
-        if type(param) is FreedParameter:
-            object.__setattr__(param, "__class__", nn.Parameter)
+    for member in members:
+        param = member.param
+        if isinstance(param, FreedParameter):
+            object.__setattr__(param, "__class__", type(param)._own_class)
         param.data = torch.empty(0, dtype=param.dtype, device=mesh.device)
         param.grad = None
         _disown(param)
+        for companion in member.companions:
+            companion.put(torch.empty(0, device=mesh.device))

@@ -11,9 +11,9 @@ Modules marked as leaves are blocks, unless a block that was found automatically
 nothing inside a leaf is a block. Small parameters that are to stay full form a group of their own
 at the model.
 
-Every group is split further until it is uniform in dtype and kind. A parameter belongs to the first
-block that reaches it; a module outside that block that holds it too (tied weights) becomes another
-place where its unit is gathered.
+Every group is split further until it is uniform in kind and, unless it is made of bytes, in dtype.
+A parameter belongs to the first block that reaches it; a module outside that block that holds it
+too (tied weights) becomes another place where its unit is gathered.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from zeroshard.core.leaves import CONTAINERS
-from zeroshard.core.unit import Member, full_nbytes, full_shape
+from zeroshard.core.unit import Companion, Member, full_nbytes, full_shape
 from zeroshard.errors import ConfigError, compose
 
 __all__ = ["Group", "Kind", "choose_groups", "find_blocks", "find_leaves", "find_persistent"]
@@ -54,12 +54,13 @@ class Kind:
     """What the parameters of a unit have in common, beside the place where they are gathered.
 
     ``trained``: an optimizer steps them. ``compute``: the dtype to compute in, None for their own.
-    ``persistent``: they stay full.
+    ``persistent``: they stay full. ``as_bytes``: they are kept as they are, each in its dtype.
     """
 
     trained: bool
     compute: torch.dtype | None = None
     persistent: bool = False
+    as_bytes: bool = False
 
 
 @dataclass(slots=True)
@@ -237,6 +238,7 @@ def choose_groups(
     units: Sequence[str] = (),
     leaves: Iterable[nn.Module] = (),
     most_numel: int | None = None,
+    companions: Mapping[nn.Parameter, Sequence[Companion]] | None = None,
 ) -> list[Group]:
     """Divide all parameters of a model into groups, in the order of ``named_parameters``.
 
@@ -246,6 +248,7 @@ def choose_groups(
         units: class names or module paths to use as blocks instead of those found automatically.
         leaves: modules that are a block each, beside the others.
         most_numel: elements of a group that is put together from several layers.
+        companions: what parameters cannot be used without.
 
     Raises:
         ConfigError: a name in ``units`` matches nothing.
@@ -270,8 +273,9 @@ def choose_groups(
     for name, param in model.named_parameters():
         kind = kinds[param]
         place = places.get(param, _Place(model, (model, "persistent")))
-        group = groups.setdefault((*place.key, param.dtype, kind), Group(kind))
-        group.members.append(Member(name, param))
+        dtype = None if kind.as_bytes else param.dtype
+        group = groups.setdefault((*place.key, dtype, kind), Group(kind))
+        group.members.append(Member(name, param, tuple((companions or {}).get(param, ()))))
         for site in _sites(holders[param], place.site, blocks):
             if not any(site is known for known in group.sites):
                 group.sites.append(site)

@@ -30,6 +30,7 @@ from zeroshard.core.unit import Unit, build_unit, is_waiting, slot_of
 from zeroshard.core.usage import GradientWatch
 from zeroshard.core.waiting import settle
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
+from zeroshard.engine import quantized
 from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.engine import Engine, Settings
@@ -55,6 +56,13 @@ from zeroshard.optim.sharded import (
 __all__ = ["initialize"]
 
 _log = logging.getLogger(__name__)
+
+# Torch's own ways to train one model on several devices.
+_WRAPPERS = {
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+}
 
 ConfigSource = str | Path | Mapping[str, object]
 
@@ -103,7 +111,13 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     """
     show_messages(world.rank_so_far)
     if not isinstance(model, nn.Module):
-        raise UsageError(f"initialize() needs a model, a torch.nn.Module, not {model!r}.")
+        raise UsageError(
+            compose(
+                f"initialize() needs a model, a torch.nn.Module, not a {type(model).__name__}.",
+                hint="pass the module itself; several models that train together can be one, as "
+                "in torch.nn.ModuleList(models).",
+            )
+        )
     if mpu is not None or mesh_param is not None:
         raise UsageError(
             compose(
@@ -142,6 +156,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
             drop_last=settings.dataloader_drop_last,
             pin_memory=device.type == "cuda",
         )
+    quantized.settle(model, device)
     groups = _choose_groups(model, trained, life, settings, device)
 
     # From here on nothing is refused, and the model changes.
@@ -369,6 +384,14 @@ def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
                     "model.to_empty() and its initialisation.",
                 )
             )
+        if type(param).__name__ == "DTensor":  # to import the class would take half a second
+            raise UsageError(
+                compose(
+                    f"{name} is a DTensor: fully_shard() or tensor parallelism has divided it "
+                    "already.",
+                    hint="pass the model as it was before that.",
+                )
+            )
         if param.is_complex():
             raise UsageError(
                 compose(
@@ -380,6 +403,14 @@ def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
         if trained is not None and param.requires_grad and param not in trained:
             ignored.append(name)
     for name, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS and type(module).__module__.startswith("torch."):
+            raise UsageError(
+                compose(
+                    f"{name or 'the model'} is wrapped in {type(module).__name__}, which gathers "
+                    "and reduces on its own, as the engine does.",
+                    hint="pass the model without it: model.module, or do not wrap it.",
+                )
+            )
         if getattr(module, "max_norm", None) is not None and isinstance(
             module, (nn.Embedding, nn.EmbeddingBag)
         ):
@@ -427,16 +458,19 @@ def _choose_groups(
         persistent = find_persistent(model, largest, zero.stage3_model_persistence_threshold)
     buckets = (zero.reduce_bucket_size, zero.allgather_bucket_size)
     compute_dtype = compute_dtypes(model, settings, device)
+    companions = quantized.companions_in(model)
     return choose_groups(
         model,
         kind_of=lambda param: Kind(
             trained=param.requires_grad and param in trained,
-            compute=compute_dtype(param),
+            compute=None if param in companions else compute_dtype(param),
             persistent=param in persistent,
+            as_bytes=param in companions,
         ),
         units=settings.zeroshard.units,
         leaves=[*leaves, *marked(model)],
         most_numel=min((size for size in buckets if size is not None), default=None),
+        companions=companions,
     )
 
 
@@ -461,6 +495,7 @@ def _shard(
             lifetime=life.with_params_that_stay() if group.kind.persistent else life,
             mesh=mesh,
             precision=replace(dtypes, compute=group.kind.compute),
+            as_bytes=group.kind.as_bytes,
         )
         units.append(unit)
         trim()

@@ -1,14 +1,41 @@
-"""Turning torch's complaints in backward into what to call instead."""
+"""Turning torch's complaints into what to do instead."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
+import torch
+
+from zeroshard.config import Batch
 from zeroshard.core.unit import Unit
 from zeroshard.errors import compose
 
-__all__ = ["explain_backward"]
+__all__ = ["explain_backward", "explain_memory"]
+
+
+def explain_memory(error: Exception, batch: Batch, units: Iterable[Unit]) -> None:
+    """Add to an out-of-memory error what would make room; it stays the error that it is.
+
+    Programs that try smaller batches after one look at its type and at its words.
+    """
+    if not isinstance(error, torch.OutOfMemoryError) or len(error.args) != 1:
+        return
+    advice: list[str] = []
+    if batch.micro > 1:
+        advice.append(
+            '"train_micro_batch_size_per_gpu": 1 with "gradient_accumulation_steps": '
+            f"{batch.micro * batch.accumulation} computes the same in smaller pieces"
+        )
+    advice.append(
+        "model.gradient_checkpointing_enable(), or zeroshard.checkpointing, computes activations "
+        "twice instead of keeping them"
+    )
+    if all(unit.lifetime.params_stay for unit in units):
+        advice.append('"zero_optimization": {"stage": 3} on several GPUs shards the weights, too')
+    else:
+        advice.append("more GPUs make smaller shards")
+    error.args = (f"{error.args[0]}\n\nhint: {'; '.join(advice)}.",)
 
 
 def explain_backward(error: Exception, units: Iterable[Unit]) -> str | None:

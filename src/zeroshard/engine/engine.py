@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +28,20 @@ from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
 from zeroshard.core.usage import GradientWatch
 from zeroshard.engine.data import ShardedLoader, make_loader
-from zeroshard.engine.diagnose import explain_backward
+from zeroshard.engine.diagnose import explain_backward, explain_memory
 from zeroshard.engine.export import load_weights, save_weights, weights_of
 from zeroshard.engine.getters import Getters
+from zeroshard.engine.misuse import ScheduleWatch, check_members, refuse_foreign_steps
 from zeroshard.engine.offload import Offloaded, offload, states_named
 from zeroshard.engine.optimizer import ZeroOptimizer
-from zeroshard.errors import UsageError, compose
+from zeroshard.errors import Error, UsageError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
 
 __all__ = ["Engine", "MemoryReport", "Settings"]
 
 _log = logging.getLogger(__name__)
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+_WATCHED_STEPS = 3  # a loop that edits weights does so from its start
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +112,23 @@ class Engine(Getters):
         for unit in runtime.units:
             unit.engine = weakref.ref(self)
         self._optimizer: ZeroOptimizer | None = None
+        self._schedule_watch = ScheduleWatch()
         if sharded is not None:
             self._optimizer = ZeroOptimizer(sharded, self._step_now, self.zero_grad)
             # The gradients are here, so forgetting them is, too.
             sharded.inner.zero_grad = self.zero_grad
         self._shown_optimizer: Any = self._optimizer
+        weakref.finalize(self, refuse_foreign_steps().remove).atexit = False
         self._refresh()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError(
+            compose(
+                "an engine cannot be copied or pickled: it is one process's part of a job.",
+                hint="save engine.module_state_dict(), which every rank calls, or the whole "
+                "training with engine.save_checkpoint(folder).",
+            )
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -136,16 +149,25 @@ class Engine(Getters):
     # Forward and backward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
+        """Run the model.
+
+        Raises:
+            UsageError: the engine is destroyed, and the call is one of training.
+        """
+        if self._is_destroyed and self.training and torch.is_grad_enabled():
+            self.check_present("engine(...)")
         if (dtype := self.settings.cast_inputs_to) is not None:
             args, kwargs = tree.replace((args, kwargs), lambda t: _cast(t, dtype))
         try:
             with self._casting():
                 return self.module(*args, **kwargs)
-        except Exception:
+        except Exception as error:
             # Recomputation ends in an exception of torch's own once it has what it needs.
             if not in_backward():
                 self._recover()
+                explain_memory(error, self.batch, self.runtime.units)
+                if isinstance(error, RuntimeError) and not isinstance(error, Error):
+                    self._check_untouched()  # which may be the cause
             raise
 
     def _casting(self) -> AbstractContextManager[object]:
@@ -210,6 +232,7 @@ class Engine(Getters):
         except Exception as error:
             explanation = explain_backward(error, self.runtime.units)
             self._give_up(in_backward=True)
+            explain_memory(error, self.batch, self.runtime.units)
             if explanation is not None:
                 raise UsageError(explanation) from error
             raise
@@ -235,7 +258,9 @@ class Engine(Getters):
         num_before = self.global_steps
         self._end_micro_step()
         if self._was_step_applied and self.lr_scheduler is not None:
+            self._schedule_watch.check(self.lr_scheduler)
             self.lr_scheduler.step(**(lr_kwargs or {}))
+            self._schedule_watch.note(self.lr_scheduler)
         if self.global_steps > num_before:
             self._report()
 
@@ -270,8 +295,10 @@ class Engine(Getters):
                 )
             )
         self._check_scaled()
-        for unit in self.runtime.units:
-            unit.check_untouched()
+        if self.micro_steps == 0:
+            check_members(self.module)
+        self.runtime.check_replaced()
+        self._check_untouched()
         self._num_backwards_seen = self.runtime.num_backwards
         self._was_step_applied = False
         if self.is_gradient_accumulation_boundary():
@@ -281,12 +308,20 @@ class Engine(Getters):
             self._is_step_due, self._counts_from = False, self.micro_steps
         self._refresh()
 
+    def _check_untouched(self) -> None:
+        for unit in self.runtime.units:
+            unit.check_untouched()
+
     def _take_step(self, sharded: ShardedOptimizer) -> None:
         self.runtime.keep_edits()
-        self.runtime.flush()
+        self.runtime.flush(thorough=self.global_steps < _WATCHED_STEPS)
         if self._watch is not None:
             self._watch.check()
-        self._was_step_applied = sharded.step(divide_by=self.gradient_accumulation_steps())
+        try:
+            self._was_step_applied = sharded.step(divide_by=self.gradient_accumulation_steps())
+        except torch.OutOfMemoryError as error:
+            explain_memory(error, self.batch, self.runtime.units)
+            raise
         # Torch's schedules look for it on the optimizer they were made from.
         vars(self._optimizer)["_opt_called"] = True
         self.skipped_steps += not self._was_step_applied
@@ -708,7 +743,8 @@ class Engine(Getters):
                 compose(
                     f"{call} was called after engine.destroy(), or after the model was given to "
                     "another engine.",
-                    hint="use the engine that the last zeroshard.initialize() returned.",
+                    hint="use the engine that the last zeroshard.initialize() returned. Hugging "
+                    "Face's Trainer is used up by train(): make a new one.",
                 )
             )
         if self._offloaded is not None:

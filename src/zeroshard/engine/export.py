@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from zeroshard.core.access import gathered
 from zeroshard.core.collectives import broadcast_
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.unit import Unit, slot_of
+from zeroshard.core.unit import Unit, plain, slot_of
 from zeroshard.errors import DistributedError, UsageError, compose
 
 __all__ = ["load_weights", "save_weights", "weights_of"]
@@ -36,26 +36,43 @@ def weights_of(
     Returns:
         The dict on the rank that ``is_writer``, None on the others.
     """
-    copies: dict[nn.Parameter, Tensor] = {}
+    copies: dict[Tensor, Tensor] = {}
+    left_out: set[Tensor] = set()
     for unit in units:
         params = [member.param for member in unit.members]
+        if not with_frozen:
+            left_out.update(param for param in params if not param.requires_grad)
+            left_out.update(*unit.companions)
+            if left_out.issuperset(params):
+                continue
         with gathered(params):
             if is_writer:
-                copies |= {param: param.detach().to("cpu", copy=True) for param in params}
+                copies |= {param: _on_host(param) for param in params}
+                copies |= {shown: _on_host(full) for shown, full in unit.companions}
     if not is_writer:
         return None
     state = model.state_dict(keep_vars=True)  # the parameters themselves, freed or not
+    gone = {name for name, value in state.items() if _is_tensor(value) and value in left_out}
     return {
         name: _copy(value, copies)
         for name, value in state.items()
-        if with_frozen or not isinstance(value, nn.Parameter) or value.requires_grad
+        # "weight.quant_map" belongs to "weight".
+        if name not in gone and not any(name[:at] in gone for at in _dots(name))
     }
 
 
-def _copy(value: Any, copies: Mapping[nn.Parameter, Tensor]) -> Any:
-    if isinstance(value, nn.Parameter) and value in copies:
-        return copies[value]
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+def _dots(name: str) -> Iterator[int]:
+    return (at for at, letter in enumerate(name) if letter == ".")
+
+
+def _copy(value: Any, copies: Mapping[Tensor, Tensor]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return copies[value] if value in copies else _on_host(value)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return plain(tensor).to("cpu", copy=True)
 
 
 @contextmanager

@@ -84,8 +84,12 @@ def check_optimizer(
         for param in group["params"]:
             if param not in own:
                 raise UsageError(
-                    f"param group {number} of the optimizer holds a parameter of shape "
-                    f"{tuple(param.shape)} that is not a parameter of the model."
+                    compose(
+                        f"param group {number} of the optimizer holds a parameter of shape "
+                        f"{tuple(param.shape)} that is not a parameter of the model.",
+                        hint="make the optimizer from model.parameters() of the very model that "
+                        "initialize() is given, after its last change.",
+                    )
                 )
     kind = type(optimizer)
     if kind in _UNFIT:

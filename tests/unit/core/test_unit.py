@@ -248,7 +248,11 @@ def test_a_gathered_parameter_has_the_class_it_had() -> None:
         make_full(unit)
         assert [type(param) for param in params] == [nn.Parameter, Own]
         unit.free()
-        assert [type(param) for param in params] == [FreedParameter, Own]
+        assert [isinstance(param, FreedParameter) for param in params] == [True, True]
+        assert [type(param).__name__ for param in params] == ["FreedParameter", "Own"]
+        assert isinstance(params[1], Own)
+        with pytest.raises(UsageError, match="p1 was read while its unit is freed"):
+            params[1].sum()
 
 
 @every_lifetime

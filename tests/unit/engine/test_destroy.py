@@ -120,6 +120,8 @@ def test_a_destroyed_engine_says_so_when_it_is_to_train(stage: int) -> None:
         engine.backward(loss)
     with pytest.raises(UsageError, match=r"engine\.step\(\) was called after engine\.destroy"):
         engine.step()
+    with pytest.raises(UsageError, match=r"engine\(\.\.\.\) was called after engine\.destroy"):
+        engine(batch(0))
 
 
 @on_ranks(2, STAGES)

@@ -334,6 +334,7 @@ def test_a_quantised_optimizer_without_its_package_is_refused_with_what_to_insta
 ) -> None:
     for package in ("bitsandbytes", "torchao"):
         monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.setitem(sys.modules, f"{package}.optim", None)  # imported by another test
     with pytest.raises(ConfigError, match=rf'"{name}" is not in (.|\n)*`pip install bitsandbytes`'):
         make(name)
 

@@ -1,5 +1,6 @@
 """``deepspeed.utils.zero_to_fp32``: the weights of a checkpoint in full."""
 
+from deepspeed._names import names
 from zeroshard.checkpoint import (
     convert_zero_checkpoint_to_fp32_state_dict,
     get_fp32_state_dict_from_zero_checkpoint,
@@ -7,8 +8,6 @@ from zeroshard.checkpoint import (
     get_optim_files,
     load_state_dict_from_zero_checkpoint,
 )
-
-from deepspeed._names import names
 
 __all__ = [
     "convert_zero_checkpoint_to_fp32_state_dict",

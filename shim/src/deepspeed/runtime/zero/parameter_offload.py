@@ -1,4 +1,4 @@
-"""``deepspeed.runtime.zero.parameter_offload``: the hooks of a model, to take off for a while."""
+"""``deepspeed.runtime.zero.parameter_offload``: the hooks of a model, for taking them off."""
 
 from __future__ import annotations
 
