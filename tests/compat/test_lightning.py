@@ -389,9 +389,10 @@ def test_a_file_may_bring_the_optimizer_and_the_schedule(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_strategies_that_offload_train_the_same() -> None:
+def test_strategies_that_offload_or_shard_nothing_train_the_same() -> None:
     def work(rank: int, world: int) -> None:
         for strategy in (
+            DeepSpeedStrategy(zero_optimization=False, logging_batch_size_per_gpu=MICRO),
             DeepSpeedStrategy(stage=1, offload_optimizer=True),  # the Trainer has no name for it
             "deepspeed_stage_2_offload",
             "deepspeed_stage_3_offload",

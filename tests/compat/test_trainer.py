@@ -701,3 +701,20 @@ def test_save_model_writes_shards_where_gathering_is_off() -> None:
                 torch.testing.assert_close(whole[name], weight, rtol=0, atol=0)
 
     each_rank(body)
+
+
+def test_fp32_weights_of_a_checkpoint_are_loaded_into_the_model_that_trained() -> None:
+    def body(folder: Path) -> None:
+        for stage, dtype in ((2, "bf16"), (3, "fp32")):
+            output = folder / str(stage)
+            saving = {"save_strategy": "steps", "save_steps": 4}
+            trainer = train(
+                output, Recipe(stage, dtype), model=Line(LineConfig()), data=Points(), **saving
+            )
+            # Parameters this small are whole on every rank at every stage.
+            trained = trainer.model.slope.item(), trainer.model.height.item()
+            load = deepspeed.utils.zero_to_fp32.load_state_dict_from_zero_checkpoint
+            model = load(trainer.model, str(output / "checkpoint-4"))
+            assert (model.slope.item(), model.height.item()) == trained != (0.5, -1.0)
+
+    each_rank(body)
