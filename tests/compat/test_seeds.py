@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import io
 import logging
 import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,7 +26,7 @@ import bitsandbytes  # noqa: F401
 import peft  # noqa: F401
 import pytest
 import torch
-from transformers import Trainer  # noqa: F401
+from transformers import Trainer, TrainingArguments
 
 import deepspeed
 import zeroshard
@@ -97,6 +99,12 @@ def messages(stderr: str) -> list[str]:
         for line in lines
         if line and not bar.search(line) and not line.startswith("Failed to load CPU gemm")
     ]
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
 
 
 def losses_of(text: str) -> list[float]:
@@ -280,6 +288,35 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path) -> None:
 
 
 # What stands around them
+
+
+@pytest.mark.parametrize("joined_by", ["the test", "Accelerate"])
+def test_a_trainer_that_is_not_told_of_the_cpu_sees_all_ranks(
+    joined_by: str, tmp_path: Path
+) -> None:
+    config = {"train_batch_size": "auto", "zero_optimization": {"stage": 2}}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def rank(rank: int, world: int) -> tuple[int, int, int, int]:
+        os.environ.update(meeting)
+        sys.path.insert(0, str(SEEDS))
+        small = importlib.import_module("small")
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            max_steps=1,
+            deepspeed=config,
+            save_strategy="no",
+        )
+        data = small.Windows(small.byte_tokenizer())
+        trainer = Trainer(model=small.small_llama(), args=args, train_dataset=data)
+        batches = len(trainer.get_train_dataloader())
+        trainer.train()
+        batch = trainer.model_wrapped.train_batch_size()
+        return args.world_size, args.process_index, batches, batch
+
+    found = run_ranks(rank, process_group=joined_by == "the test")
+    assert found == [(2, number, 256 // (2 * 2), 2 * 2) for number in (0, 1)]
 
 
 def test_a_rank_on_the_host_is_a_number_that_tensors_take_for_the_cpu() -> None:

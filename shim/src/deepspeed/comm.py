@@ -28,7 +28,6 @@ from torch.distributed import (
     get_world_size,
     irecv,
     is_available,
-    is_initialized,
     isend,
     monitored_barrier,
     new_group,
@@ -93,6 +92,14 @@ def init_distributed(*args: Any, **kwargs: Any) -> None:
     """Join the other ranks; keep a process group that exists already."""
     world.init_distributed(*args, **kwargs)
     tell_backend()
+
+
+def is_initialized() -> bool:
+    """Tell whether the ranks have been joined; Accelerate, which asks, is told how."""
+    joined = dist.is_initialized()
+    if joined:
+        tell_backend()
+    return joined
 
 
 def get_world_group() -> ProcessGroup | None:
