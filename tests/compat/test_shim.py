@@ -123,22 +123,12 @@ def test_files_of_deepspeed_in_the_same_folder_are_refused(tmp_path: Path) -> No
     assert "files of DeepSpeed itself (pipe) are in the same folder" in message
 
 
-def test_folders_of_the_path_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "locked" / "deepspeed").mkdir(parents=True)
+def test_entries_of_the_path_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    # Also as root, for whom every folder may be read.
-    code = """
-from pathlib import Path
-listed = Path.iterdir
-def iterdir(folder):
-    if folder.name == "locked":
-        raise PermissionError(folder)
-    return listed(folder)
-Path.iterdir = iterdir
-import deepspeed
-"""
-    odd = (tmp_path / "locked", tmp_path / "file", tmp_path / "missing", Path("."))
-    ended = run(code, *odd, SHIM.parent)
+    unreadable = tmp_path / ("a name too long for a file system " * 10)  # for root, too
+    ended = run(
+        "import deepspeed", tmp_path / "file", tmp_path / "nothing", unreadable, SHIM.parent
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
