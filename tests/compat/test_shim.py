@@ -432,7 +432,8 @@ def test_the_accelerator_answers_what_scripts_ask() -> None:
     assert device.communication_backend_name() == "gloo"
     assert device.is_available()
     assert device.memory_allocated() > 0
-    assert device.supported_dtypes() == [torch.float32, torch.bfloat16]
+    assert device.supported_dtypes() == [torch.float32, torch.float16, torch.bfloat16]
+    assert device.is_fp16_supported()
     assert device.on_accelerator(torch.ones(1))
     device.empty_cache()
     with pytest.raises(AttributeError, match=r"torch\.cpu has no such name"):
