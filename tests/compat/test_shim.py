@@ -50,6 +50,12 @@ CONTRACT = """
     utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint
     utils.zero_to_fp32.get_model_state_file utils.zero_to_fp32.get_optim_files
     utils.zero_to_fp32.load_state_dict_from_zero_checkpoint
+    DeepSpeedEngine._consolidated_16bit_state_dict
+    DeepSpeedEngine._zero3_consolidated_16bit_state_dict DeepSpeedEngine.backward
+    DeepSpeedEngine.compile DeepSpeedEngine.destroy DeepSpeedEngine.get_global_grad_norm
+    DeepSpeedEngine.load_checkpoint DeepSpeedEngine.no_sync DeepSpeedEngine.save_checkpoint
+    DeepSpeedEngine.set_gradient_accumulation_boundary DeepSpeedEngine.step
+    DeepSpeedEngine.zero_gather_16bit_weights_on_model_save DeepSpeedEngine.zero_grad
 """
 
 
@@ -115,6 +121,15 @@ def test_files_of_deepspeed_in_the_same_folder_are_refused(tmp_path: Path) -> No
     (tmp_path / "deepspeed" / "pipe").mkdir()
     message = ended_with_import_error("", tmp_path)
     assert "files of DeepSpeed itself (pipe) are in the same folder" in message
+
+
+def test_entries_of_the_path_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    unreadable = tmp_path / ("a name too long for a file system " * 10)  # for root, too
+    ended = run(
+        "import deepspeed", tmp_path / "file", tmp_path / "nothing", unreadable, SHIM.parent
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_two_checkouts_of_zeroshard_do_not_disturb_each_other(tmp_path: Path) -> None:
@@ -417,7 +432,8 @@ def test_the_accelerator_answers_what_scripts_ask() -> None:
     assert device.communication_backend_name() == "gloo"
     assert device.is_available()
     assert device.memory_allocated() > 0
-    assert device.supported_dtypes() == [torch.float32, torch.bfloat16]
+    assert device.supported_dtypes() == [torch.float32, torch.float16, torch.bfloat16]
+    assert device.is_fp16_supported()
     assert device.on_accelerator(torch.ones(1))
     device.empty_cache()
     with pytest.raises(AttributeError, match=r"torch\.cpu has no such name"):

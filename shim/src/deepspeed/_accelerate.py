@@ -17,8 +17,9 @@ __all__ = ["tell_backend"]
 
 def tell_backend() -> None:
     """Put the backend into Accelerate's state, if Accelerate is in the middle of setting it up."""
-    module = sys.modules.get("accelerate.state")
-    # All instances share this dictionary; to make one would set it up.
-    state: dict[str, Any] = {} if module is None else module.PartialState._shared_state
+    owner = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
+    # All instances share this dictionary; to make one would set it up. An Accelerate without it is
+    # not told, and the batch size that it computes for one rank is refused on several.
+    state: dict[str, Any] = getattr(owner, "_shared_state", {})
     if state.get("backend", "set") is None and "num_processes" not in state:
         state["backend"] = dist.get_backend()

@@ -7,6 +7,7 @@ another installer, of another folder on the path, or left over by a broken unins
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["check"]
@@ -40,22 +41,26 @@ def _leftovers() -> str:
     return f"files of DeepSpeed itself ({', '.join(found)}) are in the same folder" if found else ""
 
 
-def _folders() -> list[Path]:
-    return [Path(entry or ".") for entry in dict.fromkeys(sys.path)]
+def _found() -> list[Path]:
+    """What begins with the name in the folders that Python imports from."""
+    found: list[Path] = []
+    for folder in dict.fromkeys(sys.path):
+        with suppress(OSError):  # what cannot be read is not imported from, either
+            found += [each for each in Path(folder).iterdir() if each.name.startswith(_NAME)]
+    return found
 
 
 def _other_package() -> str:
-    for folder in _folders():
-        package = folder / _NAME
-        if (package / "__init__.py").is_file() and not (package / _MARK).is_file():
+    for package in _found():
+        is_package = package.name == _NAME and (package / "__init__.py").is_file()
+        if is_package and not (package / _MARK).is_file():
             return f"DeepSpeed itself is in {package.resolve()}"
     return ""
 
 
 def _other_metadata() -> str:
     """What another distribution of this name is registered by; ours says so in its version."""
-    for folder in _folders():
-        for found in folder.glob(f"{_NAME}-*.*-info"):  # of wheels, and of eggs
-            if "+zeroshard" not in found.name:
-                return f"DeepSpeed itself is registered by {found.resolve()}"
+    for info in _found():  # of wheels, and of eggs
+        if info.match(f"{_NAME}-*.*-info") and "+zeroshard" not in info.name:
+            return f"DeepSpeed itself is registered by {info.resolve()}"
     return ""

@@ -69,16 +69,13 @@ class Accelerator:
         return self._name == "cpu" or torch.cuda.is_bf16_supported()
 
     def is_fp16_supported(self) -> bool:
-        """Tell whether the device trains in fp16."""
-        return self._name != "cpu"
+        """Tell whether the device trains in fp16: each does."""
+        return True
 
     def supported_dtypes(self) -> list[torch.dtype]:
         """Return the dtypes that parameters may be computed in."""
-        half = [
-            (torch.float16, self.is_fp16_supported()),
-            (torch.bfloat16, self.is_bf16_supported()),
-        ]
-        return [torch.float32, *(dtype for dtype, supported in half if supported)]
+        always = [torch.float32, torch.float16]
+        return [*always, torch.bfloat16] if self.is_bf16_supported() else always
 
     def manual_seed(self, seed: int) -> None:
         """Seed the random numbers of this device."""

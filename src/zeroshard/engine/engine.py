@@ -505,6 +505,8 @@ class Engine(Getters):
             with_frozen=not exclude_frozen_parameters,
         )
 
+    _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
+
     def load_module_state_dict(
         self,
         state_dict: Mapping[str, Any] | None,

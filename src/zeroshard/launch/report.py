@@ -330,7 +330,7 @@ def _bf16() -> tuple[bool, str]:
 
 def _fp16() -> tuple[bool, str]:
     count = _num_gpus()
-    return count > 0, f"{count} GPUs"
+    return True, f"{count} GPUs" if count else "CPU"
 
 
 def _compile() -> tuple[bool, str]:
@@ -359,7 +359,7 @@ _FEATURES: Sequence[tuple[str, str, Callable[[], tuple[bool, str]]]] = (
     ("ranks on several GPUs", "2 GPUs or more, NCCL", _nccl_ranks),
     ("ranks on the CPU", "gloo", _gloo_ranks),
     ("bf16", "GPUs of capability 8.0, or the CPU", _bf16),
-    ("fp16 with a loss scale", "a GPU", _fp16),
+    ("fp16 with a loss scale", "GPUs, or the CPU", _fp16),
     ("torch.compile", "triton on GPUs, a C++ compiler on the CPU", _compile),
     ("Muon", "torch.optim.Muon (torch 2.9)", _muon),
     ("8-bit optimizers", "bitsandbytes or torchao", _package("bitsandbytes", "torchao")),

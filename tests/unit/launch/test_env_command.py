@@ -25,7 +25,7 @@ def test_the_report_names_versions_devices_limits_and_features(
     assert sections["GPUs"]
     features = {feature["name"]: feature for feature in found["features"]}
     assert features["safetensors files"]["is_there"]
-    assert features["fp16 with a loss scale"]["is_there"] == torch.cuda.is_available()
+    assert features["fp16 with a loss scale"]["is_there"]
     assert not any("unknown" in value for facts in sections.values() for value in facts.values())
 
 
