@@ -26,6 +26,7 @@ from torch.nn import functional as F
 import zeroshard
 from forked import run_ranks
 from zeroshard import checkpoint
+from zeroshard.checkpoint import reader
 from zeroshard.checkpoint import tensors as files
 from zeroshard.errors import CheckpointError, DistributedError, UsageError
 
@@ -299,6 +300,24 @@ def test_what_a_rank_reads_is_what_it_owns(tmp_path: Path, monkeypatch: pytest.M
 
     run_ranks(save, 2)
     run_ranks(load, 4)
+
+
+def test_a_checkpoint_of_more_files_than_are_kept_open_is_read_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_MOST_OPEN", 1)
+
+    def work(rank: int, world: int) -> None:
+        engine = make(3, world)
+        train(engine, range(2))
+        engine.save_checkpoint(tmp_path, client_state={"numbers": torch.arange(5)})
+        want, state = train(engine, range(2, 4)), everything(engine)
+        _, client = engine.load_checkpoint(tmp_path)
+        assert client["numbers"].tolist() == [0, 1, 2, 3, 4]
+        assert train(engine, range(2, 4)) == want
+        assert differing(everything(engine), state) == []
+
+    run_ranks(work, 2)
 
 
 # What is written --------------------------------------------------------------------------------

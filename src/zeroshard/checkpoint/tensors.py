@@ -158,6 +158,7 @@ class TensorFile:
     def close(self) -> None:
         """Give the file back."""
         self._closing()
+        self._file = -1  # the system gives the old number to the next file that is opened
 
     def _read_header(self) -> tuple[int, dict[str, Any], dict[str, str]]:
         length = int.from_bytes(os.pread(self._file, _LENGTH_BYTES, 0), "little")
