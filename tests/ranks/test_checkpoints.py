@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -428,6 +429,31 @@ def test_client_state_comes_back_as_it_was(
         assert engine.load_checkpoint(tmp_path)[0] == str(tmp_path / "objects")
 
     run_ranks(work, 2)
+
+
+def test_values_whose_memory_is_not_all_of_them_come_back_as_they_were(tmp_path: Path) -> None:
+    whole = torch.tensor([1 + 2j, 3 - 4j])
+    state: dict[str, Any] = {
+        "whole": whole,
+        "conjugate": whole.conj(),
+        "negative": whole.clone().conj().imag,
+        "flags": re.ASCII | re.DOTALL,
+        "flag": re.ASCII,
+        "record": np.array([(1, 2.5)], dtype=[("a", "i4"), ("b", "f8")]),
+        "masked": np.ma.array([1, 2], mask=[False, True]),
+    }
+
+    def work(rank: int, world: int) -> None:
+        engine = make(1, world)
+        engine.save_checkpoint(tmp_path, client_state=state)
+        _, got = engine.load_checkpoint(tmp_path)
+        for name in ("whole", "conjugate", "negative"):
+            assert torch.equal(got[name], state[name].resolve_conj().resolve_neg()), name
+        assert (got["flags"], got["flag"]) == (state["flags"], state["flag"])
+        assert got["record"].dtype == state["record"].dtype and (got["record"] == state["record"])
+        assert got["masked"].mask.tolist() == [False, True]
+
+    run_ranks(work, 1)
 
 
 class Own:

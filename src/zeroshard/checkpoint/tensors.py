@@ -62,7 +62,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 def on_host(tensor: Tensor) -> Tensor:
     """A tensor in dense host memory; itself where it is there already."""
-    return tensor.detach().to("cpu").contiguous()
+    return tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
 
 
 def memory_of(tensor: Tensor) -> memoryview:
