@@ -521,6 +521,53 @@ def test_a_checkpoint_that_was_being_replaced_is_found_again(
     run_ranks(work, 2)
 
 
+def test_a_tag_that_names_no_folder_of_its_own_is_refused(tmp_path: Path) -> None:
+    def work(rank: int, world: int) -> None:
+        engine = make(1, world)
+        engine.save_checkpoint(tmp_path, tag="kept")
+        engine.save_checkpoint(tmp_path, tag="nested/kept")
+        torch.distributed.barrier()
+        there = sorted(tmp_path.rglob("*"))
+        for tag in ("", ".", "..", "a/../..", str(tmp_path / "b"), "latest", "zero_to_fp32.py"):
+            with pytest.raises(UsageError, match="no name of a new folder"):
+                engine.save_checkpoint(tmp_path, tag=tag)
+        with pytest.raises(UsageError, match="save_latest or exclude_frozen_parameters"):
+            engine.save_checkpoint(tmp_path, tag="a", exclude_frozen_parameters=rank == 1)
+        torch.distributed.barrier()
+        assert sorted(tmp_path.rglob("*")) == there
+
+    run_ranks(work, 2)
+
+
+def test_replacing_a_checkpoint_leaves_what_is_no_part_of_it(tmp_path: Path) -> None:
+    def work(rank: int, world: int) -> None:
+        engine = make(3, world)
+        engine.save_checkpoint(tmp_path, tag="a")
+        engine.save_checkpoint(tmp_path, tag="a/b")
+        torch.distributed.barrier()
+        if rank == 0:
+            (tmp_path / "a" / "tokenizer.json").write_text("{}")
+            (tmp_path / "a" / "rank_00007.safetensors").write_text("of a larger world")
+            (tmp_path / "link").symlink_to("a")
+            (tmp_path / "file").write_text("of somebody")
+        torch.distributed.barrier()
+        train(engine, range(2))
+        for _ in range(2):
+            engine.save_checkpoint(tmp_path, tag="a")
+            assert (tmp_path / "a" / "tokenizer.json").read_text() == "{}"
+            assert not (tmp_path / "a" / "rank_00007.safetensors").exists()
+        assert engine.load_checkpoint(tmp_path, tag="a/b")[0]
+        for _ in range(2):
+            engine.save_checkpoint(tmp_path, tag="link")
+        assert engine.load_checkpoint(tmp_path, tag="a")[0]
+        with pytest.raises((UsageError, DistributedError), match="is a file"):
+            engine.save_checkpoint(tmp_path, tag="file")
+        assert not list(tmp_path.rglob(".*"))
+        assert (tmp_path / "file").read_text() == "of somebody"
+
+    run_ranks(work, 2)
+
+
 def test_what_cannot_be_loaded_is_refused_on_every_rank_and_changes_nothing(tmp_path: Path) -> None:
     def cut(folder: Path) -> None:
         file = folder / "rank_00001.safetensors"
@@ -627,7 +674,7 @@ def test_without_a_newest_checkpoint_nothing_is_loaded(
         engine.save_checkpoint(tmp_path, tag="a", save_latest=False)
         assert engine.load_checkpoint(tmp_path) == (None, {})
         assert engine.load_checkpoint(tmp_path, "a") == (str(tmp_path / "a"), {})
-        with pytest.raises(UsageError, match="different values of the folder and tag"):
+        with pytest.raises(UsageError, match="different values of save_dir, tag"):
             engine.save_checkpoint(tmp_path, tag=f"of rank {rank}")
         engine.offload_states()
         with pytest.raises(UsageError, match="reload_states"):

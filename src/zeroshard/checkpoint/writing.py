@@ -75,11 +75,15 @@ class _Share:
 def save(training: Training, root: Path, tag: str, content: Common, *, save_latest: bool) -> Path:
     """Write a checkpoint. A collective; an error of one rank is raised on all.
 
+    What is already under the same name is replaced when all is written.
+
     Returns:
         Its folder.
     """
     mesh, folder, started = training.mesh, root / tag, time.monotonic()
-    check_equal(str(folder), mesh, "the folder and tag of a checkpoint")
+    asked = [str(folder), save_latest, content.with_frozen]
+    check_equal(json.dumps(asked), mesh, "save_dir, tag, save_latest or exclude_frozen_parameters")
+    disk.check_tag(tag)
     with _abandoned_on_error(folder, mesh.rank):
         with agreed(mesh, f"make {folder}"):
             if mesh.rank == 0:
