@@ -270,6 +270,50 @@ def test_an_accumulation_of_another_length_starts_anew(
     run_ranks(work, 2)
 
 
+def test_an_accumulation_under_way_ends_where_its_gradients_mean_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the optimizer is not loaded, and where gradients were scaled otherwise."""
+
+    def work(rank: int, world: int) -> None:
+        engine = make(3, world, accumulation=2)
+        train(engine, range(3))
+        engine.save_checkpoint(tmp_path / "fp32")
+        engine.destroy()
+
+        runs = []
+        for before in (range(0), range(20, 21)):
+            fresh = make(3, world, accumulation=2)
+            train(fresh, before)
+            fresh.load_checkpoint(tmp_path / "fp32", load_optimizer_states=False)
+            assert fresh.micro_steps == 2
+            runs.append((train(fresh, range(5, 9)), everything(fresh)))
+            fresh.destroy()
+        assert runs[0][0] == runs[1][0]
+        assert differing(runs[0][1], runs[1][1]) == []
+
+        half = make(3, world, accumulation=2, **PRECISIONS["fp16"])
+        train(half, range(11))
+        half.save_checkpoint(tmp_path / "fp16")
+        half.destroy()
+        pairs: tuple[tuple[str, dict[str, Any]], ...] = (
+            ("fp16", {}),
+            ("fp32", {"fp16": {"enabled": True, "loss_scale": 64}}),
+            ("fp16", {"fp16": {"enabled": True, "loss_scale": 64}}),
+        )
+        for source, precision in pairs:
+            caplog.clear()
+            resumed = make(3, world, accumulation=2, **precision)
+            with caplog.at_level(logging.WARNING, logger="zeroshard"):
+                resumed.load_checkpoint(tmp_path / source)
+            assert "a loss scale of" in caplog.text
+            assert resumed.micro_steps % 2 == 0
+            assert not any(unit.has_gradient for unit in resumed.runtime.units)
+            resumed.destroy()
+
+    run_ranks(work, 2)
+
+
 def test_what_a_rank_reads_is_what_it_owns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[str, int]] = []
     read_range = files.TensorFile.read_range
@@ -659,6 +703,60 @@ def test_another_model_is_refused_with_the_names_that_differ(
             sgd.load_checkpoint(tmp_path)
         sgd.load_checkpoint(tmp_path, load_optimizer_states=False)
         assert torch.equal(everything(sgd)["head.weight"], before["head.weight"])
+
+    run_ranks(work, 2)
+
+
+def test_state_that_does_not_fit_is_refused_before_weights_change(tmp_path: Path) -> None:
+    def grouped(world: int, *, matrices_first: bool) -> zeroshard.Engine:
+        net = Net()
+        trained = [param for param in net.parameters() if param.requires_grad]
+        groups = [
+            {"params": [p for p in trained if (p.dim() > 1) is is_matrix], "weight_decay": decay}
+            for is_matrix, decay in ((matrices_first, 0.1), (not matrices_first, 0.0))
+        ]
+        return make(3, world, model=net, given=torch.optim.AdamW(groups, lr=1e-2))
+
+    def work(rank: int, world: int) -> None:
+        engine = grouped(world, matrices_first=True)
+        train(engine, range(2))
+        engine.save_checkpoint(tmp_path / "groups")
+        engine.save_checkpoint(tmp_path / "client", client_state={"own": Own(1)})
+        engine.destroy()
+        other = grouped(world, matrices_first=False)
+        train(other, range(5, 6))
+        before = everything(other)
+        with pytest.raises(CheckpointError, match=r"was in param group 0 .* and is in group 1"):
+            other.load_checkpoint(tmp_path / "groups")
+        assert differing(everything(other), before) == []
+        objects = tmp_path / "client" / "global_step2" / "objects.pt"
+        torch.distributed.barrier()
+        if rank == 0:
+            objects.write_bytes(b"?" * objects.stat().st_size)
+        torch.distributed.barrier()
+        with pytest.raises(CheckpointError, match=r"objects\.pt cannot be read"):
+            other.load_checkpoint(tmp_path / "client", load_optimizer_states=False)
+        assert differing(everything(other), before) == []
+
+    run_ranks(work, 2)
+
+
+def test_ranks_that_load_by_different_arguments_are_refused(tmp_path: Path) -> None:
+    def work(rank: int, world: int) -> None:
+        engine = make(3, world)
+        for folder in ("a", "b"):
+            train(engine, range(1))
+            engine.save_checkpoint(tmp_path / folder, tag="x")
+        before = everything(engine)
+        for options in (
+            {"load_dir": tmp_path / "ab"[rank]},
+            {"load_dir": tmp_path / "a", "tag": "x" if rank else None},
+            {"load_dir": tmp_path / "a", "load_module_only": rank == 1},
+            {"load_dir": tmp_path / "a", "custom_load_fn": print if rank else None},
+        ):
+            with pytest.raises(UsageError, match="different values of load_dir, tag"):
+                engine.load_checkpoint(**options)
+        assert differing(everything(engine), before) == []
 
     run_ranks(work, 2)
 
