@@ -565,6 +565,50 @@ def test_a_checkpoint_that_was_being_replaced_is_found_again(
     run_ranks(work, 2)
 
 
+class KilledError(BaseException):
+    """The end of a process: nothing that tidies up after an error sees it."""
+
+
+@pytest.mark.parametrize("tag", ("same", "other"))
+def test_a_save_that_ends_anywhere_leaves_a_whole_checkpoint(tag: str, tmp_path: Path) -> None:
+    """At each thing that it does to files; in place of an older one, and beside it."""
+
+    def work(rank: int, world: int) -> None:
+        left: list[int] = []
+
+        def kill(event: str, arguments: tuple[Any, ...]) -> None:
+            is_ours = any(str(tmp_path) in str(each) for each in arguments)
+            if left and is_ours and event.partition(".")[0] in {"open", "os", "shutil"}:
+                left[0] -= 1
+                if left[0] < 0:
+                    left.clear()
+                    raise KilledError
+
+        sys.addaudithook(kill)
+        engine = make(3, world)
+        engine.save_checkpoint(tmp_path, tag="same", client_state={"done": 0})
+        (tmp_path / "same" / "tokenizer.json").touch()
+        num_ends, last, is_over = 0, 0, False
+        while not is_over:
+            left[:] = [num_ends]
+            try:
+                engine.save_checkpoint(tmp_path, tag=tag, client_state={"done": num_ends + 1})
+                is_over = True
+            except KilledError:
+                num_ends += 1
+            left.clear()
+            path, client = engine.load_checkpoint(tmp_path)
+            assert path is not None and last <= client["done"] <= num_ends + 1
+            checkpoint.get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+            last = client["done"]
+        assert num_ends > 20
+        assert last == num_ends + 1
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+        assert (tmp_path / "same" / "tokenizer.json").exists()
+
+    run_ranks(work, 1, timeout=60)
+
+
 def test_a_tag_that_names_no_folder_of_its_own_is_refused(tmp_path: Path) -> None:
     def work(rank: int, world: int) -> None:
         engine = make(1, world)

@@ -91,7 +91,7 @@ class Encoder:
             return self._encode_array(np.asarray(value), isinstance(value, np.generic))
         if _is_importable(kind):
             name = f"{kind.__module__}:{kind.__qualname__}"
-            if isinstance(value, enum.Enum) and value.name in kind.__members__:
+            if isinstance(value, enum.Enum) and value.name in type(value).__members__:
                 return {_TAG: "enum", "class": name, "v": value.name}
             if isinstance(value, dict) and _is_only_a_dict(value):
                 return {_TAG: "mapping", "class": name, "v": self.pairs(value)}
