@@ -249,6 +249,38 @@ def test_any_stage_and_number_of_ranks_goes_on_from_any_other(tmp_path: Path) ->
         run_ranks(load, world, timeout=100)
 
 
+def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
+    def work(rank: int, world: int) -> None:
+        kinds: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+            "fp32": (torch.float32, {}),
+            "bf16": (torch.float32, PRECISIONS["bf16"]),
+            "fp16": (torch.float32, {"fp16": {"enabled": True, "initial_scale_power": 6}}),
+            "fp64": (torch.float64, {}),
+        }
+
+        def fresh(name: str) -> zeroshard.Engine:
+            torch.manual_seed(0)
+            dtype, precision = kinds[name]
+            return make(3, world, model=Net().to(dtype), **precision)
+
+        for source in kinds:
+            engine = fresh(source)
+            train(engine, range(8))
+            engine.save_checkpoint(tmp_path / source)
+            want = train(engine, range(8, 11))
+            before = engine.global_steps
+            engine.destroy()
+            for target in kinds:
+                resumed = fresh(target)
+                resumed.load_checkpoint(tmp_path / source)
+                got = train(resumed, range(8, 11))
+                assert got == pytest.approx(want, rel=2e-2), (source, target)
+                assert resumed.global_steps == before
+                resumed.destroy()
+
+    run_ranks(work, 2, timeout=60)
+
+
 def test_an_accumulation_of_another_length_starts_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

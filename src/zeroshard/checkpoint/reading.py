@@ -289,7 +289,10 @@ def _read_state(reader: Reader, name: str, place: Place) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for key in entry.slices:
         kind = STATE + key
-        flat = torch.empty(piece.numel(), dtype=reader.dtype(kind, name), device=piece.device)
+        dtype = reader.dtype(kind, name)
+        if dtype == reader.dtype(WEIGHTS, name):
+            dtype = piece.dtype  # an optimizer that makes it like the weights expects it so
+        flat = torch.empty(piece.numel(), dtype=dtype, device=piece.device)
         _read_slice(reader, kind, name, place, flat)
         state[key] = flat.view(piece.shape)
     state |= {k: decoded(spec, reader.common, piece) for k, spec in entry.numbers.items()}
