@@ -578,6 +578,34 @@ def test_a_rank_that_cannot_write_leaves_the_checkpoint_before(stage: int, tmp_p
     run_ranks(work, 2)
 
 
+def test_a_state_dict_that_one_rank_cannot_make_is_an_error_on_all(tmp_path: Path) -> None:
+    class Moody(Net):
+        is_moody = False
+
+        def get_extra_state(self) -> dict[str, int]:
+            if self.is_moody:
+                raise ValueError("not today")
+            return {"a": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            assert state == {"a": 1}
+
+    def work(rank: int, world: int) -> None:
+        model = Moody()
+        engine = make(1, world, model=nn.Sequential(OrderedDict(inner=model)))
+        engine.save_checkpoint(tmp_path, tag="before")
+        model.is_moody = rank == 1
+        expected: Any = ValueError if rank == 1 else DistributedError
+        with pytest.raises(expected, match="not today"):
+            engine.save_checkpoint(tmp_path, tag="after")
+        model.is_moody = False
+        assert engine.load_checkpoint(tmp_path)[0] == str(tmp_path / "before")
+        other = make(1, world, model=nn.Sequential(OrderedDict(another=Net())))
+        other.load_checkpoint(tmp_path, load_module_strict=False, load_module_only=True)
+
+    run_ranks(work, 2, timeout=30)
+
+
 def test_a_checkpoint_that_was_being_replaced_is_found_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

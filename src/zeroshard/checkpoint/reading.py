@@ -142,6 +142,8 @@ def _check(
         state = training.model.state_dict(keep_vars=True)
         own = {name: present(value, companions) for name, value in state.items()}
         check_extras(own, extras, reader.folder)
+    if wanted.schedule and not wanted.only_model:
+        reader.common.decode(manifest.schedule)
     if sharded is None or wanted.only_model or not wanted.optimizer:
         return
     if manifest.optimizer is None:
@@ -180,11 +182,11 @@ def _read_model(training: Training, found: Match, reader: Reader) -> list[Unit]:
     rank = _same_rank(training, reader)
     for name, buffer in found.buffers.items():
         buffer.copy_(_buffer(reader, name, rank))
+    modules = dict(training.model.named_modules(remove_duplicate=False))
     for name, encoded in reader.manifest.extras.items():
         path, _, last = name.rpartition(".")
-        if last == _EXTRA_STATE:
-            module = training.model.get_submodule(path)
-            module.set_extra_state(reader.common.decode(encoded))
+        if last == _EXTRA_STATE and path in modules:
+            modules[path].set_extra_state(reader.common.decode(encoded))
     return list(by_unit)
 
 

@@ -88,11 +88,12 @@ def save(training: Training, root: Path, tag: str, content: Common, *, save_late
         with agreed(mesh, f"make {folder}"):
             if mesh.rank == 0:
                 disk.begin(folder)
+            buffers = named_buffers(training.model, training.model.state_dict(keep_vars=True))
+            digests = _digests(buffers)
         if content.with_frozen:
             companions = companions_on_host(training.units, wanted=mesh.rank == 0)
             content = replace(content, companions=companions)
-        buffers = named_buffers(training.model, training.model.state_dict(keep_vars=True))
-        common = from_rank_0(_digests(buffers), mesh, "to compare buffers with rank 0")
+        common = from_rank_0(digests, mesh, "to compare buffers with rank 0")
         with agreed(mesh, f"write its part of {folder}"):
             share = _share_of(training, buffers, json.loads(common), content.with_frozen)
             path = disk.unfinished_folder(folder) / disk.rank_file(mesh.rank)
