@@ -34,6 +34,7 @@ __all__ = [
     "newest_tag",
     "rank_file",
     "recover",
+    "standing",
     "sync_folder",
     "unfinished_folder",
     "write_text",
@@ -160,6 +161,12 @@ def recover(folder: Path) -> bool:
         return False
     replaced.rename(folder)
     return True
+
+
+def standing(folder: Path) -> Path:
+    """Where the checkpoint of that name is: aside, if its replacement never got the name."""
+    replaced = _hidden(folder, "replaced")
+    return replaced if replaced.exists() and not folder.exists() else folder
 
 
 def mark_latest(root: Path, tag: str) -> None:
