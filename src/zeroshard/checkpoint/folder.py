@@ -30,6 +30,7 @@ __all__ = [
     "begin",
     "check_tag",
     "finish",
+    "leftovers",
     "mark_latest",
     "newest_tag",
     "rank_file",
@@ -119,6 +120,11 @@ def begin(folder: Path) -> Path:
 def unfinished_folder(folder: Path) -> Path:
     """The folder that a checkpoint is written in."""
     return _hidden(folder, "unfinished")
+
+
+def leftovers(root: Path) -> list[str]:
+    """The names of folders in which a save has been begun that is not finished."""
+    return sorted(path.name for path in root.glob(".*.unfinished") if path.is_dir())
 
 
 def abandon(folder: Path) -> None:

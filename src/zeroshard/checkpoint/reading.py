@@ -109,6 +109,13 @@ def _find(root: Path, tag: str | None, training: Training) -> Path | None:
     with agreed(mesh, f"find a checkpoint in {root}"):
         chosen = tag
         if mesh.rank == 0:
+            if left := disk.leftovers(root):
+                _log.warning(
+                    "%s holds %s of saves that were killed. They are never read: remove them, "
+                    "unless another program is saving there now.",
+                    root,
+                    ", ".join(left),
+                )
             chosen = disk.newest_tag(root) if tag is None else tag
             if chosen is not None and disk.recover(root / chosen):
                 _log.warning(
