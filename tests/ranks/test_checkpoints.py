@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 import zeroshard
 from forked import run_ranks
 from zeroshard import checkpoint
+from zeroshard.checkpoint import reader
 from zeroshard.checkpoint import tensors as files
 from zeroshard.errors import CheckpointError, DistributedError, UsageError
 
@@ -247,6 +249,38 @@ def test_any_stage_and_number_of_ranks_goes_on_from_any_other(tmp_path: Path) ->
         run_ranks(load, world, timeout=100)
 
 
+def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
+    def work(rank: int, world: int) -> None:
+        kinds: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+            "fp32": (torch.float32, {}),
+            "bf16": (torch.float32, PRECISIONS["bf16"]),
+            "fp16": (torch.float32, {"fp16": {"enabled": True, "initial_scale_power": 6}}),
+            "fp64": (torch.float64, {}),
+        }
+
+        def fresh(name: str) -> zeroshard.Engine:
+            torch.manual_seed(0)
+            dtype, precision = kinds[name]
+            return make(3, world, model=Net().to(dtype), **precision)
+
+        for source in kinds:
+            engine = fresh(source)
+            train(engine, range(8))
+            engine.save_checkpoint(tmp_path / source)
+            want = train(engine, range(8, 11))
+            before = engine.global_steps
+            engine.destroy()
+            for target in kinds:
+                resumed = fresh(target)
+                resumed.load_checkpoint(tmp_path / source)
+                got = train(resumed, range(8, 11))
+                assert got == pytest.approx(want, rel=2e-2), (source, target)
+                assert resumed.global_steps == before
+                resumed.destroy()
+
+    run_ranks(work, 2, timeout=60)
+
+
 def test_an_accumulation_of_another_length_starts_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -264,6 +298,50 @@ def test_an_accumulation_of_another_length_starts_anew(
         assert resumed.global_steps == 1
         train(resumed, range(1))
         assert resumed.global_steps == 2
+
+    run_ranks(work, 2)
+
+
+def test_an_accumulation_under_way_ends_where_its_gradients_mean_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the optimizer is not loaded, and where gradients were scaled otherwise."""
+
+    def work(rank: int, world: int) -> None:
+        engine = make(3, world, accumulation=2)
+        train(engine, range(3))
+        engine.save_checkpoint(tmp_path / "fp32")
+        engine.destroy()
+
+        runs = []
+        for before in (range(0), range(20, 21)):
+            fresh = make(3, world, accumulation=2)
+            train(fresh, before)
+            fresh.load_checkpoint(tmp_path / "fp32", load_optimizer_states=False)
+            assert fresh.micro_steps == 2
+            runs.append((train(fresh, range(5, 9)), everything(fresh)))
+            fresh.destroy()
+        assert runs[0][0] == runs[1][0]
+        assert differing(runs[0][1], runs[1][1]) == []
+
+        half = make(3, world, accumulation=2, **PRECISIONS["fp16"])
+        train(half, range(11))
+        half.save_checkpoint(tmp_path / "fp16")
+        half.destroy()
+        pairs: tuple[tuple[str, dict[str, Any]], ...] = (
+            ("fp16", {}),
+            ("fp32", {"fp16": {"enabled": True, "loss_scale": 64}}),
+            ("fp16", {"fp16": {"enabled": True, "loss_scale": 64}}),
+        )
+        for source, precision in pairs:
+            caplog.clear()
+            resumed = make(3, world, accumulation=2, **precision)
+            with caplog.at_level(logging.WARNING, logger="zeroshard"):
+                resumed.load_checkpoint(tmp_path / source)
+            assert "a loss scale of" in caplog.text
+            assert resumed.micro_steps % 2 == 0
+            assert not any(unit.has_gradient for unit in resumed.runtime.units)
+            resumed.destroy()
 
     run_ranks(work, 2)
 
@@ -299,6 +377,24 @@ def test_what_a_rank_reads_is_what_it_owns(tmp_path: Path, monkeypatch: pytest.M
 
     run_ranks(save, 2)
     run_ranks(load, 4)
+
+
+def test_a_checkpoint_of_more_files_than_are_kept_open_is_read_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_MOST_OPEN", 1)
+
+    def work(rank: int, world: int) -> None:
+        engine = make(3, world)
+        train(engine, range(2))
+        engine.save_checkpoint(tmp_path, client_state={"numbers": torch.arange(5)})
+        want, state = train(engine, range(2, 4)), everything(engine)
+        _, client = engine.load_checkpoint(tmp_path)
+        assert client["numbers"].tolist() == [0, 1, 2, 3, 4]
+        assert train(engine, range(2, 4)) == want
+        assert differing(everything(engine), state) == []
+
+    run_ranks(work, 2)
 
 
 # What is written --------------------------------------------------------------------------------
@@ -411,6 +507,31 @@ def test_client_state_comes_back_as_it_was(
     run_ranks(work, 2)
 
 
+def test_values_whose_memory_is_not_all_of_them_come_back_as_they_were(tmp_path: Path) -> None:
+    whole = torch.tensor([1 + 2j, 3 - 4j])
+    state: dict[str, Any] = {
+        "whole": whole,
+        "conjugate": whole.conj(),
+        "negative": whole.clone().conj().imag,
+        "flags": re.ASCII | re.DOTALL,
+        "flag": re.ASCII,
+        "record": np.array([(1, 2.5)], dtype=[("a", "i4"), ("b", "f8")]),
+        "masked": np.ma.array([1, 2], mask=[False, True]),
+    }
+
+    def work(rank: int, world: int) -> None:
+        engine = make(1, world)
+        engine.save_checkpoint(tmp_path, client_state=state)
+        _, got = engine.load_checkpoint(tmp_path)
+        for name in ("whole", "conjugate", "negative"):
+            assert torch.equal(got[name], state[name].resolve_conj().resolve_neg()), name
+        assert (got["flags"], got["flag"]) == (state["flags"], state["flag"])
+        assert got["record"].dtype == state["record"].dtype and (got["record"] == state["record"])
+        assert got["masked"].mask.tolist() == [False, True]
+
+    run_ranks(work, 1)
+
+
 class Own:
     def __init__(self, value: int) -> None:
         self.value = value
@@ -457,6 +578,34 @@ def test_a_rank_that_cannot_write_leaves_the_checkpoint_before(stage: int, tmp_p
     run_ranks(work, 2)
 
 
+def test_a_state_dict_that_one_rank_cannot_make_is_an_error_on_all(tmp_path: Path) -> None:
+    class Moody(Net):
+        is_moody = False
+
+        def get_extra_state(self) -> dict[str, int]:
+            if self.is_moody:
+                raise ValueError("not today")
+            return {"a": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            assert state == {"a": 1}
+
+    def work(rank: int, world: int) -> None:
+        model = Moody()
+        engine = make(1, world, model=nn.Sequential(OrderedDict(inner=model)))
+        engine.save_checkpoint(tmp_path, tag="before")
+        model.is_moody = rank == 1
+        expected: Any = ValueError if rank == 1 else DistributedError
+        with pytest.raises(expected, match="not today"):
+            engine.save_checkpoint(tmp_path, tag="after")
+        model.is_moody = False
+        assert engine.load_checkpoint(tmp_path)[0] == str(tmp_path / "before")
+        other = make(1, world, model=nn.Sequential(OrderedDict(another=Net())))
+        other.load_checkpoint(tmp_path, load_module_strict=False, load_module_only=True)
+
+    run_ranks(work, 2, timeout=30)
+
+
 def test_a_checkpoint_that_was_being_replaced_is_found_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -470,8 +619,100 @@ def test_a_checkpoint_that_was_being_replaced_is_found_again(
         with caplog.at_level(logging.WARNING, logger="zeroshard"):
             assert engine.load_checkpoint(tmp_path)[0] == str(tmp_path / "x")
         assert rank == 1 or "the older one is used" in caplog.text
+        assert rank == 1 or ".x.unfinished of saves that were killed" in caplog.text
         engine.save_checkpoint(tmp_path, tag="x")
         assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+    run_ranks(work, 2)
+
+
+class KilledError(BaseException):
+    """The end of a process: nothing that tidies up after an error sees it."""
+
+
+@pytest.mark.parametrize("tag", ("same", "other"))
+def test_a_save_that_ends_anywhere_leaves_a_whole_checkpoint(tag: str, tmp_path: Path) -> None:
+    """At each thing that it does to files; in place of an older one, and beside it."""
+
+    def work(rank: int, world: int) -> None:
+        left: list[int] = []
+
+        def kill(event: str, arguments: tuple[Any, ...]) -> None:
+            is_ours = any(str(tmp_path) in str(each) for each in arguments)
+            if left and is_ours and event.partition(".")[0] in {"open", "os", "shutil"}:
+                left[0] -= 1
+                if left[0] < 0:
+                    left.clear()
+                    raise KilledError
+
+        sys.addaudithook(kill)
+        engine = make(3, world)
+        engine.save_checkpoint(tmp_path, tag="same", client_state={"done": 0})
+        (tmp_path / "same" / "tokenizer.json").touch()
+        num_ends, last, is_over = 0, 0, False
+        while not is_over:
+            left[:] = [num_ends]
+            try:
+                engine.save_checkpoint(tmp_path, tag=tag, client_state={"done": num_ends + 1})
+                is_over = True
+            except KilledError:
+                num_ends += 1
+            left.clear()
+            checkpoint.get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+            path, client = engine.load_checkpoint(tmp_path)
+            assert path is not None and last <= client["done"] <= num_ends + 1
+            last = client["done"]
+        assert num_ends > 20
+        assert last == num_ends + 1
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+        assert (tmp_path / "same" / "tokenizer.json").exists()
+
+    run_ranks(work, 1, timeout=60)
+
+
+def test_a_tag_that_names_no_folder_of_its_own_is_refused(tmp_path: Path) -> None:
+    def work(rank: int, world: int) -> None:
+        engine = make(1, world)
+        engine.save_checkpoint(tmp_path, tag="kept")
+        engine.save_checkpoint(tmp_path, tag="nested/kept")
+        torch.distributed.barrier()
+        there = sorted(tmp_path.rglob("*"))
+        for tag in ("", ".", "..", "a/../..", str(tmp_path / "b"), "latest", "zero_to_fp32.py"):
+            with pytest.raises(UsageError, match="no name of a new folder"):
+                engine.save_checkpoint(tmp_path, tag=tag)
+        with pytest.raises(UsageError, match="save_latest or exclude_frozen_parameters"):
+            engine.save_checkpoint(tmp_path, tag="a", exclude_frozen_parameters=rank == 1)
+        torch.distributed.barrier()
+        assert sorted(tmp_path.rglob("*")) == there
+
+    run_ranks(work, 2)
+
+
+def test_replacing_a_checkpoint_leaves_what_is_no_part_of_it(tmp_path: Path) -> None:
+    def work(rank: int, world: int) -> None:
+        engine = make(3, world)
+        engine.save_checkpoint(tmp_path, tag="a")
+        engine.save_checkpoint(tmp_path, tag="a/b")
+        torch.distributed.barrier()
+        if rank == 0:
+            (tmp_path / "a" / "tokenizer.json").write_text("{}")
+            (tmp_path / "a" / "rank_00007.safetensors").write_text("of a larger world")
+            (tmp_path / "link").symlink_to("a")
+            (tmp_path / "file").write_text("of somebody")
+        torch.distributed.barrier()
+        train(engine, range(2))
+        for _ in range(2):
+            engine.save_checkpoint(tmp_path, tag="a")
+            assert (tmp_path / "a" / "tokenizer.json").read_text() == "{}"
+            assert not (tmp_path / "a" / "rank_00007.safetensors").exists()
+        assert engine.load_checkpoint(tmp_path, tag="a/b")[0]
+        for _ in range(2):
+            engine.save_checkpoint(tmp_path, tag="link")
+        assert engine.load_checkpoint(tmp_path, tag="a")[0]
+        with pytest.raises((UsageError, DistributedError), match="is a file"):
+            engine.save_checkpoint(tmp_path, tag="file")
+        assert not list(tmp_path.rglob(".*"))
+        assert (tmp_path / "file").read_text() == "of somebody"
 
     run_ranks(work, 2)
 
@@ -571,6 +812,60 @@ def test_another_model_is_refused_with_the_names_that_differ(
     run_ranks(work, 2)
 
 
+def test_state_that_does_not_fit_is_refused_before_weights_change(tmp_path: Path) -> None:
+    def grouped(world: int, *, matrices_first: bool) -> zeroshard.Engine:
+        net = Net()
+        trained = [param for param in net.parameters() if param.requires_grad]
+        groups = [
+            {"params": [p for p in trained if (p.dim() > 1) is is_matrix], "weight_decay": decay}
+            for is_matrix, decay in ((matrices_first, 0.1), (not matrices_first, 0.0))
+        ]
+        return make(3, world, model=net, given=torch.optim.AdamW(groups, lr=1e-2))
+
+    def work(rank: int, world: int) -> None:
+        engine = grouped(world, matrices_first=True)
+        train(engine, range(2))
+        engine.save_checkpoint(tmp_path / "groups")
+        engine.save_checkpoint(tmp_path / "client", client_state={"own": Own(1)})
+        engine.destroy()
+        other = grouped(world, matrices_first=False)
+        train(other, range(5, 6))
+        before = everything(other)
+        with pytest.raises(CheckpointError, match=r"was in param group 0 .* and is in group 1"):
+            other.load_checkpoint(tmp_path / "groups")
+        assert differing(everything(other), before) == []
+        objects = tmp_path / "client" / "global_step2" / "objects.pt"
+        torch.distributed.barrier()
+        if rank == 0:
+            objects.write_bytes(b"?" * objects.stat().st_size)
+        torch.distributed.barrier()
+        with pytest.raises(CheckpointError, match=r"objects\.pt cannot be read"):
+            other.load_checkpoint(tmp_path / "client", load_optimizer_states=False)
+        assert differing(everything(other), before) == []
+
+    run_ranks(work, 2)
+
+
+def test_ranks_that_load_by_different_arguments_are_refused(tmp_path: Path) -> None:
+    def work(rank: int, world: int) -> None:
+        engine = make(3, world)
+        for folder in ("a", "b"):
+            train(engine, range(1))
+            engine.save_checkpoint(tmp_path / folder, tag="x")
+        before = everything(engine)
+        for options in (
+            {"load_dir": tmp_path / "ab"[rank]},
+            {"load_dir": tmp_path / "a", "tag": "x" if rank else None},
+            {"load_dir": tmp_path / "a", "load_module_only": rank == 1},
+            {"load_dir": tmp_path / "a", "custom_load_fn": print if rank else None},
+        ):
+            with pytest.raises(UsageError, match="different values of load_dir, tag"):
+                engine.load_checkpoint(**options)
+        assert differing(everything(engine), before) == []
+
+    run_ranks(work, 2)
+
+
 def test_without_a_newest_checkpoint_nothing_is_loaded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -582,7 +877,7 @@ def test_without_a_newest_checkpoint_nothing_is_loaded(
         engine.save_checkpoint(tmp_path, tag="a", save_latest=False)
         assert engine.load_checkpoint(tmp_path) == (None, {})
         assert engine.load_checkpoint(tmp_path, "a") == (str(tmp_path / "a"), {})
-        with pytest.raises(UsageError, match="different values of the folder and tag"):
+        with pytest.raises(UsageError, match="different values of save_dir, tag"):
             engine.save_checkpoint(tmp_path, tag=f"of rank {rank}")
         engine.offload_states()
         with pytest.raises(UsageError, match="reload_states"):

@@ -43,6 +43,12 @@ def _is_dense(tensor: Tensor) -> bool:
     )
 
 
+def _is_plain_array(value: Any) -> bool:
+    """Whether an array or scalar of numpy is its bytes, with a dtype that has a name."""
+    is_array = type(value) is np.ndarray or isinstance(value, np.generic)
+    return is_array and not value.dtype.hasobject and value.dtype.names is None
+
+
 class Encoder:
     """Turns values into JSON; collects their ``tensors`` and the ``objects`` that are no data.
 
@@ -81,11 +87,11 @@ class Encoder:
             return {_TAG: _KIND_NAMES[kind], "v": _ENCODERS[kind](self, value)}
         if isinstance(value, pathlib.PurePath):
             return {_TAG: "path", "v": str(value)}
-        if isinstance(value, np.generic | np.ndarray) and not value.dtype.hasobject:
+        if _is_plain_array(value):
             return self._encode_array(np.asarray(value), isinstance(value, np.generic))
         if _is_importable(kind):
             name = f"{kind.__module__}:{kind.__qualname__}"
-            if isinstance(value, enum.Enum):
+            if isinstance(value, enum.Enum) and value.name in type(value).__members__:
                 return {_TAG: "enum", "class": name, "v": value.name}
             if isinstance(value, dict) and _is_only_a_dict(value):
                 return {_TAG: "mapping", "class": name, "v": self.pairs(value)}
@@ -109,6 +115,7 @@ class Encoder:
         if not value.dim() and not value.is_complex():
             number = self.encode(value.item())
             return {_TAG: "scalar", "dtype": name_of_dtype(value.dtype), "v": number}
+        value = value.resolve_conj().resolve_neg()
         # The same memory is stored once, and is the same tensor when it is read.
         place = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
         key = self._stored.get(place) if value.numel() else None

@@ -142,7 +142,7 @@ def _open(checkpoint_dir: str | Path, tag: str | None) -> Reader:
         raise CheckpointError(
             compose(f"{root} has no file {disk.LATEST!r}.", hint="name a tag, a folder in it.")
         )
-    return Reader(root / chosen)
+    return Reader(disk.standing(root / chosen))
 
 
 def _materialised(weights: Mapping[str, LazyTensor]) -> dict[str, Tensor]:

@@ -15,22 +15,27 @@ from __future__ import annotations
 
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
-from zeroshard.errors import CheckpointError, compose
+from zeroshard.errors import CheckpointError, UsageError, compose
 
 __all__ = [
     "COMMON",
     "LATEST",
     "MANIFEST",
     "OBJECTS",
+    "SCRIPT",
     "abandon",
     "begin",
+    "check_tag",
     "finish",
+    "leftovers",
     "mark_latest",
     "newest_tag",
     "rank_file",
     "recover",
+    "standing",
     "sync_folder",
     "unfinished_folder",
     "write_text",
@@ -40,6 +45,24 @@ LATEST = "latest"
 MANIFEST = "manifest.json"
 COMMON = "common.safetensors"
 OBJECTS = "objects.pt"
+SCRIPT = "zero_to_fp32.py"
+_WRITTEN = (MANIFEST, COMMON, OBJECTS, "rank_*.safetensors", "*_states.pt")
+
+
+def check_tag(tag: str) -> None:
+    """Refuse a tag that names no folder of its own; that of all checkpoints would be replaced.
+
+    Raises:
+        UsageError: it does not.
+    """
+    path = Path(tag)
+    if path.is_absolute() or not path.parts or ".." in path.parts or tag in {LATEST, SCRIPT}:
+        raise UsageError(
+            compose(
+                f"a checkpoint cannot have the tag {tag!r}, which is no name of a new folder.",
+                hint='pass a name such as tag="epoch3", or none to count steps.',
+            )
+        )
 
 
 def rank_file(rank: int) -> str:
@@ -77,11 +100,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def begin(folder: Path) -> Path:
-    """Make the empty folder to write a checkpoint in, without what an earlier attempt left."""
+    """Make the empty folder to write a checkpoint in, without what an earlier attempt left.
+
+    Raises:
+        UsageError: there is a file of the checkpoint's name.
+    """
+    if folder.is_file():
+        raise UsageError(
+            compose(f"{folder} is a file, which no checkpoint replaces.", hint="use another tag.")
+        )
     unfinished = _hidden(folder, "unfinished")
     if unfinished.exists():
         shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
+    sync_folder(folder.parent.parent)  # for the case that the folder of all of them is new
     return unfinished
 
 
@@ -90,23 +122,42 @@ def unfinished_folder(folder: Path) -> Path:
     return _hidden(folder, "unfinished")
 
 
+def leftovers(root: Path) -> list[str]:
+    """The names of folders in which a save has been begun that is not finished."""
+    return sorted(path.name for path in root.glob(".*.unfinished") if path.is_dir())
+
+
 def abandon(folder: Path) -> None:
     """Remove what was written of a checkpoint that cannot be finished."""
     shutil.rmtree(_hidden(folder, "unfinished"), ignore_errors=True)
 
 
 def finish(folder: Path) -> None:
-    """Give a checkpoint that is written its name, in place of an older one of that name."""
+    """Give a checkpoint that is written its name, in place of an older one of that name.
+
+    What else lies in the older one's folder, such as a tokenizer's files, stays there.
+    """
     unfinished, replaced = _hidden(folder, "unfinished"), _hidden(folder, "replaced")
     sync_folder(unfinished)
-    if folder.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
+    if os.path.lexists(folder):
+        _dissolve(replaced, into=folder)  # of an earlier program, which ended here
         folder.rename(replaced)
     unfinished.rename(folder)
     sync_folder(folder.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    _dissolve(replaced, into=folder)
+
+
+def _dissolve(replaced: Path, into: Path) -> None:
+    """Remove a replaced checkpoint; what in its folder is no part of one goes to the new one."""
+    if replaced.is_symlink():
+        replaced.unlink()  # what it leads to is another checkpoint
+    if not replaced.exists():
+        return
+    for path in list(replaced.iterdir()):
+        is_ours = any(fnmatch(path.name, pattern) for pattern in _WRITTEN)
+        if not is_ours and not (into / path.name).exists():
+            path.rename(into / path.name)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def recover(folder: Path) -> bool:
@@ -116,6 +167,12 @@ def recover(folder: Path) -> bool:
         return False
     replaced.rename(folder)
     return True
+
+
+def standing(folder: Path) -> Path:
+    """Where the checkpoint of that name is: aside, if its replacement never got the name."""
+    replaced = _hidden(folder, "replaced")
+    return replaced if replaced.exists() and not folder.exists() else folder
 
 
 def mark_latest(root: Path, tag: str) -> None:

@@ -46,7 +46,7 @@ def load_objects(path: Path) -> dict[str, Any]:
     """Read such a dict; code in it is only run if there is no other way, and that is said.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it cannot be read.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -59,4 +59,19 @@ def load_objects(path: Path) -> dict[str, Any]:
             "instead of them, and nothing is unpickled.",
             path,
         )
-    return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        compose(
+            f"{path} cannot be read: {type(error).__name__}: {error}",
+            hint="define the classes of what was saved where they were then, or use another "
+            "checkpoint.",
+        )
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,7 +56,8 @@ class Reader:
                         hint="use another checkpoint, or copy this one again.",
                     )
                 )
-        self.common = Decoder(self.file(disk.COMMON).read, self._unpickle)
+        self.file(disk.COMMON)  # its header is looked at now
+        self.common = Decoder(self._reads(disk.COMMON), self._unpickle)
 
     def __enter__(self) -> Reader:
         return self
@@ -87,7 +89,7 @@ class Reader:
     def decoder(self, rank: int) -> Decoder:
         """Reads values that a rank has encoded; a tensor that several share is one again."""
         if rank not in self._decoders:
-            self._decoders[rank] = Decoder(self.rank(rank).read)
+            self._decoders[rank] = Decoder(self._reads(disk.rank_file(rank)))
         return self._decoders[rank]
 
     def read_range(self, kind: str, name: str, wanted: Range, out: Tensor) -> None:
@@ -124,6 +126,10 @@ class Reader:
         out = torch.empty(shape, dtype=self.dtype(kind, name), device="cpu")
         self.read_range(kind, name, Range(0, out.numel()), out.view(-1))
         return out
+
+    def _reads(self, name: str) -> Callable[[str], Tensor]:
+        # Through file(), which opens it anew if it was closed to make room for others.
+        return lambda key: self.file(name).read(key)
 
     def _unpickle(self, key: str) -> Any:
         if self._objects is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -25,7 +26,6 @@ from zeroshard.checkpoint.together import agreed, check_equal, from_rank_0
 from zeroshard.checkpoint.training import Place, Progress, Training, present
 from zeroshard.checkpoint.writing import PRIVATE
 from zeroshard.core.access import companions_on_host, reshow
-from zeroshard.core.layout import Range
 from zeroshard.core.unit import Unit
 from zeroshard.errors import CheckpointError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
@@ -69,22 +69,26 @@ def load(training: Training, root: Path, tag: str | None, wanted: Wanted) -> Loa
         None if no tag is given and the folder names none.
     """
     mesh, started = training.mesh, time.monotonic()
+    asked = f"{str(root)!r}, {tag!r}, {wanted}"
+    check_equal(asked, mesh, "load_dir, tag or another argument of load_checkpoint")
     folder = _find(root, tag, training)
     if folder is None:
         return None
     with agreed(mesh, f"read {folder}"):
         reader = Reader(folder, mesh.rank, mesh.world)
     with reader:
-        check_equal(json.dumps(reader.manifest.files), mesh, f"{folder / disk.MANIFEST}")
+        digest = hashlib.sha256(reader.manifest.to_json().encode()).hexdigest()
+        check_equal(digest, mesh, f"the digest of {folder / disk.MANIFEST}")
         companions = dict[Tensor, Tensor]()
         if reader.manifest.extras and not reader.manifest.without_frozen:
             companions = companions_on_host(training.units, wanted=True)
         with agreed(mesh, f"load {folder}"):
             strict = wanted.strict and wanted.weights
             found = match(training, reader.manifest, folder, strict=strict)
-            _check(training, reader, wanted, companions)
-            for rank in _ranks_to_read(found, reader):
+            _check(training, reader, found, wanted, companions)
+            for rank in _ranks_to_read(found, reader, _same_rank(training, reader)):
                 reader.rank(rank)
+            client = reader.common.decode(reader.manifest.client)
         with agreed(mesh, f"load {folder}"), torch.no_grad():
             changed: list[Unit] = []
             if wanted.weights:
@@ -92,7 +96,6 @@ def load(training: Training, root: Path, tag: str | None, wanted: Wanted) -> Loa
             progress = (
                 None if wanted.only_model else _read_training(training, reader, found, wanted)
             )
-            client = reader.common.decode(reader.manifest.client)
         for unit in changed:
             reshow(unit)
         loaded = Loaded(folder, client, progress, reader.manifest.writer.world)
@@ -106,6 +109,13 @@ def _find(root: Path, tag: str | None, training: Training) -> Path | None:
     with agreed(mesh, f"find a checkpoint in {root}"):
         chosen = tag
         if mesh.rank == 0:
+            if left := disk.leftovers(root):
+                _log.warning(
+                    "%s holds %s of saves that were killed. They are never read: remove them, "
+                    "unless another program is saving there now.",
+                    root,
+                    ", ".join(left),
+                )
             chosen = disk.newest_tag(root) if tag is None else tag
             if chosen is not None and disk.recover(root / chosen):
                 _log.warning(
@@ -126,7 +136,11 @@ def _find(root: Path, tag: str | None, training: Training) -> Path | None:
 
 
 def _check(
-    training: Training, reader: Reader, wanted: Wanted, companions: Mapping[Tensor, Tensor]
+    training: Training,
+    reader: Reader,
+    found: Match,
+    wanted: Wanted,
+    companions: Mapping[Tensor, Tensor],
 ) -> None:
     """Refuse what does not fit, before anything is changed."""
     manifest, sharded = reader.manifest, training.sharded
@@ -135,17 +149,23 @@ def _check(
         state = training.model.state_dict(keep_vars=True)
         own = {name: present(value, companions) for name, value in state.items()}
         check_extras(own, extras, reader.folder)
+    if wanted.schedule and not wanted.only_model:
+        reader.common.decode(manifest.schedule)
     if sharded is None or wanted.only_model or not wanted.optimizer:
         return
     if manifest.optimizer is None:
         _log.warning("%s holds no state of an optimizer; it starts anew.", reader.folder)
     else:
         check_kind(sharded.inner, manifest.optimizer, reader.folder)
+        groups = group_of(sharded.inner)
+        for place, name in _stepped(sharded.inner, found):
+            _check_state(reader, name, place, groups[id(place.slice)])
 
 
-def _ranks_to_read(found: Match, reader: Reader) -> set[int]:
-    """The ranks whose files this rank needs something of."""
-    return {
+def _ranks_to_read(found: Match, reader: Reader, same_rank: int | None) -> set[int]:
+    """The ranks whose files this rank needs something of; rank 0 has the buffers."""
+    own = {0} if same_rank is None else {0, same_rank}
+    return own | {
         piece.rank
         for place, name in found.parameters
         for piece in reader.manifest.parameters[name].pieces
@@ -169,11 +189,11 @@ def _read_model(training: Training, found: Match, reader: Reader) -> list[Unit]:
     rank = _same_rank(training, reader)
     for name, buffer in found.buffers.items():
         buffer.copy_(_buffer(reader, name, rank))
+    modules = dict(training.model.named_modules(remove_duplicate=False))
     for name, encoded in reader.manifest.extras.items():
         path, _, last = name.rpartition(".")
-        if last == _EXTRA_STATE:
-            module = training.model.get_submodule(path)
-            module.set_extra_state(reader.common.decode(encoded))
+        if last == _EXTRA_STATE and path in modules:
+            modules[path].set_extra_state(reader.common.decode(encoded))
     return list(by_unit)
 
 
@@ -185,8 +205,7 @@ def _buffer(reader: Reader, name: str, rank: int | None) -> Tensor:
 
 
 def _read_slice(reader: Reader, kind: str, name: str, place: Place, out: Tensor) -> None:
-    owned = place.owned()
-    reader.read_range(kind, name, Range(owned.start, owned.stop), out)
+    reader.read_range(kind, name, place.owned(), out)
 
 
 def _same_rank(training: Training, reader: Reader) -> int | None:
@@ -210,6 +229,8 @@ def _read_training(training: Training, reader: Reader, found: Match, wanted: Wan
         if rank is not None:
             _read_private(training, reader.rank(rank))
     else:
+        for unit in training.units:
+            unit.clear_gradients()
         progress = _without_accumulation(progress)
     if wanted.schedule and training.schedule is not None:
         if manifest.schedule is None:
@@ -229,12 +250,8 @@ def _read_private(training: Training, file: TensorFile) -> None:
 def _read_optimizer(sharded: ShardedOptimizer, reader: Reader, found: Match) -> None:
     optimizer, saved = sharded.inner, reader.manifest.optimizer
     assert saved is not None, "there is state of an optimizer"
-    groups = group_of(optimizer)
-    trained = [(place, name) for place, name in found.parameters if place.unit.is_trained]
     states = {
-        place.slice: _read_state(reader, name, place, groups[id(place.slice)])
-        for place, name in trained
-        if id(place.slice) in groups
+        place.slice: _read_state(reader, name, place) for place, name in _stepped(optimizer, found)
     }
     for piece, state in states.items():
         optimizer.state.pop(piece, None)
@@ -248,9 +265,19 @@ def _read_optimizer(sharded: ShardedOptimizer, reader: Reader, found: Match) -> 
                 group[key] = value
 
 
-def _read_state(reader: Reader, name: str, place: Place, group: int) -> dict[str, Any]:
-    """The optimizer's state for this rank's slice; none if the parameter was never stepped."""
-    entry, piece = reader.manifest.parameters[name], place.slice
+def _stepped(optimizer: torch.optim.Optimizer, found: Match) -> list[tuple[Place, str]]:
+    """The parameters that the optimizer steps, with their saved names."""
+    groups = group_of(optimizer)
+    return [
+        (place, name)
+        for place, name in found.parameters
+        if place.unit.is_trained and id(place.slice) in groups
+    ]
+
+
+def _check_state(reader: Reader, name: str, place: Place, group: int) -> None:
+    """Refuse state of a parameter that was in another group, or cut in a way that does not fit."""
+    entry = reader.manifest.parameters[name]
     if entry.group is not None and entry.group != group:
         raise CheckpointError(
             compose(
@@ -259,25 +286,32 @@ def _read_state(reader: Reader, name: str, place: Place, group: int) -> dict[str
                 hint="make the groups as they were, or pass load_optimizer_states=False.",
             )
         )
+    if entry.blocks and place.owned().numel:
+        _owner_of_blocks(reader, name, place)
+
+
+def _read_state(reader: Reader, name: str, place: Place) -> dict[str, Any]:
+    """The optimizer's state for this rank's slice; none if the parameter was never stepped."""
+    entry, piece = reader.manifest.parameters[name], place.slice
     if entry.blocks:
         return _read_blocks(reader, name, place)
     state: dict[str, Any] = {}
     for key in entry.slices:
         kind = STATE + key
-        flat = torch.empty(piece.numel(), dtype=reader.dtype(kind, name), device=piece.device)
+        dtype = reader.dtype(kind, name)
+        if dtype == reader.dtype(WEIGHTS, name):
+            dtype = piece.dtype  # an optimizer that makes it like the weights expects it so
+        flat = torch.empty(piece.numel(), dtype=dtype, device=piece.device)
         _read_slice(reader, kind, name, place, flat)
         state[key] = flat.view(piece.shape)
     state |= {k: decoded(spec, reader.common, piece) for k, spec in entry.numbers.items()}
     return state
 
 
-def _read_blocks(reader: Reader, name: str, place: Place) -> dict[str, Any]:
-    """State that fits one slice only: there must have been one with the same ends."""
-    entry, piece = reader.manifest.parameters[name], place.slice
-    owned = Range(place.owned().start, place.owned().stop)
+def _owner_of_blocks(reader: Reader, name: str, place: Place) -> int:
+    """The rank that had the same slice, whose state fits this rank's slice only."""
+    entry, owned = reader.manifest.parameters[name], place.owned()
     same = [each.rank for each in entry.pieces if each.range == owned]
-    if not owned.numel:
-        return {}
     if not same:
         raise CheckpointError(
             compose(
@@ -289,13 +323,21 @@ def _read_blocks(reader: Reader, name: str, place: Place) -> dict[str, Any]:
                 "load_optimizer_states=False.",
             )
         )
-    file = reader.rank(same[0])
-    decoder = reader.decoder(same[0])
+    return same[0]
+
+
+def _read_blocks(reader: Reader, name: str, place: Place) -> dict[str, Any]:
+    """State that fits one slice only."""
+    entry, piece = reader.manifest.parameters[name], place.slice
+    if not place.owned().numel:
+        return {}
+    rank = _owner_of_blocks(reader, name, place)
+    file, decoder = reader.rank(rank), reader.decoder(rank)
     state: dict[str, Any] = {}
     for key in entry.slices:
         flat = file.read(f"{STATE}{key}/{name}").to(piece.device)
         state[key] = flat.view(piece.shape)
-    own = entry.blocks.get(str(same[0]), {})
+    own = entry.blocks.get(str(rank), {})
     state |= {key: decoded(spec, decoder, piece) for key, spec in own.items()}
     return state | {k: decoded(spec, decoder, piece) for k, spec in entry.numbers.items()}
 
@@ -329,6 +371,17 @@ def _read_gradients(
             progress.accumulated,
             progress.accumulation,
             training.accumulation,
+        )
+        return _without_accumulation(progress)
+    theirs = reader.manifest.scaler["scale"] if reader.manifest.scaler else 1.0
+    own = training.sharded.scaler.scale if training.sharded and training.sharded.scaler else 1.0
+    if theirs != own:
+        _log.warning(
+            "%s was saved within a step, with gradients for a loss scale of %g, which now is %g: "
+            "that step starts anew.",
+            reader.folder,
+            theirs,
+            own,
         )
         return _without_accumulation(progress)
     by_unit: dict[Unit, list[tuple[Place, str]]] = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from zeroshard.checkpoint.folder import write_text
+from zeroshard.checkpoint.folder import SCRIPT, write_text
 from zeroshard.checkpoint.manifest import Entry, Writer
 from zeroshard.checkpoint.objects import save_objects
 from zeroshard.checkpoint.training import Progress
@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 _MODEL, _OPTIMIZER = "mp_rank_00_model_states.pt", "mp_rank_00_optim_states.pt"
-_SCRIPT = "zero_to_fp32.py"
 _TEXT = '''#!/usr/bin/env python3
 """Makes plain fp32 weights of a checkpoint: python zero_to_fp32.py FOLDER OUTPUT"""
 
@@ -80,7 +79,7 @@ def facts_of(
 
 def write_script(root: Path) -> None:
     """Write the program that users of DeepSpeed run to get plain weights."""
-    path = root / _SCRIPT
+    path = root / SCRIPT
     write_text(path, _TEXT)
     path.chmod(path.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
 

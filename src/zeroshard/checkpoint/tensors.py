@@ -62,7 +62,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 def on_host(tensor: Tensor) -> Tensor:
     """A tensor in dense host memory; itself where it is there already."""
-    return tensor.detach().to("cpu").contiguous()
+    return tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
 
 
 def memory_of(tensor: Tensor) -> memoryview:
@@ -158,6 +158,7 @@ class TensorFile:
     def close(self) -> None:
         """Give the file back."""
         self._closing()
+        self._file = -1  # the system gives the old number to the next file that is opened
 
     def _read_header(self) -> tuple[int, dict[str, Any], dict[str, str]]:
         length = int.from_bytes(os.pread(self._file, _LENGTH_BYTES, 0), "little")

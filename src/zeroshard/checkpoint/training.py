@@ -70,9 +70,9 @@ class Place:
         """What the optimizer steps of it on this rank."""
         return self.unit.slices[self.index]
 
-    def owned(self) -> slice:
+    def owned(self) -> Range:
         """The range of the parameter that this rank owns."""
-        return self.unit.owned(self.index, self.unit.mesh.shard.rank).slice()
+        return self.unit.owned(self.index, self.unit.mesh.shard.rank)
 
     def of(self, shard: Tensor) -> Tensor:
         """The part of this rank's shard that belongs to the parameter, flat."""

@@ -75,20 +75,25 @@ class _Share:
 def save(training: Training, root: Path, tag: str, content: Common, *, save_latest: bool) -> Path:
     """Write a checkpoint. A collective; an error of one rank is raised on all.
 
+    What is already under the same name is replaced when all is written.
+
     Returns:
         Its folder.
     """
     mesh, folder, started = training.mesh, root / tag, time.monotonic()
-    check_equal(str(folder), mesh, "the folder and tag of a checkpoint")
+    asked = [str(folder), save_latest, content.with_frozen]
+    check_equal(json.dumps(asked), mesh, "save_dir, tag, save_latest or exclude_frozen_parameters")
+    disk.check_tag(tag)
     with _abandoned_on_error(folder, mesh.rank):
         with agreed(mesh, f"make {folder}"):
             if mesh.rank == 0:
                 disk.begin(folder)
+            buffers = named_buffers(training.model, training.model.state_dict(keep_vars=True))
+            digests = _digests(buffers)
         if content.with_frozen:
             companions = companions_on_host(training.units, wanted=mesh.rank == 0)
             content = replace(content, companions=companions)
-        buffers = named_buffers(training.model, training.model.state_dict(keep_vars=True))
-        common = from_rank_0(_digests(buffers), mesh, "to compare buffers with rank 0")
+        common = from_rank_0(digests, mesh, "to compare buffers with rank 0")
         with agreed(mesh, f"write its part of {folder}"):
             share = _share_of(training, buffers, json.loads(common), content.with_frozen)
             path = disk.unfinished_folder(folder) / disk.rank_file(mesh.rank)
