@@ -31,21 +31,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zeroshard.core import tree
+from zeroshard.core.building import share_values
 from zeroshard.core.collectives import Answered, all_gather, all_reduce_, broadcast_
+from zeroshard.core.freed import FreedData, FreedParameter, freed_read, shows_shape, stand_in
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.unit import (
-    FreedData,
-    FreedParameter,
-    Unit,
-    freed_read,
-    full_shape,
-    is_waiting,
-    keep_until_engine,
-    share_values,
-    shows_shape,
-    slot_of,
-    stand_in,
-)
+from zeroshard.core.slots import full_shape, is_waiting, keep_until_engine, slot_of
+from zeroshard.core.unit import Unit
 from zeroshard.errors import UsageError, compose
 
 __all__ = ["Waiting", "settle", "waiting_of"]

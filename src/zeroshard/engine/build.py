@@ -18,6 +18,7 @@ from torch import nn
 
 from zeroshard import config as configuration
 from zeroshard.core import world
+from zeroshard.core.building import build_unit
 from zeroshard.core.collectives import broadcast_
 from zeroshard.core.hooks import Runtime, Site
 from zeroshard.core.host import trim
@@ -26,7 +27,8 @@ from zeroshard.core.leaves import CONTAINERS, marked
 from zeroshard.core.lifetime import Lifetime, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh
 from zeroshard.core.schedule import Limits, Schedule
-from zeroshard.core.unit import Unit, build_unit, is_waiting, slot_of
+from zeroshard.core.slots import is_waiting, slot_of
+from zeroshard.core.unit import Unit
 from zeroshard.core.usage import GradientWatch
 from zeroshard.core.waiting import settle
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent

@@ -21,10 +21,11 @@ from torch.nn.utils import parametrizations
 import zeroshard
 from forked import run_ranks
 from zeroshard import UsageError
+from zeroshard.core.freed import FreedParameter
 from zeroshard.core.init import Sharding, shard_module, sharded_construction, suspended
 from zeroshard.core.lifetime import lifetime
 from zeroshard.core.mesh import default_mesh
-from zeroshard.core.unit import FreedParameter, full_nbytes, full_shape, is_waiting, slot_of
+from zeroshard.core.slots import full_nbytes, full_shape, is_waiting, slot_of
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 import zeroshard
 from forked import run_ranks
 from zeroshard import UsageError
-from zeroshard.core.unit import slot_of
+from zeroshard.core.slots import slot_of
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
