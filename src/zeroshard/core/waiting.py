@@ -7,7 +7,9 @@ modifier_rank=0)`` while the others wait at the end of that block. So a read of 
 waits gathers its unit, which stays full until nobody uses it; then it keeps the values of rank 0,
 or of the block's modifier. An edit cannot be missed, and about one unit is full besides the blocks.
 With gradients off, as initialisation is written, shapes are those of the values. With gradients on,
-somebody runs a model that has no engine: reads are refused, and shapes are empty.
+shapes are empty, and reads of parameters are refused: somebody runs a model that has no engine.
+Reads of data, of which state dicts are made, are answered all the same. Pickles and deep copies, of
+parameters and of data, are refused always.
 
 A gather that not every rank takes part in would never end. So ranks show each other what they are
 about to do, and do it if all want the same. Those that wait at the end of a block help the rank
