@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from zeroshard.core.layout import Layout
 
 __all__ = ["FlatBuffer"]
+
+_PATIENCE_S = 1.0
+_PAUSE_S = 20e-6
 
 
 class FlatBuffer:
@@ -63,6 +67,19 @@ class FlatBuffer:
     def num_users(self) -> int:
         """How many tensors and other objects refer to the memory, views included."""
         return torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata)
+
+    def await_users(self, num_users: int) -> None:
+        """Wait until no more refer to the memory than did before a collective on it.
+
+        A thread of gloo's lets go of a tensor only after it has said that the tensor is filled. To
+        whoever counts users meanwhile, it would hide a view that somebody keeps. What is waited for
+        on the stream of a GPU has let go.
+        """
+        if self.tensor.is_cuda:
+            return
+        deadline = time.monotonic() + _PATIENCE_S
+        while self.num_users > num_users and time.monotonic() < deadline:
+            time.sleep(_PAUSE_S)
 
     def leave(self) -> None:
         """Leave the memory to whoever kept views of it, and go on with a copy."""

@@ -182,6 +182,7 @@ class Unit:
         ]
         self._wants_gather, self._wants_reduce = f"to gather {self.name}", f"to reduce {self.name}"
         self._gathering: Ticket = DONE
+        self._num_users = 0  # of the full buffer's memory, before it was gathered
         self._is_readable = self._is_outlined = False
         self._reducing: _Reduction | None = None
         self.has_gradient = False
@@ -285,6 +286,7 @@ class Unit:
         self._end_gather()
         with record_function(f"zeroshard::gather ({self.name})"):
             self._full.allocate()
+            self._num_users = self._full.num_users
             shard = self._store.read(self._mine)
             with Answered(self.mesh.rank, self._wants_gather):
                 self._gathering = all_gather(self._full.tensor, shard, self.mesh.shard)
@@ -294,6 +296,9 @@ class Unit:
             gathering, self._gathering = self._gathering, DONE
             with Answered(self.mesh.rank, self._wants_gather):
                 gathering.wait()
+            if not self.lifetime.params_stay:  # else nobody ever counts
+                del gathering
+                self._full.await_users(self._num_users)
 
     def wait(self) -> None:
         """Make the parameters readable; the unit must be full or on the way."""
@@ -504,7 +509,10 @@ class Unit:
         """
         assert self.is_full, f"{self.name} is edited while freed"
         misfits = self._take_replaced()
+        num_users = self._full.num_users
         edit(self._full.tensor)
+        if not self.lifetime.params_stay:
+            self._full.await_users(num_users)
         mine = self._mine
         self._store.write(mine)
         if self.master is not None and self.master.data_ptr() != mine.data_ptr():
