@@ -118,7 +118,8 @@ class Engine(Getters):
             # The gradients are here, so forgetting them is, too.
             sharded.inner.zero_grad = self.zero_grad
         self._shown_optimizer: Any = self._optimizer
-        weakref.finalize(self, refuse_foreign_steps().remove).atexit = False
+        self._allow_foreign_steps = weakref.finalize(self, refuse_foreign_steps().remove)
+        self._allow_foreign_steps.atexit = False
         self._refresh()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -840,6 +841,9 @@ class Engine(Getters):
         self.reload_states()
         self.zero_grad()
         self.runtime.let_go()
+        self._allow_foreign_steps()
+        if self._watch is not None:
+            self._watch.detach()
         if self._sharded is not None:
             self._sharded.release()
             vars(self._sharded.inner).pop("zero_grad", None)
