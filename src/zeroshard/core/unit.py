@@ -428,7 +428,10 @@ class Unit:
 
         Autograd counts such edits, but not those of ``param.data``.
         """
-        counts = zip(self.members, self._versions, self._count_edits(), strict=True)
+        edits = self._count_edits()
+        if edits == self._versions:  # as in almost every step of almost every loop
+            return []
+        counts = zip(self.members, self._versions, edits, strict=True)
         return [member.name for member, before, now in counts if now != before]
 
     def outline(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import zeroshard
 from unit.engine.small import (
     STAGES,
+    Block,
     Bomb,
     InjectedError,
     Net,
@@ -206,3 +207,16 @@ def test_arguments_arrive_as_the_very_objects_that_were_passed(stage: int) -> No
     assert seen[0][1] is more
     assert seen[0][2] is more["list"]
     assert more["answer"].requires_grad
+
+
+@on_ranks(2)
+def test_an_edit_of_one_rank_is_found_after_any_number_of_edits_of_all() -> None:
+    engine = make(1, nn.Sequential(*(Block() for _ in range(70))))
+    engine.backward(engine(torch.ones(2, 4)).mean())
+    with torch.no_grad():
+        for number, block in enumerate(engine.module):
+            if number < 69 or dist.get_rank():
+                block.up.bias.add_(1)
+    said = pytest.raises(UsageError, match=r"69\.up\.weight .* edited on rank 1 and not on rank 0")
+    with said:
+        engine.step()
