@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -219,4 +220,16 @@ def test_an_edit_of_one_rank_is_found_after_any_number_of_edits_of_all() -> None
                 block.up.bias.add_(1)
     said = pytest.raises(UsageError, match=r"69\.up\.weight .* edited on rank 1 and not on rank 0")
     with said:
+        engine.step()
+
+
+@on_ranks(1)
+def test_a_parameter_that_joins_the_model_late_is_found_after_a_resume_too(tmp_path: Path) -> None:
+    first, engine = make(), make()
+    train(first, steps=4)
+    first.save_checkpoint(tmp_path)
+    engine.load_checkpoint(tmp_path)
+    engine.module.late = nn.Linear(2, 2)
+    engine.backward(loss_of(engine))
+    with pytest.raises(UsageError, match=r"late\.weight was added to the model"):
         engine.step()
