@@ -26,6 +26,7 @@ import bitsandbytes  # noqa: F401
 import peft  # noqa: F401
 import pytest
 import torch
+import transformers
 from transformers import Trainer, TrainingArguments
 
 import deepspeed
@@ -77,6 +78,7 @@ def run_script(script: str, *options: str) -> Ran:
     os.chdir(SEEDS)
     sys.path.insert(0, str(SEEDS))  # as Python does for a script
     sys.argv = [script, *options]
+    transformers.logging.set_verbosity_warning()  # whatever other tests have set
     records: SimpleQueue[logging.LogRecord] = SimpleQueue()
     logging.getLogger("zeroshard").addHandler(handler := QueueHandler(records))
     with (
