@@ -30,7 +30,8 @@ import zeroshard
 from architectures import ARCHITECTURES, Architecture
 from forked import run_ranks
 from zeroshard import UsageError
-from zeroshard.core.unit import Unit, is_waiting, slot_of
+from zeroshard.core.slots import is_waiting, slot_of
+from zeroshard.core.unit import Unit
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

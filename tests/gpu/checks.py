@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import zeroshard
 from zeroshard.core.lifetime import state_bytes
-from zeroshard.core.unit import full_nbytes
+from zeroshard.core.slots import full_nbytes
 from zeroshard.zero import state
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))

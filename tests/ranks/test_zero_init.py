@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import zeroshard
 from forked import run_ranks
 from reference import SEED, Setting, compare, config_of, make_optimizer
-from zeroshard.core.unit import full_nbytes, full_shape, is_waiting
+from zeroshard.core.slots import full_nbytes, full_shape, is_waiting
 from zoo import ZOO, Case
 
 MIB = 2**20

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from zeroshard.core.external import declared
 from zeroshard.core.leaves import is_marked
-from zeroshard.core.unit import Slot, Unit, is_waiting, slot_of
+from zeroshard.core.slots import Slot, is_waiting, slot_of
+from zeroshard.core.unit import Unit
 
 __all__ = ["ZeroParamStatus", "install"]
 

@@ -23,7 +23,7 @@ from zeroshard.checkpoint.manifest import WEIGHTS
 from zeroshard.checkpoint.reader import Reader
 from zeroshard.checkpoint.tensors import write_tensors
 from zeroshard.core.access import gathered
-from zeroshard.core.unit import slot_of
+from zeroshard.core.slots import slot_of
 from zeroshard.errors import CheckpointError, UsageError, compose
 
 __all__ = [

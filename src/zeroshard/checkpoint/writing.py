@@ -40,7 +40,7 @@ from zeroshard.checkpoint.training import (
 )
 from zeroshard.core.access import companions_on_host
 from zeroshard.core.collectives import Answered, gather_bytes
-from zeroshard.core.unit import FreedParameter
+from zeroshard.core.freed import FreedParameter
 
 __all__ = ["PRIVATE", "Common", "save"]
 

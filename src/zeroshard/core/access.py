@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from zeroshard.core.collectives import Answered, all_gather, broadcast_
 from zeroshard.core.hook import Hook
-from zeroshard.core.unit import Slot, Unit, slot_of
+from zeroshard.core.slots import Slot, slot_of
+from zeroshard.core.unit import Unit
 from zeroshard.core.waiting import waiting_of
 from zeroshard.errors import UsageError, compose
 

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from zeroshard.core.unit import slot_of
+from zeroshard.core.slots import slot_of
 from zeroshard.errors import UsageError, compose
 
 __all__ = [

@@ -45,13 +45,15 @@ from torch.utils.hooks import RemovableHandle
 
 from zeroshard.core import tree
 from zeroshard.core.access import guard_state_dict
+from zeroshard.core.building import hand_back
 from zeroshard.core.edges import apart, on_gradient
 from zeroshard.core.external import declared, unwatch, watch
 from zeroshard.core.hook import Hook
 from zeroshard.core.mesh import default_mesh
 from zeroshard.core.scaling import ScaledLoss, rescale
 from zeroshard.core.schedule import Schedule
-from zeroshard.core.unit import Unit, hand_back, slot_of
+from zeroshard.core.slots import slot_of
+from zeroshard.core.unit import Unit
 from zeroshard.core.waiting import Waiting
 from zeroshard.errors import UsageError, compose
 

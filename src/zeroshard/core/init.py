@@ -39,22 +39,14 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from zeroshard.core import tree
+from zeroshard.core.building import build_unit, restore
 from zeroshard.core.collectives import all_reduce_
+from zeroshard.core.freed import FreedParameter, attribute, shows_shape, stand_in
 from zeroshard.core.host import trim
 from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.unit import (
-    FreedParameter,
-    Member,
-    Precision,
-    attribute,
-    build_unit,
-    is_waiting,
-    restore,
-    shows_shape,
-    slot_of,
-    stand_in,
-)
+from zeroshard.core.slots import is_waiting, slot_of
+from zeroshard.core.unit import Member, Precision
 from zeroshard.core.waiting import Waiting
 
 __all__ = ["Sharding", "shard_module", "sharded_construction", "suspended"]

@@ -584,7 +584,12 @@ class Schedule:
             self._window.extend(common_window(wishes))
             self._complete_window()
             wishes = self._show([STEP, *notes][:_WINDOW])
-        self._check_edits([wish[1:] for wish in wishes])
+        shown = [wish[1:] for wish in wishes]
+        while any(len(wish) == _WINDOW for wish in wishes):
+            notes = notes[_WINDOW - 1 :]
+            wishes = self._show([STEP, *notes][:_WINDOW])
+            shown = [[*before, *wish[1:]] for before, wish in zip(shown, wishes, strict=True)]
+        self._check_edits(shown)
         self._settle()
         self._issued.clear()
         self._drop_ahead()

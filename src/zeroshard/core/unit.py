@@ -29,27 +29,23 @@ block's weights and statistics, and are shown and hidden where the quantiser rea
 """
 
 # Torch's list operations have no public name.
+
+# Torch's list operations have no public name.
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
-import copy
-import functools
-import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.autograd.graph import increment_version
-from torch.nn import functional
 from torch.profiler import record_function
-from torch.utils.weak import WeakIdKeyDictionary
 
-from zeroshard.core import tree
 from zeroshard.core.collectives import (
     DONE,
     MEAN,
@@ -57,43 +53,16 @@ from zeroshard.core.collectives import (
     Averaging,
     Ticket,
     all_gather,
-    broadcast_,
     reduce_mean,
 )
-from zeroshard.core.layout import Layout, Range
+from zeroshard.core.flat import FlatBuffer
+from zeroshard.core.layout import Range
 from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.store import DeviceStore, Store
-from zeroshard.core.values import deal, pass_round, put
+from zeroshard.core.store import Store
 from zeroshard.errors import UsageError, compose
 
-__all__ = [
-    "Companion",
-    "FlatBuffer",
-    "FreedData",
-    "FreedParameter",
-    "Keeper",
-    "Member",
-    "Precision",
-    "Slot",
-    "Unit",
-    "attribute",
-    "build_unit",
-    "freed_read",
-    "full_nbytes",
-    "full_shape",
-    "hand_back",
-    "is_waiting",
-    "keep_until_engine",
-    "plain",
-    "restore",
-    "share_values",
-    "shows_shape",
-    "slot_of",
-    "stand_in",
-]
-
-_ALIGN_BYTES = 16
+__all__ = ["Companion", "Holdings", "Keeper", "Member", "Precision", "Unit", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,277 +102,6 @@ class Member:
     companions: tuple[Companion, ...] = ()
 
 
-class FlatBuffer:
-    """A flat tensor with one view per parameter; its memory comes and goes under the views.
-
-    Views are of the tensor's dtype, or, in a tensor of bytes, of those that are named.
-    """
-
-    def __init__(
-        self,
-        tensor: Tensor,
-        layout: Layout,
-        shapes: Sequence[torch.Size],
-        dtypes: Sequence[torch.dtype] | None = None,
-    ) -> None:
-        self.layout, self._shapes = layout, shapes
-        self.is_bytes = dtypes is not None
-        self._dtypes = [tensor.dtype] * len(shapes) if dtypes is None else dtypes
-        self.nbytes_full = tensor.nbytes
-        self._lay(tensor)
-
-    def _lay(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.views = [
-            tensor[self.layout.full(index).slice()].view(dtype).view(shape)
-            for index, (shape, dtype) in enumerate(zip(self._shapes, self._dtypes, strict=True))
-        ]
-        self.gaps = [tensor[gap.slice()] for gap in self.layout.gaps()]
-
-    @property
-    def is_allocated(self) -> bool:
-        """Whether there is memory behind the views."""
-        return self.tensor.untyped_storage().nbytes() > 0
-
-    def allocate(self) -> None:
-        """Back the views with memory of undefined content."""
-        if not self.is_allocated:
-            self.tensor.untyped_storage().resize_(self.nbytes_full)
-
-    def release(self) -> None:
-        """Give the memory back; the views must not be read until the next allocation."""
-        if not self.tensor.untyped_storage().resizable():
-            # NumPy has seen it, and its arrays may still do so.
-            self._lay(torch.empty_like(self.tensor))
-        self.tensor.untyped_storage().resize_(0)
-
-    @property
-    def num_users(self) -> int:
-        """How many tensors and other objects refer to the memory, views included."""
-        return torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata)
-
-    def leave(self) -> None:
-        """Leave the memory to whoever kept views of it, and go on with a copy."""
-        self._lay(self.tensor.clone())
-
-
-_HARMLESS = frozenset(
-    {
-        Tensor.__hash__,
-        Tensor.__repr__,
-        Tensor.data_ptr,
-        Tensor.dim,
-        Tensor.element_size,
-        Tensor.is_complex,
-        Tensor.is_contiguous,
-        Tensor.is_floating_point,
-        Tensor.nelement,
-        Tensor.numel,
-        Tensor.register_hook,
-        Tensor.register_post_accumulate_grad_hook,
-        Tensor.requires_grad_,
-        Tensor.size,
-        Tensor.stride,
-        Tensor.untyped_storage,
-        torch._has_compatible_shallow_copy_type,
-        torch.is_floating_point,
-    }
-)
-
-# Where values are, for programs that write them without another call, as safetensors does.
-_ADDRESSES = frozenset({Tensor.data_ptr, Tensor.untyped_storage})
-
-# What shows the shape alone.
-_OUTLINE = frozenset(
-    {
-        Tensor.__len__,
-        Tensor.dim,
-        Tensor.is_contiguous,
-        Tensor.ndimension,
-        Tensor.nelement,
-        Tensor.numel,
-        Tensor.size,
-        Tensor.stride,
-        torch.numel,
-    }
-)
-_OUTLINE_ATTRIBUTES = frozenset({"nbytes", "ndim", "shape"})
-
-# A whole module is moved by these, one parameter after another.
-_MOVES = frozenset({Tensor.cpu, Tensor.cuda})
-
-# A whole module is cast by these, one parameter after another.
-_CASTS = frozenset({Tensor.bfloat16, Tensor.double, Tensor.float, Tensor.half, Tensor.type})
-
-
-def shows_shape(func: Callable[..., Any]) -> bool:
-    """Whether a function of a tensor shows its shape alone."""
-    return func in _OUTLINE or attribute(func) in _OUTLINE_ATTRIBUTES
-
-
-def stand_in(tensor: Tensor) -> Tensor:
-    """A tensor without data that has the shape of a freed parameter; others as they are."""
-    if not isinstance(tensor, _FREED):
-        return tensor
-    param = tensor.parameter if isinstance(tensor, FreedData) else tensor
-    return torch.empty(full_shape(param), dtype=param.dtype, device="meta")
-
-
-def _is_harmless(func: Callable[..., Any], args: Sequence[Any]) -> bool:
-    """Whether a function of freed parameters neither shows values nor changes them."""
-    if func in _HARMLESS:
-        return True
-    name = attribute(func)
-    if name == "data" and func.__name__ == "__set__":
-        # As when a module is moved. Anything else, a cast included, would be lost.
-        with torch._C.DisableTorchFunctionSubclass():
-            is_same = args[-1].numel() == 0 and args[-1].dtype == args[0].dtype
-            return is_same and isinstance(args[0], FreedParameter)
-    return name not in {None, "H", "T", "data", "imag", "mH", "mT", "real"}
-
-
-def attribute(func: Callable[..., Any]) -> str | None:
-    """The attribute of a tensor that is read or set, if that is what ``func`` does."""
-    if type(func).__name__ != "method-wrapper":
-        return None
-    return getattr(getattr(func, "__self__", None), "__name__", "")
-
-
-def _without_values(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Tensor | None:
-    """What a function of a freed parameter gives that is only another name of its values."""
-    is_data = attribute(func) == "data" and func.__name__ == "__get__"
-    moves = func in _MOVES or (func is Tensor.to and _keeps_dtype(args, kwargs))
-    if is_data or func is Tensor.detach or moves:
-        return FreedData.of(args[0])
-    if func is functional.pad:
-        # Transformers fits the bias of an output layer to tied embeddings, whose shapes are empty.
-        size = args[1] if len(args) > 1 else kwargs.get("pad", (1,))
-        return None if any(size) else args[0]
-    return None
-
-
-def _keeps_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether ``to`` moves a tensor and does not cast it."""
-    targets = [*args[1:], *kwargs.values()]
-    dtypes = [getattr(each, "dtype", each) for each in targets]
-    return all(each == args[0].dtype for each in dtypes if isinstance(each, torch.dtype))
-
-
-def _present(tensor: Tensor) -> Tensor:
-    """The values, if this is the data of a parameter that has been gathered."""
-    return tensor.parameter.data if isinstance(tensor, FreedData) else tensor
-
-
-def _call_with_freed(
-    func: Callable[..., Any],
-    types: Sequence[type],
-    args: Sequence[Any] = (),
-    kwargs: dict[str, Any] | None = None,
-) -> Any:
-    kwargs = kwargs or {}
-    given = [each for each in tree.find((args, kwargs)).tensors if isinstance(each, _FREED)]
-    params = [each.parameter if isinstance(each, FreedData) else each for each in given]
-    if not any(isinstance(param, FreedParameter) for param in params):
-        # Gathered since the data was asked for.
-        return func(*tree.replace(args, _present), **tree.replace(kwargs, _present))
-    slots = [slot_of(param) for param in params if isinstance(param, FreedParameter)]
-    keepers = {slot.unit.keeper if slot is not None else None for slot in slots}
-    keeper = keepers.pop() if len(keepers) == 1 else None
-    if keeper is not None and shows_shape(func) and not torch.is_grad_enabled():
-        return keeper.read(func, args, kwargs)
-    is_written = keeper is None and func in _ADDRESSES and isinstance(args[0], FreedData)
-    if _is_harmless(func, args) and not is_written:
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-    name = _without_values(func, args, kwargs)
-    if name is not None:
-        return name
-    # Whole models are cast by their parameters; data is cast by who reads a state dict.
-    is_cast = (func in _CASTS or func is Tensor.to) and isinstance(args[0], FreedParameter)
-    if keeper is None or is_cast or attribute(func) == "data":
-        raise freed_read(params[0])
-    return keeper.read(func, args, kwargs)
-
-
-class FreedParameter(nn.Parameter):
-    """What a parameter is while its unit is freed: an empty tensor that refuses to be read.
-
-    A parameter changes its class, never its identity, and changes back when it is gathered.
-    """
-
-    _own_class: type[nn.Parameter] = nn.Parameter
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return _call_with_freed(func, types, args, kwargs)
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        raise freed_read(self)
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise freed_read(self)
-
-
-@functools.cache
-def _freed_class(own_class: type[nn.Parameter]) -> type[FreedParameter]:
-    """What a parameter of a class is while it is freed: of that class still, by its name, too."""
-    if own_class is nn.Parameter:
-        return FreedParameter
-    return type(own_class.__name__, (FreedParameter, own_class), {"_own_class": own_class})
-
-
-class FreedData(Tensor):
-    """What ``param.data`` and ``param.detach()`` are while the unit of ``param`` is freed.
-
-    A state dict is made of such, and most that is done with it needs names alone. To read one is to
-    read the parameter: it is refused, or has the values once the parameter is gathered.
-    """
-
-    parameter: Tensor
-
-    @staticmethod
-    def of(freed: Tensor) -> Tensor:
-        """The data of a freed parameter."""
-        if isinstance(freed, FreedData):
-            return freed
-        with torch._C.DisableTorchFunctionSubclass():
-            data = freed.detach().as_subclass(FreedData)
-        data.parameter = freed
-        return data
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return _call_with_freed(func, types, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return copy.deepcopy(self._present(), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._present().__reduce_ex__(protocol)
-
-    def _present(self) -> Tensor:
-        if isinstance(self.parameter, FreedParameter):
-            raise freed_read(self.parameter)
-        return self.parameter.data
-
-
-_FREED = (FreedParameter, FreedData)
-
-
 class Keeper(Protocol):
     """Who answers for the units that no engine manages yet."""
 
@@ -414,28 +112,6 @@ class Keeper(Protocol):
     def read(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Call a function that needs the values of freed parameters."""
         ...
-
-
-def freed_read(param: Tensor | None) -> UsageError:
-    """The error of reading a parameter while its unit is freed."""
-    slot = slot_of(param) if param is not None else None
-    what, where = "a parameter", ""
-    hint = (
-        "wrap the read in zeroshard.gathered(...); if a module reads it in forward, "
-        "declare that: zeroshard.register_external_parameter(module, parameter)."
-    )
-    if slot is None:
-        where = " Its engine is gone, and with it the data: gather it before engine.destroy()."
-    else:
-        what = slot.unit.members[slot.index].name
-        shape, shards = tuple(slot.unit.shapes[slot.index]), slot.unit.mesh.shard.size
-        where = f" Its shape is {shape}; its data lives in {shards} shards."
-        if slot.unit.keeper is not None:
-            hint = (
-                "wrap the read in zeroshard.gathered(...); to run the model, pass it to "
-                "zeroshard.initialize() first; to cast it, name a dtype where it is built."
-            )
-    return UsageError(compose(f"{what} was read while its unit is freed.{where}", hint=hint))
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,7 +149,7 @@ class Unit:
     mesh issues them in the same order, which is the schedule's business.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - tensors, and what describes them
         self,
         members: Sequence[Member],
         lifetime: Lifetime,
@@ -484,7 +160,8 @@ class Unit:
         master: Tensor | None,
         gradient: FlatBuffer | None,
         precision: Precision,
-        companions: Sequence[tuple[Companion, int]] = (),
+        companions: Sequence[tuple[Companion, int]],
+        freed_class: Callable[[type[nn.Parameter]], type[nn.Parameter]],
     ) -> None:
         self.members = tuple(members)
         self.layout, self.lifetime, self.mesh = full.layout, lifetime, mesh
@@ -492,6 +169,7 @@ class Unit:
         self._full, self._store, self._gradient = full, store, gradient
         self._params = [member.param for member in members]
         self._classes = [type(param) for param in self._params]
+        self._freed_class = freed_class
         self._require_grad = [param.requires_grad for param in self._params]
         self.shapes = [view.shape for view in full.views[: len(members)]]
         self._cut_sizes, self._cut_at = full.layout.cuts(mesh.shard.rank)
@@ -504,6 +182,7 @@ class Unit:
         ]
         self._wants_gather, self._wants_reduce = f"to gather {self.name}", f"to reduce {self.name}"
         self._gathering: Ticket = DONE
+        self._num_users = 0  # of the full buffer's memory, before it was gathered
         self._is_readable = self._is_outlined = False
         self._reducing: _Reduction | None = None
         self.has_gradient = False
@@ -607,6 +286,7 @@ class Unit:
         self._end_gather()
         with record_function(f"zeroshard::gather ({self.name})"):
             self._full.allocate()
+            self._num_users = self._full.num_users
             shard = self._store.read(self._mine)
             with Answered(self.mesh.rank, self._wants_gather):
                 self._gathering = all_gather(self._full.tensor, shard, self.mesh.shard)
@@ -616,6 +296,9 @@ class Unit:
             gathering, self._gathering = self._gathering, DONE
             with Answered(self.mesh.rank, self._wants_gather):
                 gathering.wait()
+            if not self.lifetime.params_stay:  # else nobody ever counts
+                del gathering
+                self._full.await_users(self._num_users)
 
     def wait(self) -> None:
         """Make the parameters readable; the unit must be full or on the way."""
@@ -651,7 +334,7 @@ class Unit:
             self._params, self._classes, placeholders, strict=True
         ):
             param.data = placeholder
-            param.__class__ = _freed_class(own_class)
+            param.__class__ = self._freed_class(own_class)
         for each in self._beside:
             each.companion.put(each.placeholder)
         self._is_readable = self._is_outlined = False
@@ -745,7 +428,10 @@ class Unit:
 
         Autograd counts such edits, but not those of ``param.data``.
         """
-        counts = zip(self.members, self._versions, self._count_edits(), strict=True)
+        edits = self._count_edits()
+        if edits == self._versions:  # as in almost every step of almost every loop
+            return []
+        counts = zip(self.members, self._versions, edits, strict=True)
         return [member.name for member, before, now in counts if now != before]
 
     def outline(self) -> None:
@@ -826,7 +512,10 @@ class Unit:
         """
         assert self.is_full, f"{self.name} is edited while freed"
         misfits = self._take_replaced()
+        num_users = self._full.num_users
         edit(self._full.tensor)
+        if not self.lifetime.params_stay:
+            self._full.await_users(num_users)
         mine = self._mine
         self._store.write(mine)
         if self.master is not None and self.master.data_ptr() != mine.data_ptr():
@@ -879,9 +568,9 @@ class Unit:
             What is wrong with those that have another shape or dtype; they are as before.
         """
         misfits: list[str] = []
+        if not self._is_readable:
+            return misfits
         for member, view in zip(self.members, self._full.views, strict=False):
-            if isinstance(member.param, FreedParameter):
-                continue
             given = plain(member.param)
             if given.data_ptr() == view.data_ptr():
                 continue
@@ -1031,316 +720,7 @@ class Unit:
         return self.master.nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where a parameter lives: its unit and its place there."""
-
-    unit: Unit
-    index: int
-
-
-# The one registry: from a parameter, whoever holds it, to its place. It owns neither of the two.
-_SLOTS: MutableMapping[Tensor, tuple[weakref.ref[Unit], int]] = WeakIdKeyDictionary()
-
-
-def slot_of(param: Tensor) -> Slot | None:
-    """The parameter's place, or None if no engine manages it."""
-    entry = _SLOTS.get(param)
-    unit = entry[0]() if entry else None
-    return None if entry is None or unit is None else Slot(unit, entry[1])
-
-
-# The attribute by which a parameter keeps its unit until an engine takes the parameter over.
-_OWNER = "_zeroshard_owner"
-
-
-class _Owner:
-    """Owns a unit that no engine owns yet; a pickled parameter leaves it behind."""
-
-    __slots__ = ("unit",)
-
-    def __init__(self, unit: Unit) -> None:
-        self.unit = unit
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
-
-
-def keep_until_engine(unit: Unit, keeper: Keeper) -> None:
-    """Let the parameters own their unit: there is data as long as there is a parameter of it."""
-    owner = _Owner(unit)
-    unit.keeper = keeper
-    for member in unit.members:
-        setattr(member.param, _OWNER, owner)
-
-
-def _disown(param: Tensor) -> None:
-    if hasattr(param, _OWNER):
-        delattr(param, _OWNER)
-
-
-def is_waiting(param: Tensor) -> bool:
-    """Whether a parameter lives in shards but no engine manages it yet."""
-    return vars(param).get(_OWNER) is not None
-
-
 def plain(param: Tensor) -> Tensor:
     """The tensor that a parameter of any class is, detached: no method of the class is called."""
     with torch._C.DisableTorchFunctionSubclass():
         return Tensor.detach(param)
-
-
-def full_shape(param: Tensor) -> torch.Size:
-    """The shape of a parameter, whether it is full or freed."""
-    slot = slot_of(param)
-    return param.shape if slot is None else slot.unit.shapes[slot.index]
-
-
-def full_nbytes(param: Tensor) -> int:
-    """Bytes of a parameter when it is full."""
-    return full_shape(param).numel() * param.dtype.itemsize
-
-
-def restore(unit: Unit) -> Tensor:
-    """Make the parameters of a unit ordinary and full again. A collective.
-
-    Returns:
-        The flat tensor that they are views of.
-    """
-    unit.gather()
-    unit.wait()
-    for param in unit._params:
-        _SLOTS.pop(param)
-        _disown(param)
-    return unit._full.tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """What a unit is built of: a parameter, or a companion of one.
-
-    ``own`` are its values, or None where those wait in shards: of ``unit``, as number ``index``.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    own: Tensor | None = None
-    unit: Unit | None = None
-    index: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """All that a unit is built of, parameters first, and where among that its companions are."""
-
-    all: Sequence[_Piece]
-    companions: Sequence[tuple[Companion, int]]
-
-    def layout(self, mesh: Mesh, dtype: torch.dtype, *, as_bytes: bool) -> Layout:
-        """Where they lie in a flat buffer of a dtype, or of bytes."""
-        sizes = [piece.dtype.itemsize if as_bytes else 1 for piece in self.all]
-        return Layout(
-            numels=tuple(p.shape.numel() * size for p, size in zip(self.all, sizes, strict=True)),
-            world=mesh.shard.size,
-            align=max(1, _ALIGN_BYTES // dtype.itemsize),
-        )
-
-    def buffer(self, tensor: Tensor, layout: Layout, *, as_bytes: bool = False) -> FlatBuffer:
-        """A flat tensor with views of them."""
-        dtypes = [piece.dtype for piece in self.all] if as_bytes else None
-        return FlatBuffer(tensor, layout, [piece.shape for piece in self.all], dtypes)
-
-    def without_values(self) -> _Pieces:
-        """The same without a hold on anything."""
-        return replace(self, all=[replace(piece, own=None, unit=None) for piece in self.all])
-
-
-def _pieces_of(members: Sequence[Member]) -> _Pieces:
-    pieces = [_piece(member.param) for member in members]
-    companions: list[tuple[Companion, int]] = []
-    for index, member in enumerate(members):
-        for companion in member.companions:
-            piece = _companion_piece(companion.get(), pieces[index].unit)
-            if _is_same(piece, pieces[index]):
-                companions.append((companion, index))
-            else:
-                companions.append((companion, len(pieces)))
-                pieces.append(piece)
-    return _Pieces(pieces, companions)
-
-
-def _piece(param: Tensor) -> _Piece:
-    slot = slot_of(param) if is_waiting(param) else None
-    if slot is None:
-        return _Piece(param.shape, param.dtype, plain(param))
-    return _Piece(slot.unit.shapes[slot.index], param.dtype, unit=slot.unit, index=slot.index)
-
-
-def _companion_piece(tensor: Tensor, unit: Unit | None) -> _Piece:
-    if unit is not None:
-        for each in unit._beside:
-            if tensor is each.placeholder:
-                view = unit._full.views[each.at]
-                return _Piece(view.shape, view.dtype, unit=unit, index=each.at)
-    return _Piece(tensor.shape, tensor.dtype, tensor.detach())
-
-
-def _is_same(one: _Piece, other: _Piece) -> bool:
-    """Whether two are one memory."""
-    if one.own is None or other.own is None:
-        return one.own is other.own and one.unit is other.unit and one.index == other.index
-    return one.own.data_ptr() == other.own.data_ptr() and one.shape == other.shape
-
-
-def hand_back(unit: Unit, keeper: Keeper | None) -> None:
-    """End an engine's hold of a unit: full parameters become ordinary, freed ones wait for another.
-
-    Local, and the process groups of the unit's mesh may end afterwards. Without a keeper, nobody
-    can gather what is freed any more.
-    """
-    unit.clear_gradients()
-    unit._end_gather()
-    unit.add_use = unit.drop_use = unit.use_here = unit.let_go = unit.engine = None
-    if unit.lifetime.params_stay:
-        unit.wait()
-        for param in unit._params:
-            _SLOTS.pop(param, None)
-    elif keeper is not None:
-        unit.free()
-        unit.master, unit.slices, unit._gradient = None, (), None
-        keeper.add(unit)
-
-
-def build_unit(
-    members: Sequence[Member],
-    *,
-    trained: bool,
-    lifetime: Lifetime,
-    mesh: Mesh,
-    precision: Precision,
-    as_bytes: bool = False,
-) -> Unit:
-    """Move parameters into a new unit, with the values of rank 0. A collective.
-
-    Master weights are taken before the cast to the compute dtype, so nothing is rounded away.
-    Parameters that wait for an engine are taken out of the shards in which they wait. Where
-    parameters do not stay full, nothing here is larger than a shard.
-
-    Args:
-        members: the parameters.
-        trained: whether an optimizer steps them.
-        lifetime: when full parameters and gradients exist.
-        mesh: the ranks.
-        precision: the dtypes of parameters and gradients.
-        as_bytes: keep parameters and companions as they are, each in its dtype; for frozen ones.
-            See [Note: byte units].
-    """
-    assert not (trained and as_bytes), f"{members[0].name}: only frozen parameters are bytes"
-    params = [member.param for member in members]
-    pieces = _pieces_of(members)
-    own_dtype = torch.uint8 if as_bytes else params[0].dtype
-    compute = precision.compute if own_dtype.is_floating_point and precision.compute else own_dtype
-    wide = torch.float64 if own_dtype == torch.float64 else precision.master
-    layout = pieces.layout(mesh, compute, as_bytes=as_bytes)
-    mine = layout.shard(mesh.shard.rank)
-    part = Range(0, layout.full_numel) if lifetime.params_stay else mine
-    full = gradient = None
-    with torch.no_grad():
-        # Without master weights, nobody asks for more digits than the compute dtype has.
-        values = _values(pieces.all, layout, part, mesh, own_dtype if trained else compute)
-        if lifetime.params_stay:
-            full = values.to(compute)
-            shard, values = full[mine.slice()], values[mine.slice()]
-        else:
-            shard = values.to(compute)
-        pieces = pieces.without_values()
-        _vacate(members, mesh)
-        if full is None:
-            full = torch.empty(layout.full_numel, dtype=compute, device=mesh.device)
-        master = shard
-        if trained and compute != wide:
-            # Of a larger buffer only a part is kept, which must not keep the rest.
-            master = values.to(wide, copy=lifetime.params_stay)
-        if trained:
-            kept = precision.accumulate if lifetime.grads_stay else precision.reduce
-            buffer_dtype = torch.float64 if own_dtype == torch.float64 else kept
-            flat = torch.empty(layout.full_numel, dtype=buffer_dtype, device=mesh.device)
-            gradient = pieces.buffer(flat, layout)
-            gradient.release()
-    unit = Unit(
-        members,
-        lifetime,
-        mesh,
-        full=pieces.buffer(full, layout, as_bytes=as_bytes),
-        store=DeviceStore(shard),
-        master=master if trained else None,
-        gradient=gradient,
-        precision=precision,
-        companions=pieces.companions,
-    )
-    for index, param in enumerate(params):
-        _SLOTS[param] = (weakref.ref(unit), index)
-    if lifetime.params_stay:
-        unit.wait()
-    else:
-        unit.free()
-    return unit
-
-
-def _values(
-    pieces: Sequence[_Piece], layout: Layout, part: Range, mesh: Mesh, dtype: torch.dtype
-) -> Tensor:
-    """The values of this rank's shard, or of the whole flat buffer."""
-    own = [None if piece.own is None else _flat(piece.own, dtype) for piece in pieces]
-    out = torch.zeros(part.numel, dtype=dtype, device=mesh.device)
-    if any(values is not None for values in own):
-        if part == layout.shard(mesh.shard.rank):
-            deal(own, layout, out, mesh)
-        else:
-            for index, values in enumerate(own):
-                if values is not None:
-                    put(out, part, layout, index, values, 0)
-            broadcast_(out, mesh)
-    waiting: dict[Unit, list[tuple[int, int]]] = {}
-    for index, piece in enumerate(pieces):
-        if piece.unit is not None:
-            waiting.setdefault(piece.unit, []).append((index, piece.index))
-    for unit, places in waiting.items():
-        old = unit.layout
-        shard = unit._store.read(out.new_empty(old.shard_numel))
-        for given, row in pass_round(shard, old, unit.mesh):
-            for index, old_index in places:
-                inside = old.within(old_index, given)
-                start = old.full(old_index).start + inside.start - given.start
-                values = row[start : start + inside.numel]
-                put(out, part, layout, index, values, inside.start)
-    return out
-
-
-def _flat(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as a flat one, seen as bytes where those are wanted."""
-    flat = values.reshape(-1)
-    return flat.contiguous().view(dtype) if dtype == torch.uint8 else flat
-
-
-def share_values(param: Tensor, mesh: Mesh) -> Tensor:
-    """This rank's even share of a parameter that waits, or of rank 0's ordinary one. A collective.
-
-    Parameters of one shape are divided alike, whatever units they are in.
-    """
-    layout = Layout(numels=(full_shape(param).numel(),), world=mesh.shard.size, align=1)
-    with torch.no_grad():
-        return _values([_piece(param)], layout, layout.shard(mesh.shard.rank), mesh, param.dtype)
-
-
-def _vacate(members: Sequence[Member], mesh: Mesh) -> None:
-    """Give back the memory that parameters have: their own, or the shards in which they wait."""
-    for member in members:
-        param = member.param
-        if isinstance(param, FreedParameter):
-            object.__setattr__(param, "__class__", type(param)._own_class)
-        param.data = torch.empty(0, dtype=param.dtype, device=mesh.device)
-        param.grad = None
-        _disown(param)
-        for companion in member.companions:
-            companion.put(torch.empty(0, device=mesh.device))

@@ -26,8 +26,16 @@ class GradientWatch:
         self._mesh = mesh
         self._show = Exchange(mesh, 1 + _SHOWN)
         self._seen: set[Tensor] = set()
-        for member in self._members:
+        self._handles = [
             member.param.register_post_accumulate_grad_hook(self._seen.add)
+            for member in self._members
+        ]
+
+    def detach(self) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     @property
     def seen(self) -> list[str]:

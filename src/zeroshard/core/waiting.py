@@ -7,7 +7,9 @@ modifier_rank=0)`` while the others wait at the end of that block. So a read of 
 waits gathers its unit, which stays full until nobody uses it; then it keeps the values of rank 0,
 or of the block's modifier. An edit cannot be missed, and about one unit is full besides the blocks.
 With gradients off, as initialisation is written, shapes are those of the values. With gradients on,
-somebody runs a model that has no engine: reads are refused, and shapes are empty.
+shapes are empty, and reads of parameters are refused: somebody runs a model that has no engine.
+Reads of data, of which state dicts are made, are answered all the same. Pickles and deep copies, of
+parameters and of data, are refused always.
 
 A gather that not every rank takes part in would never end. So ranks show each other what they are
 about to do, and do it if all want the same. Those that wait at the end of a block help the rank
@@ -31,21 +33,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zeroshard.core import tree
+from zeroshard.core.building import share_values
 from zeroshard.core.collectives import Answered, all_gather, all_reduce_, broadcast_
+from zeroshard.core.freed import FreedData, FreedParameter, freed_read, shows_shape, stand_in
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.unit import (
-    FreedData,
-    FreedParameter,
-    Unit,
-    freed_read,
-    full_shape,
-    is_waiting,
-    keep_until_engine,
-    share_values,
-    shows_shape,
-    slot_of,
-    stand_in,
-)
+from zeroshard.core.slots import full_shape, is_waiting, keep_until_engine, slot_of
+from zeroshard.core.unit import Unit
 from zeroshard.errors import UsageError, compose
 
 __all__ = ["Waiting", "settle", "waiting_of"]

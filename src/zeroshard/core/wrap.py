@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from zeroshard.core.leaves import CONTAINERS
-from zeroshard.core.unit import Companion, Member, full_nbytes, full_shape
+from zeroshard.core.slots import full_nbytes, full_shape
+from zeroshard.core.unit import Companion, Member
 from zeroshard.errors import ConfigError, compose
 
 __all__ = ["Group", "Kind", "choose_groups", "find_blocks", "find_leaves", "find_persistent"]

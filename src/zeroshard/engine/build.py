@@ -18,15 +18,17 @@ from torch import nn
 
 from zeroshard import config as configuration
 from zeroshard.core import world
-from zeroshard.core.collectives import broadcast_
+from zeroshard.core.building import build_unit
+from zeroshard.core.collectives import all_reduce_, broadcast_
 from zeroshard.core.hooks import Runtime, Site
 from zeroshard.core.host import trim
 from zeroshard.core.init import suspended
 from zeroshard.core.leaves import CONTAINERS, marked
 from zeroshard.core.lifetime import Lifetime, lifetime
-from zeroshard.core.mesh import Mesh, build_mesh
+from zeroshard.core.mesh import Mesh, build_mesh, default_mesh
 from zeroshard.core.schedule import Limits, Schedule
-from zeroshard.core.unit import Unit, build_unit, is_waiting, slot_of
+from zeroshard.core.slots import is_waiting, slot_of
+from zeroshard.core.unit import Unit
 from zeroshard.core.usage import GradientWatch
 from zeroshard.core.waiting import settle
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
@@ -135,7 +137,8 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     batch = settings.batch(dist.get_world_size())
     life = lifetime(settings.zero_optimization.stage, dist.get_world_size())
 
-    _take_over(model, trains=optimizer is not None or settings.optimizer is not None)
+    trains = optimizer is not None or settings.optimizer is not None
+    _take_over(model, device, trains=trains)
     inner = _resolve_optimizer(optimizer, model, model_parameters, settings)
     trained = set(optimizer_parameters(inner)) if inner is not None else set[nn.Parameter]()
     _check_model(model, trained if inner is not None else None)
@@ -330,24 +333,45 @@ def _resolve_scheduler(
     return scheduler
 
 
-def _take_over(model: nn.Module, *, trains: bool) -> None:
+def _take_over(model: nn.Module, device: torch.device, *, trains: bool) -> None:
     """End what held the model before, where the new engine may take its place.
 
     That is an engine that is gone, one without an optimizer, one whose hooks were cleared, and, if
     the new one trains, one that trained this very model: a model trains in the last engine that it
-    was given to.
+    was given to. If another one holds it, nothing ends on any rank.
+
+    Raises:
+        UsageError: another rank alone has such an engine; `_check_model` refuses it there.
     """
     slots = [slot_of(param) for param in model.parameters()]
-    for unit in dict.fromkeys(slot.unit for slot in slots if slot is not None):
+    units = dict.fromkeys(slot.unit for slot in slots if slot is not None)
+    held = [unit for unit in units if unit.let_go is not None]  # others wait for their first engine
+    if not held:
+        return
+    gc.collect()  # an engine that was dropped is a cycle, and should be gone on all ranks
+    keeps = any(_keeps(_holder(unit), model, trains=trains) for unit in held)
+    flag = torch.tensor([keeps], dtype=torch.int32, device=device)
+    if all_reduce_(flag, default_mesh(device).shard, dist.ReduceOp.MAX).item():
+        if keeps:
+            return
+        raise UsageError(
+            compose(
+                "the model belongs to another engine on another rank, though not on this one.",
+                hint="call destroy() of the other engine on every rank first, or drop it on all.",
+            )
+        )
+    for unit in held:
         if unit.let_go is None:
-            continue  # it has ended with another unit of the same engine, or waits for the first
-        holder = unit.engine() if unit.engine is not None else None
-        if not isinstance(holder, Engine):
+            continue  # it has ended with another unit of the same engine
+        holder = _holder(unit)
+        if holder is None:
+            mesh = unit.mesh
             unit.let_go()
+            mesh.destroy()
         elif holder.basic_optimizer is None:
             _log.info("an engine without optimizer gives the model to a new one, and ends.")
             holder.destroy()
-        elif not holder.runtime.is_attached or (trains and holder.module is model):
+        else:
             _log.log(
                 logging.WARNING if trains and holder.global_steps else logging.INFO,
                 "an engine that made %d steps gives the model to a new one, and ends with the "
@@ -355,6 +379,18 @@ def _take_over(model: nn.Module, *, trains: bool) -> None:
                 holder.global_steps,
             )
             holder.destroy()
+
+
+def _holder(unit: Unit) -> Engine | None:
+    holder = unit.engine() if unit.engine is not None else None
+    return holder if isinstance(holder, Engine) else None
+
+
+def _keeps(holder: Engine | None, model: nn.Module, *, trains: bool) -> bool:
+    """Whether an engine does not give way to a new one for the model."""
+    if holder is None or holder.basic_optimizer is None or not holder.runtime.is_attached:
+        return False
+    return not (trains and holder.module is model)
 
 
 def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:

@@ -108,6 +108,7 @@ class Engine(Getters):
         self._is_in_no_sync = False
         self._offloaded: Offloaded | None = None
         self._num_backwards_seen = 0
+        self._num_steps_taken = 0  # since the engine was made, whatever it resumed
         self._was_step_applied = self._is_destroyed = False
         for unit in runtime.units:
             unit.engine = weakref.ref(self)
@@ -118,7 +119,8 @@ class Engine(Getters):
             # The gradients are here, so forgetting them is, too.
             sharded.inner.zero_grad = self.zero_grad
         self._shown_optimizer: Any = self._optimizer
-        weakref.finalize(self, refuse_foreign_steps().remove).atexit = False
+        self._allow_foreign_steps = weakref.finalize(self, refuse_foreign_steps().remove)
+        self._allow_foreign_steps.atexit = False
         self._refresh()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -295,7 +297,7 @@ class Engine(Getters):
                 )
             )
         self._check_scaled()
-        if self.micro_steps == 0:
+        if self._num_steps_taken == 0:
             check_members(self.module)
         self.runtime.check_replaced()
         self._check_untouched()
@@ -314,7 +316,8 @@ class Engine(Getters):
 
     def _take_step(self, sharded: ShardedOptimizer) -> None:
         self.runtime.keep_edits()
-        self.runtime.flush(thorough=self.global_steps < _WATCHED_STEPS)
+        self.runtime.flush(thorough=self._num_steps_taken < _WATCHED_STEPS)
+        self._num_steps_taken += 1
         if self._watch is not None:
             self._watch.check()
         try:
@@ -842,6 +845,9 @@ class Engine(Getters):
         self.reload_states()
         self.zero_grad()
         self.runtime.let_go()
+        self._allow_foreign_steps()
+        if self._watch is not None:
+            self._watch.detach()
         if self._sharded is not None:
             self._sharded.release()
             vars(self._sharded.inner).pop("zero_grad", None)

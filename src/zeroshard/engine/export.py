@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from zeroshard.core.access import gathered
 from zeroshard.core.collectives import broadcast_
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.unit import Unit, plain, slot_of
+from zeroshard.core.slots import slot_of
+from zeroshard.core.unit import Unit, plain
 from zeroshard.errors import DistributedError, UsageError, compose
 
 __all__ = ["load_weights", "save_weights", "weights_of"]

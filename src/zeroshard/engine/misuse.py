@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from zeroshard.core.unit import slot_of
+from zeroshard.core.slots import slot_of
 from zeroshard.errors import UsageError, compose
 
 __all__ = ["ScheduleWatch", "check_members", "refuse_foreign_steps"]

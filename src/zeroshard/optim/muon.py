@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from zeroshard.core.unit import full_shape
+from zeroshard.core.slots import full_shape
 from zeroshard.optim.groups import Group, decay_, evaluate, moments, with_gradients
 from zeroshard.optim.whole import WholeOptimizer
 

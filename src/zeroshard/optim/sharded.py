@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zeroshard.core.collectives import Answered, all_reduce_
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.unit import Unit, slot_of
+from zeroshard.core.slots import slot_of
+from zeroshard.core.unit import Unit
 from zeroshard.errors import UsageError, compose
 from zeroshard.optim.factory import ELEMENTWISE
 from zeroshard.optim.lamb import Lamb

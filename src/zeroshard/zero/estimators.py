@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from zeroshard.core.unit import slot_of
+from zeroshard.core.slots import slot_of
 
 __all__ = [
     "estimate_zero1_model_states_mem_needs",

@@ -11,7 +11,7 @@ from torch import nn
 from zeroshard.core.access import Gatherable, gathered, parameters_in
 from zeroshard.core.external import register_external_parameter
 from zeroshard.core.hooks import Runtime
-from zeroshard.core.unit import slot_of
+from zeroshard.core.slots import slot_of
 from zeroshard.engine.engine import Engine
 
 __all__ = ["GatheredParameters", "unwrap_model_for_generation"]

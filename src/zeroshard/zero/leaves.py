@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 
 from zeroshard.core.leaves import CONTAINERS, holds, is_marked, mark, unmark
-from zeroshard.core.unit import slot_of
+from zeroshard.core.slots import slot_of
 from zeroshard.errors import UsageError, compose
 
 __all__ = [

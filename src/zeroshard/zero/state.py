@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zeroshard.core.access import assemble, refresh, stacked
 from zeroshard.core.collectives import broadcast_, mean_
-from zeroshard.core.unit import Slot, slot_of
+from zeroshard.core.slots import Slot, slot_of
 from zeroshard.engine.engine import Engine
 from zeroshard.errors import UsageError, compose
 

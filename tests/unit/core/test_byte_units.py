@@ -14,16 +14,11 @@ from torch import Tensor, nn
 from forked import run_ranks
 from unit.core.test_unit import BF16, STAGES, alone, every_lifetime, make_full, mesh_for
 from zeroshard.core.access import gathered
+from zeroshard.core.building import build_unit, hand_back
+from zeroshard.core.freed import FreedParameter
 from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.unit import (
-    Companion,
-    FreedParameter,
-    Member,
-    Unit,
-    build_unit,
-    hand_back,
-)
+from zeroshard.core.unit import Companion, Member, Unit
 from zeroshard.core.waiting import Waiting
 from zeroshard.core.wrap import Kind, choose_groups
 from zeroshard.errors import UsageError

@@ -18,12 +18,13 @@ from torch.nn import functional as F
 
 from forked import run_ranks
 from zeroshard.core.access import gathered
+from zeroshard.core.building import build_unit
 from zeroshard.core.hooks import Runtime, Site
 from zeroshard.core.lifetime import STAGES
 from zeroshard.core.mesh import Axis, Mesh, build_mesh
 from zeroshard.core.scaling import ScaledLoss
 from zeroshard.core.schedule import Schedule
-from zeroshard.core.unit import Precision, Unit, build_unit
+from zeroshard.core.unit import Precision, Unit
 from zeroshard.core.wrap import Kind, choose_groups
 from zeroshard.errors import UsageError
 from zeroshard.optim.sharded import ShardedOptimizer, StepPolicy

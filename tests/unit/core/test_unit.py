@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forked import run_ranks
+from zeroshard.core.building import build_unit
 from zeroshard.core.collectives import broadcast_
+from zeroshard.core.freed import FreedParameter
 from zeroshard.core.lifetime import STAGES, Lifetime
 from zeroshard.core.mesh import Axis, Mesh, build_mesh
-from zeroshard.core.unit import FreedParameter, Member, Precision, Unit, build_unit, slot_of
+from zeroshard.core.slots import slot_of
+from zeroshard.core.unit import Member, Precision, Unit
 from zeroshard.errors import UsageError
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.nn import functional
 import zeroshard
 from forked import run_ranks
 from zeroshard import UsageError
-from zeroshard.core.unit import slot_of
+from zeroshard.core import collectives, unit
+from zeroshard.core.slots import slot_of
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
@@ -125,6 +127,37 @@ def test_one_unit_is_full_besides_those_whose_memory_is_in_use() -> None:
             assert not is_full(model.second.weight)
             with zeroshard.gathered(model.third):
                 assert not is_full(model.first.weight)
+
+    on_ranks(work)
+
+
+def test_a_collective_that_lets_go_late_hides_no_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As threads of gloo's do that have no turn on a busy host."""
+    users: list[threading.Timer] = []
+
+    class Late:
+        def __init__(self, full: Tensor, ticket: collectives.Ticket) -> None:
+            self._views, self._ticket = [full.view(-1)], ticket
+
+        def wait(self) -> None:
+            self._ticket.wait()
+            users.append(threading.Timer(0.02, self._views.clear))
+            users[-1].start()
+
+    def work(rank: int) -> None:
+        model = build()
+        real = collectives.all_gather
+        monkeypatch.setattr(unit, "all_gather", lambda full, *rest: Late(full, real(full, *rest)))
+        with zeroshard.gathered(model.first):
+            kept = model.first.bias.detach()
+            users[-1].join()
+        assert torch.equal(kept, plain().first.bias)
+        with torch.no_grad():
+            view = model.second.weight.view(-1)
+            users[-1].join()
+            model.third.weight.sum()
+            assert is_full(model.second.weight)
+            del view
 
     on_ranks(work)
 

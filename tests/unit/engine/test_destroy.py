@@ -189,3 +189,23 @@ def test_a_model_whose_engine_is_gone_can_be_given_to_another(stage: int) -> Non
     second, *_ = zeroshard.initialize(model=model, config=config_of(stage))
     assert_equal_weights(weights_of(second), want)
     train(second, steps=1)
+
+
+@on_ranks(2, STAGES)
+def test_an_engine_that_was_dropped_is_gone_on_all_ranks_alike(stage: int) -> None:
+    model = make(stage).module  # the engine is a cycle, which ranks collect when they will
+    if dist.get_rank() == 0:
+        gc.collect()
+    judge, *_ = zeroshard.initialize(model=model, config=config_without("optimizer", stage))
+    with torch.no_grad():
+        assert judge(batch(0)).isfinite().all()
+
+
+@on_ranks(2, STAGES)
+def test_an_engine_that_one_rank_alone_keeps_is_an_error_on_all(stage: int) -> None:
+    engine = make(stage)
+    model, kept = engine.module, [engine][: dist.get_rank()]
+    del engine
+    with pytest.raises(UsageError, match=r"another engine(.|\n)*destroy\(\)"):
+        zeroshard.initialize(model=model, config=config_without("optimizer", stage))
+    assert len(kept) == dist.get_rank()

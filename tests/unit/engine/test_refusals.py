@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import zeroshard
 from unit.engine.small import (
     STAGES,
+    Block,
     Bomb,
     InjectedError,
     Net,
@@ -206,3 +208,28 @@ def test_arguments_arrive_as_the_very_objects_that_were_passed(stage: int) -> No
     assert seen[0][1] is more
     assert seen[0][2] is more["list"]
     assert more["answer"].requires_grad
+
+
+@on_ranks(2)
+def test_an_edit_of_one_rank_is_found_after_any_number_of_edits_of_all() -> None:
+    engine = make(1, nn.Sequential(*(Block() for _ in range(70))))
+    engine.backward(engine(torch.ones(2, 4)).mean())
+    with torch.no_grad():
+        for number, block in enumerate(engine.module):
+            if number < 69 or dist.get_rank():
+                block.up.bias.add_(1)
+    said = pytest.raises(UsageError, match=r"69\.up\.weight .* edited on rank 1 and not on rank 0")
+    with said:
+        engine.step()
+
+
+@on_ranks(1)
+def test_a_parameter_that_joins_the_model_late_is_found_after_a_resume_too(tmp_path: Path) -> None:
+    first, engine = make(), make()
+    train(first, steps=4)
+    first.save_checkpoint(tmp_path)
+    engine.load_checkpoint(tmp_path)
+    engine.module.late = nn.Linear(2, 2)
+    engine.backward(loss_of(engine))
+    with pytest.raises(UsageError, match=r"late\.weight was added to the model"):
+        engine.step()

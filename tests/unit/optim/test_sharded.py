@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from forked import run_ranks
+from zeroshard.core.building import build_unit
 from zeroshard.core.lifetime import STAGES
 from zeroshard.core.mesh import Axis, Mesh, build_mesh
-from zeroshard.core.unit import Member, Precision, Unit, build_unit
+from zeroshard.core.unit import Member, Precision, Unit
 from zeroshard.errors import LossScaleError, UsageError
 from zeroshard.optim import Lamb, Muon
 from zeroshard.optim.factory import ELEMENTWISE

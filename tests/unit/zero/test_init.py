@@ -13,7 +13,7 @@ from torch import nn
 import zeroshard
 from forked import run_ranks
 from zeroshard import ConfigError, UsageError
-from zeroshard.core.unit import is_waiting, slot_of
+from zeroshard.core.slots import is_waiting, slot_of
 from zeroshard.zero import Init
 
 OWN = (torch.float64, torch.float32, torch.bfloat16, torch.int64)
