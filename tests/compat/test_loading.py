@@ -192,11 +192,14 @@ def test_sinusoidal_positions_of_distilbert_load(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain = save(architecture.model_class(config), tmp_path)
     wanted = architecture.model_class.from_pretrained(plain)
+    positions = "distilbert.embeddings.position_embeddings.weight"
 
     def work(rank: int) -> None:
         with zero3():
             model = architecture.model_class.from_pretrained(tmp_path)
+            built = architecture.model_class._from_config(config)
         assert differences(model, wanted) == []
+        assert torch.equal(full(built)[positions], wanted.get_parameter(positions))
 
     on_ranks(work)
 
@@ -378,13 +381,15 @@ def test_the_configuration_says_the_dtype_of_parameters_and_buffers_keep_theirs(
     def work(rank: int) -> None:
         for name in names:
             load, folder = ARCHITECTURES[name].model_class.from_pretrained, tmp_path / name
-            for dtype, other in (
-                (torch.float32, torch.bfloat16),
-                (torch.bfloat16, torch.float32),
+            for dtype, asked_for in (
+                (torch.float32, (torch.bfloat16, "auto")),
+                (torch.bfloat16, (torch.float32, "auto")),
+                (torch.float16, (torch.float32,)),
             ):
-                config = {**STAGE_3, "bf16": {"enabled": dtype == torch.bfloat16}}
+                half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
+                config = {**STAGE_3, **({half: {"enabled": True}} if half else {})}
                 wanted = load(folder, dtype=dtype)
-                for asked in (other, "auto"):
+                for asked in asked_for:
                     with zero3(config):
                         model = load(folder, dtype=asked)
                     plain = load(folder, dtype=asked)

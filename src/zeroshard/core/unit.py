@@ -345,6 +345,11 @@ class FreedParameter(nn.Parameter):
     ) -> Any:
         return _call_with_freed(func, types, args, kwargs)
 
+    # Torch refuses None before it asks the class.
+    def copy_(self, other: Tensor | None, non_blocking: bool = False) -> Tensor:
+        """Take values over; where those of this rank are not kept, it may have none."""
+        return _call_with_freed(Tensor.copy_, (type(self),), (self, other, non_blocking))
+
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise freed_read(self)
 
