@@ -346,6 +346,45 @@ def test_the_schedule_may_warm_up_for_no_step() -> None:
     run_ranks(rank, 1)
 
 
+def test_models_are_sharded_as_they_are_built_whatever_the_flag_says() -> None:
+    def rank(_: int, __: int) -> None:
+        config = llama().config
+        for flag in (False, True):
+            accelerator = started(DeepSpeedPlugin(hf_ds_config=config_of(3), zero3_init_flag=flag))
+            assert is_deepspeed_zero3_enabled()
+            model: Any = LlamaForCausalLM._from_config(config)
+            assert {weight.numel() for weight in model.parameters()} == {0}
+            engine, *_ = accelerator.prepare(
+                model, SGD(model.parameters(), lr=0.1), DataLoader(samples(4), batch_size=2)
+            )
+            # Small parameters stay whole, by the threshold that Accelerate has filled in.
+            assert {weight.numel() for weight in engine.parameters()} == {0, 32}
+
+    run_ranks(rank)
+
+
+def test_a_step_that_overflows_in_fp16_is_skipped_and_the_schedule_waits() -> None:
+    def rank(_: int, __: int) -> None:
+        for stage in (2, 3):
+            scaling = {"enabled": AUTO, "initial_scale_power": 19, "hysteresis": 1}
+            accelerator = started(config_of(stage, fp16=scaling), mixed_precision="fp16")
+            model = llama()
+            optimizer = AdamW(model.parameters(), lr=RATE)
+            engine, optimizer, scheduler, loader = accelerator.prepare(
+                model, optimizer, slower(optimizer), DataLoader(samples(), batch_size=2)
+            )
+            assert engine.fp16_enabled()
+            skipped: list[bool] = []
+            for batch in loader:
+                before = scheduler.get_last_lr()
+                train(accelerator, engine, optimizer, scheduler, [batch])
+                skipped.append(accelerator.optimizer_step_was_skipped)
+                assert (scheduler.get_last_lr() == before) == skipped[-1]
+            assert skipped == [True, True, False, False]
+
+    run_ranks(rank)
+
+
 # Accumulation and clipping
 
 
