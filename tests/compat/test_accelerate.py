@@ -584,7 +584,7 @@ def test_a_model_that_is_compiled_block_by_block_trains_alike() -> None:
             losses.append(train(accelerator, *prepared))
         assert_close(*losses)
 
-    run_ranks(rank)
+    run_ranks(rank, 1)
 
 
 def test_offload_is_accepted_said_to_be_inactive_and_deepspeeds_optimizer_steps() -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.initialization import no_init_weights
@@ -432,6 +433,26 @@ def test_what_a_checkpoint_lacks_is_initialised_alike_on_all_ranks(tmp_path: Pat
 
     one, other = on_ranks(work)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_a_checkpoint_of_gpt2_lacks_is_drawn_as_its_depth_demands(tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["gpt2"]
+    state = save(plain_model(architecture), tmp_path) / "model.safetensors"
+    lacking = {name: value for name, value in load_file(state).items() if "mlp" not in name}
+    save_file(lacking, state, metadata={"format": "pt"})
+    load = architecture.model_class.from_pretrained
+
+    def work(rank: int) -> None:
+        torch.manual_seed(0)
+        wanted = load(tmp_path)
+        others = [nn.Parameter(torch.ones(1)) for _ in range(999 * rank)]
+        torch.manual_seed(rank)
+        with zero3():  # transformers gathers a set, whose order is another on each rank
+            model = load(tmp_path)
+        assert differences(model, wanted) == []
+        del others
+
+    on_ranks(work)
 
 
 def test_shapes_that_do_not_fit_are_an_error_on_the_rank_that_reads(tmp_path: Path) -> None:
