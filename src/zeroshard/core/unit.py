@@ -43,6 +43,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function
 from torch._utils import _unflatten_dense_tensors
 from torch.autograd.graph import increment_version
 from torch.nn import functional
@@ -348,7 +349,9 @@ class FreedParameter(nn.Parameter):
     # Torch refuses None before it asks the class.
     def copy_(self, other: Tensor | None, non_blocking: bool = False) -> Tensor:
         """Take values over; where those of this rank are not kept, it may have none."""
-        return _call_with_freed(Tensor.copy_, (type(self),), (self, other, non_blocking))
+        if other is None:
+            return handle_torch_function(Tensor.copy_, (self,), self, other, non_blocking)
+        return super().copy_(other, non_blocking)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise freed_read(self)
