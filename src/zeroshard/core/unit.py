@@ -43,10 +43,10 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function
 from torch._utils import _unflatten_dense_tensors
 from torch.autograd.graph import increment_version
 from torch.nn import functional
+from torch.overrides import handle_torch_function
 from torch.profiler import record_function
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -347,10 +347,11 @@ class FreedParameter(nn.Parameter):
         return _call_with_freed(func, types, args, kwargs)
 
     # Torch refuses None before it asks the class.
-    def copy_(self, other: Tensor | None, non_blocking: bool = False) -> Tensor:
+    def copy_(self, other: Any, non_blocking: bool = False) -> Tensor:
         """Take values over; where those of this rank are not kept, it may have none."""
         if other is None:
-            return handle_torch_function(Tensor.copy_, (self,), self, other, non_blocking)
+            func: Callable[..., Any] = Tensor.copy_
+            return handle_torch_function(func, (self,), self, other, non_blocking)
         return super().copy_(other, non_blocking)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
