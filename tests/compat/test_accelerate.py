@@ -22,8 +22,15 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, DummyOptim, DummyScheduler
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    DummyOptim,
+    DummyScheduler,
+    TorchDynamoPlugin,
+)
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -346,6 +353,45 @@ def test_the_schedule_may_warm_up_for_no_step() -> None:
     run_ranks(rank, 1)
 
 
+def test_models_are_sharded_as_they_are_built_whatever_the_flag_says() -> None:
+    def rank(_: int, __: int) -> None:
+        config = llama().config
+        for flag in (False, True):
+            accelerator = started(DeepSpeedPlugin(hf_ds_config=config_of(3), zero3_init_flag=flag))
+            assert is_deepspeed_zero3_enabled()
+            model: Any = LlamaForCausalLM._from_config(config)
+            assert {weight.numel() for weight in model.parameters()} == {0}
+            engine, *_ = accelerator.prepare(
+                model, SGD(model.parameters(), lr=0.1), DataLoader(samples(4), batch_size=2)
+            )
+            # Small parameters stay whole, by the threshold that Accelerate has filled in.
+            assert {weight.numel() for weight in engine.parameters()} == {0, 32}
+
+    run_ranks(rank)
+
+
+def test_a_step_that_overflows_in_fp16_is_skipped_and_the_schedule_waits() -> None:
+    def rank(_: int, __: int) -> None:
+        for stage in (2, 3):
+            scaling = {"enabled": AUTO, "initial_scale_power": 19, "hysteresis": 1}
+            accelerator = started(config_of(stage, fp16=scaling), mixed_precision="fp16")
+            model = llama()
+            optimizer = AdamW(model.parameters(), lr=RATE)
+            engine, optimizer, scheduler, loader = accelerator.prepare(
+                model, optimizer, slower(optimizer), DataLoader(samples(), batch_size=2)
+            )
+            assert engine.fp16_enabled()
+            skipped: list[bool] = []
+            for batch in loader:
+                before = scheduler.get_last_lr()
+                train(accelerator, engine, optimizer, scheduler, [batch])
+                skipped.append(accelerator.optimizer_step_was_skipped)
+                assert (scheduler.get_last_lr() == before) == skipped[-1]
+            assert skipped == [True, True, False, False]
+
+    run_ranks(rank)
+
+
 # Accumulation and clipping
 
 
@@ -421,6 +467,25 @@ def test_training_goes_on_from_a_saved_state_as_if_it_had_not_stopped(
             accelerator.free_memory()
 
     run_ranks(rank, timeout=100)
+
+
+def test_a_saved_model_is_one_that_other_programs_load(tmp_path: Path) -> None:
+    def rank(_: int, __: int) -> None:
+        for stage in (0, 2, 3):
+            config = config_of(stage)
+            config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+            accelerator = started(config)
+            model, folder = llama(), tmp_path / str(stage)
+            engine, *_ = accelerator.prepare(
+                model, SGD(model.parameters(), lr=0.1), DataLoader(samples(4), batch_size=2)
+            )
+            accelerator.save_model(engine, str(folder))
+            accelerator.wait_for_everyone()
+            saved, wanted = load_file(folder / "model.safetensors"), llama().state_dict()
+            assert saved.keys() == wanted.keys()
+            assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
+
+    run_ranks(rank)
 
 
 # Several models
@@ -504,6 +569,22 @@ def test_a_model_is_prepared_again_after_memory_was_freed() -> None:
 
 
 # Options
+
+
+def test_a_model_that_is_compiled_block_by_block_trains_alike() -> None:
+    def rank(_: int, __: int) -> None:
+        losses: list[list[float]] = []
+        for plugin in (None, TorchDynamoPlugin(backend="eager", use_regional_compilation=True)):
+            accelerator = started(config_of(3), dynamo_plugin=plugin)
+            model = llama()
+            optimizer = AdamW(model.parameters(), lr=RATE)
+            prepared = accelerator.prepare(
+                model, optimizer, slower(optimizer), DataLoader(samples(8), batch_size=2)
+            )
+            losses.append(train(accelerator, *prepared))
+        assert_close(*losses)
+
+    run_ranks(rank, 1)
 
 
 def test_offload_is_accepted_said_to_be_inactive_and_deepspeeds_optimizer_steps() -> None:

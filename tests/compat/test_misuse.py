@@ -136,6 +136,13 @@ def _(stage: int) -> None:
     engine.backward(loss)
 
 
+@row("scaled the loss with torch's `GradScaler`, and called `scaler.step(optimizer)`")
+def _(stage: int) -> None:
+    engine, scaler = engine_of(stage), torch.amp.GradScaler("cpu")
+    engine.backward(scaler.scale(loss_of(engine)))
+    scaler.step(engine.optimizer)
+
+
 @row("stepped the schedule that the engine steps")
 def _(stage: int) -> None:
     model = Net()

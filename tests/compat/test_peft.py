@@ -162,6 +162,45 @@ def test_adapters_on_a_sharded_base_train_as_on_a_whole_one(config: Any) -> None
     assert got == pytest.approx(want, rel=2e-5)
 
 
+def test_adapters_may_be_added_while_modules_are_built_in_shards() -> None:
+    # PEFT hands attributes on to the model inside, and is built while there is none yet.
+    def on_rank(rank: int, world: int) -> tuple[list[float], list[float]]:
+        config = lora(init_lora_weights=False)
+        with Init(config_dict_or_path=config_of(3)):
+            model = adapted(plain_base(), config)
+        assert {param.numel() for param in model.parameters()} == {0}
+        want = adapted(plain_base(), config) if rank == 0 else None
+        return train(start(model, 3)), plain_train(want) if want is not None else []
+
+    got, want = run_ranks(on_rank, 2)[0]
+    assert got == pytest.approx(want, rel=2e-5)
+
+
+def test_initial_values_of_loftq_are_computed_from_the_gathered_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loftq(weight: Tensor, *, num_bits: int, reduced_rank: int, **_: Any) -> tuple[Tensor, ...]:
+        """What PEFT computes on GPUs alone: a coarser base, and adapters for the rest."""
+        step = weight.abs().max() / 2 ** (num_bits - 1)
+        coarse = (weight / step).round() * step
+        left, values, right = torch.linalg.svd(weight - coarse, full_matrices=False)
+        rank = slice(reduced_rank)
+        return coarse.detach(), right[rank].detach(), (left[:, rank] * values[rank]).detach()
+
+    monkeypatch.setattr(peft.tuners.lora.layer, "loftq_init", loftq)
+    config = lora(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})
+
+    def on_rank(rank: int, world: int) -> tuple[list[float], list[float]]:
+        alive = HfDeepSpeedConfig(config_of(3))
+        model = adapted(sharded_base(3), config)
+        del alive
+        losses = train(start(model, 3))
+        return losses, plain_train(adapted(plain_base(), config)) if rank == 0 else []
+
+    got, want = run_ranks(on_rank, 2)[0]
+    assert got == pytest.approx(want, rel=2e-5)
+
+
 def test_lora_has_one_trajectory_at_all_stages_with_recomputation_or_without() -> None:
     def on_rank(rank: int, world: int) -> tuple[dict[int, list[float]], list[float]]:
         def model(stage: int, reentrant: bool | None) -> Any:

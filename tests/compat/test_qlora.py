@@ -398,23 +398,37 @@ def become(rank: int, world: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
-def arguments(folder: Path, stage: int) -> TrainingArguments:
-    """As tutorials print them for fp16 on several GPUs, but for the number of steps."""
-    return TrainingArguments(
-        output_dir=str(folder / "out"),
-        max_steps=2,
-        learning_rate=2e-2,
-        fp16=True,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        deepspeed=str(folder / f"zero{stage}.json"),
-        gradient_checkpointing=True,
-        use_cpu=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
+def trainer_of(base: Path, folder: Path, stage: int, **changes: Any) -> Trainer:
+    """As tutorials print it for fp16 on several GPUs, but for the number of steps."""
+    settings = {
+        "output_dir": str(folder / "out"),
+        "max_steps": 2,
+        "learning_rate": 2e-2,
+        "fp16": True,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "deepspeed": str(folder / f"zero{stage}.json"),
+        "gradient_checkpointing": True,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    arguments = TrainingArguments(**settings | changes)
+    transformers.utils.logging.disable_progress_bar()
+    case = Case(compute=torch.float16)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=case.quantisation)
+    model = prepare_model_for_kbit_training(model)
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    rows = [{"input_ids": row, "labels": row} for x in batches() for row in x]
+    return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:2])
+
+
+def history_of(trainer: Trainer) -> list[float]:
+    entries = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    return [entry[key] for entry in entries for key in ("loss", "grad_norm")]
 
 
 def write_configs(folder: Path) -> None:
@@ -439,23 +453,11 @@ def test_the_trainer_trains_adapters_on_a_quantised_base_at_every_stage(
         become(rank, world)
         found: dict[int, Any] = {}
         for stage in (2, 3):
-            settings = arguments(tmp_path, stage)
-            transformers.utils.logging.disable_progress_bar()
-            case = Case(compute=torch.float16)
-            model = AutoModelForCausalLM.from_pretrained(
-                base, quantization_config=case.quantisation
-            )
-            model = prepare_model_for_kbit_training(model)
-            torch.manual_seed(1)
-            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-            count = model.get_nb_trainable_parameters()
-            rows = [{"input_ids": row, "labels": row} for x in batches() for row in x]
-            trainer = Trainer(model=model, args=settings, train_dataset=rows, eval_dataset=rows[:2])
+            trainer = trainer_of(base, tmp_path, stage)
+            count = trainer.model.get_nb_trainable_parameters()
             trainer.train()
-            assert model.get_nb_trainable_parameters() == count
-            history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-            numbers = [entry[key] for entry in history for key in ("loss", "grad_norm")]
-            found[stage] = [*numbers, trainer.evaluate()["eval_loss"]]
+            assert trainer.model.get_nb_trainable_parameters() == count
+            found[stage] = [*history_of(trainer), trainer.evaluate()["eval_loss"]]
             trainer.save_model(str(tmp_path / f"adapters{stage}"))
         return found
 
@@ -469,3 +471,34 @@ def test_the_trainer_trains_adapters_on_a_quantised_base_at_every_stage(
     assert two.keys() == three.keys()
     assert all(torch.equal(two[name].half(), three[name].half()) for name in two)
     assert not (tmp_path / "adapters3" / "model.safetensors").exists()
+
+
+def test_the_trainer_resumes_adapters_on_a_quantised_base_exactly(
+    base: Path, tmp_path: Path
+) -> None:
+    write_configs(tmp_path)
+
+    def on_rank(rank: int, world: int) -> None:
+        become(rank, world)
+        for stage in (2, 3):
+            saving = {
+                "output_dir": str(tmp_path / str(stage)),
+                "save_strategy": "steps",
+                "save_steps": 1,
+            }
+            whole = trainer_of(base, tmp_path, stage, **saving)
+            whole.train()
+            resumed = trainer_of(base, tmp_path, stage, **saving)
+            with torch.no_grad():
+                for param in trained(resumed.model):
+                    param.fill_(1)
+            resumed.train(resume_from_checkpoint=str(tmp_path / str(stage) / "checkpoint-1"))
+            assert history_of(resumed) == history_of(whole)
+            with gathered(whole.model), gathered(resumed.model):
+                assert all(map(torch.equal, trained(resumed.model), trained(whole.model)))
+                assert_equal_bytes(quantised_bytes(resumed.model), quantised_bytes(whole.model))
+            names = {path.name for path in (tmp_path / str(stage) / "checkpoint-2").iterdir()}
+            assert names >= {"adapter_model.safetensors", "adapter_config.json", "latest"}
+            assert "model.safetensors" not in names
+
+    run_ranks(on_rank, 2)

@@ -76,6 +76,7 @@ class Ran:
 def run_script(script: str, *options: str) -> Ran:
     """Run a script in this process."""
     os.chdir(SEEDS)
+    transformers.logging.set_verbosity_warning()  # as it is in a new process
     sys.path.insert(0, str(SEEDS))  # as Python does for a script
     sys.argv = [script, *options]
     transformers.logging.set_verbosity_warning()  # whatever other tests have set

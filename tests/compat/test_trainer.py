@@ -247,16 +247,24 @@ def test_the_log_says_that_deepspeed_runs_at_the_level_of_the_trainer() -> None:
 def test_offload_is_accepted_whoever_makes_the_optimizer() -> None:
     def body(folder: Path) -> list[Log]:
         logs = []
+
+        def run(config: dict[str, Any], kind: type) -> None:
+            trainer = train(folder, config, bf16=True)
+            assert type(trainer.deepspeed.optimizer.optimizer) is kind
+            logs.append(logged(trainer))
+
         for blocks in ((), ("optimizer",)):
             config = Recipe(3, "bf16", blocks).config()
-            logs.append(logged(train(folder, config, bf16=True)))
+            run(config, torch.optim.AdamW)
             to_host = {"device": "cpu", "pin_memory": True}
             config["zero_optimization"] |= {"offload_optimizer": to_host, "offload_param": to_host}
-            logs.append(logged(train(folder, config, bf16=True)))
+            run(config, torch.optim.AdamW if blocks else deepspeed.ops.adam.DeepSpeedCPUAdam)
+            if not blocks:
+                run({**config, "zero_force_ds_cpu_optimizer": False}, torch.optim.AdamW)
         return logs
 
-    theirs, theirs_offloaded, ours, ours_offloaded = each_rank(body)[0]
-    assert theirs == theirs_offloaded
+    theirs, theirs_offloaded, theirs_kept, ours, ours_offloaded = each_rank(body)[0]
+    assert theirs == theirs_offloaded == theirs_kept
     assert ours == ours_offloaded
 
 
@@ -472,6 +480,33 @@ def test_parameters_without_dimensions_train_at_every_stage() -> None:
         assert state["slope"].shape == ()
 
 
+def test_the_first_step_in_fp16_overflows_at_the_initial_scale_and_its_rate_is_told() -> None:
+    def body(folder: Path) -> None:
+        for stage in (2, 3):
+            watch = Watch()
+            trainer = Trainer(
+                model=Line(LineConfig()),
+                args=arguments(
+                    folder,
+                    Recipe(stage, "fp16"),
+                    max_steps=1,
+                    lr_scheduler_type="constant",
+                    gradient_accumulation_steps=1,
+                ),
+                train_dataset=Points(),
+                callbacks=[watch],
+            )
+            trainer.train()
+            # The scale survives one overflow.
+            assert [each[:2] for each in watch.seen] == [(True, 2.0**16)]
+            assert logged(trainer).lr == (0.01,)
+            weights = full_weights(trainer)
+            if dist.get_rank() == 0:
+                assert (weights["slope"].item(), weights["height"].item()) == (0.5, -1.0)
+
+    each_rank(body)
+
+
 # After training
 
 
@@ -607,6 +642,25 @@ def spoiled() -> LlamaForCausalLM:
     return model
 
 
+def names_in(folder: Path) -> set[str]:
+    dist.barrier()
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def names_of(recipe: Recipe, world: int) -> set[str]:
+    """Files by which programs know a checkpoint that the Trainer made after two steps."""
+    prefix = "bf16_" if recipe.dtype == "bf16" else ""
+    model = [f"zero_pp_rank_{rank}_" for rank in range(world)] if recipe.stage == 3 else [""]
+    return {
+        *("latest", "zero_to_fp32.py", "config.json", "model.safetensors"),
+        *("training_args.bin", "trainer_state.json"),
+        *(f"rng_state_{rank}.pth" for rank in range(world)),
+        *(f"global_step2/{each}mp_rank_00_model_states.pt" for each in model),
+        f"global_step2/{prefix}zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        *(() if recipe.blocks else ("scheduler.pt",)),  # else it is the engine's
+    }
+
+
 def test_a_resumed_training_is_the_one_that_was_not_interrupted() -> None:
     recipes = [
         Recipe(0),
@@ -621,6 +675,7 @@ def test_a_resumed_training_is_the_one_that_was_not_interrupted() -> None:
             output = folder / str(number)
             model = llama(attention_dropout=0.1)
             whole = train(output, recipe, model=model, save_strategy="steps", save_steps=2)
+            assert names_in(output / "checkpoint-2") >= names_of(recipe, world=2)
             resumed = train(output, recipe, model=spoiled(), resume=str(output / "checkpoint-2"))
             assert logged(resumed) == logged(whole), recipe
             expected = full_weights(whole)

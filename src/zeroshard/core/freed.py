@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import handle_torch_function
 
 from zeroshard.core import tree
 from zeroshard.core.slots import full_shape, slot_of
@@ -185,6 +186,14 @@ class FreedParameter(nn.Parameter):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return _call_with_freed(func, types, args, kwargs)
+
+    # Torch refuses None before it asks the class.
+    def copy_(self, other: Any, non_blocking: bool = False) -> Tensor:
+        """Take values over; where those of this rank are not kept, it may have none."""
+        if other is None:
+            func: Callable[..., Any] = Tensor.copy_
+            return handle_torch_function(func, (self,), self, other, non_blocking)
+        return super().copy_(other, non_blocking)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise freed_read(self)

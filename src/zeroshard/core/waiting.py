@@ -122,7 +122,14 @@ class Waiting:
         for unit in dict.fromkeys(units):
             if not unit.is_held:
                 self._open(unit)
+        has_none = func is Tensor.copy_ and len(args) > 1 and args[1] is None
+        if has_none and not self._is_kept(units[0]):
+            return args[0]  # models compute some initial values on rank 0 alone
         return _call_with_views(func, args, kwargs)
+
+    def _is_kept(self, unit: Unit) -> bool:
+        """Whether edits of this rank last."""
+        return unit.modifier_rank in (None, self._mesh.rank)
 
     def _open(self, unit: Unit) -> None:
         block = self._blocks[-1] if self._blocks else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -133,6 +133,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._zero_grad(set_to_none)
 
     # Loss scaling, by DeepSpeed's names
+
+    @property
+    def _step_supports_amp_scaling(self) -> NoReturn:  # what torch's GradScaler asks for first
+        raise UsageError(
+            compose(
+                "GradScaler.step() was called on an optimizer that steps shards: gradients are in "
+                "the engine, where the scaler does not find them, so they would stay scaled.",
+                hint='leave GradScaler out and set "fp16": {"enabled": true}: the engine scales '
+                "the loss itself.",
+            )
+        )
 
     @property
     def overflow(self) -> bool:

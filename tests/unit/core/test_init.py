@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -404,7 +403,7 @@ def test_a_patch_of_somebody_else_is_left_alone(monkeypatch: pytest.MonkeyPatch)
     run_ranks(work, 2)
 
 
-def test_outside_of_the_context_reads_copies_and_casts_are_refused() -> None:
+def test_outside_of_the_context_reads_of_parameters_and_casts_are_refused() -> None:
     def work(rank: int, world: int) -> None:
         with building():
             model = Parent()

@@ -202,6 +202,27 @@ def test_what_the_modifier_alone_reads_in_its_block_is_gathered_with_the_help_of
     on_ranks(work, 3)
 
 
+def test_ranks_whose_values_are_not_kept_may_have_none() -> None:
+    def work(rank: int) -> None:
+        model = build()
+        with torch.no_grad():
+            weight: Any = model.first.weight
+            assert weight.copy_(torch.ones(5, 6) if rank == 0 else None) is weight
+            with zeroshard.gathered(model.second, modifier_rank=1):
+                if rank == 1:
+                    model.third.weight.copy_(torch.full((3, 5), 2.0))
+            if rank == 0:
+                with pytest.raises(TypeError):
+                    model.third.weight.copy_(None)  # type: ignore[arg-type]
+            else:
+                model.third.weight.copy_(torch.zeros(3, 5))
+        got = full(model)
+        assert torch.equal(got["first.weight"], torch.ones(5, 6))
+        assert torch.equal(got["third.weight"], torch.full((3, 5), 2.0))
+
+    on_ranks(work)
+
+
 def test_ranks_that_want_different_things_are_all_told_what_each_one_wants() -> None:
     def alone(rank: int) -> None:
         model = build()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+import zeroshard
 from unit.engine.small import (
     LR,
     STAGES,
@@ -132,6 +133,10 @@ def test_an_engine_answers_by_the_names_that_scripts_use(stage: int) -> None:
 
 
 @on_ranks(1)
+def test_an_engine_that_is_not_made_yet_has_no_attributes() -> None:
+    assert not hasattr(zeroshard.Engine.__new__(zeroshard.Engine), "anything")
+
+
 def test_momentum_is_that_of_the_optimizer_or_its_betas() -> None:
     adam = {"type": "Adam", "params": {"betas": [0.8, 0.9]}}
     assert make(optimizer=adam).get_mom() == [(0.8, 0.9)]
