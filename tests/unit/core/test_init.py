@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
