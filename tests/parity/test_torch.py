@@ -24,18 +24,14 @@ STAGES = (0, 1, 2, 3)
 FSDP_CASES = (
     "attention",
     "block_called_twice",
-    "dict_outputs",
     "forward_without_gradient",
     "frozen_weight_in_each_block",
-    "keyword_inputs",
     "low_rank_adapters",
     "nested_units",
     "order_varies_by_step",
     "plain",
-    "root_parameters",
     "tied_head",
     "two_backwards",
-    "two_forwards_then_backward",
 )
 # The other way round, for what FSDP2 cannot take; where both could, one of them is enough.
 DDP_CASES = (

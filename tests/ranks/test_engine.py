@@ -671,7 +671,7 @@ def test_ranks_that_run_different_blocks_do_not_hang(
     name: str, lookahead_bytes: int | None
 ) -> None:
     case = ZOO[name]
-    setting = Setting(3, world=4, accumulation=2, lookahead_bytes=lookahead_bytes, steps=8)
+    setting = Setting(3, world=4, accumulation=2, lookahead_bytes=lookahead_bytes, steps=4)
 
     def work(rank: int, world: int) -> dict[str, Tensor]:
         engine = make_engine(case, setting)

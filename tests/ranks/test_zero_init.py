@@ -36,7 +36,7 @@ def make_engine_under_init(case: Case, setting: Setting) -> Any:
     return zeroshard.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
-@pytest.mark.parametrize("case", ZOO.values(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(ZOO.values())[::2], ids=lambda case: case.name)
 def test_awkward_models_built_in_shards_train_as_in_plain_pytorch(case: Case) -> None:
     settings = [Setting(3, 2, steps=1)]
     found = [c.differences for c in compare(case, settings, make_engine=make_engine_under_init)]

@@ -132,11 +132,11 @@ def test_an_engine_answers_by_the_names_that_scripts_use(stage: int) -> None:
     assert not engine.module.training
 
 
-@on_ranks(1)
 def test_an_engine_that_is_not_made_yet_has_no_attributes() -> None:
     assert not hasattr(zeroshard.Engine.__new__(zeroshard.Engine), "anything")
 
 
+@on_ranks(1)
 def test_momentum_is_that_of_the_optimizer_or_its_betas() -> None:
     adam = {"type": "Adam", "params": {"betas": [0.8, 0.9]}}
     assert make(optimizer=adam).get_mom() == [(0.8, 0.9)]
