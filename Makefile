@@ -28,8 +28,10 @@ demo: $(VENV)/.installed
 	@ranks=$$($(RANKS)) && set -x && \
 	$(BIN)/zeroshard $$ranks examples/train_lm.py --deepspeed_config examples/ds_config.json
 
+# The libraries that tests/compat loads would make every fork of the other tests slow.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --ignore tests/compat $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) tests/compat $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check $(SOURCES)
