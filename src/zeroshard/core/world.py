@@ -9,6 +9,7 @@ job started in an unusual way) is asked for by name instead of being sought over
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -514,7 +515,19 @@ def _join(
                 f"that {MASTER_PORT} is free there. {TIMEOUT} sets the wait in minutes.",
             )
         ) from error
+    if not on_gpu:
+        atexit.register(_leave_at_exit)
     return backend
+
+
+def _leave_at_exit() -> None:
+    """End gloo's threads before the interpreter ends: one that outlives it aborts the process.
+
+    An abort would take the place of the exit code of a rank that failed. Groups of GPUs are left
+    to the end of the process, since ending them may wait for ranks that failed.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _tcp_url(host: str, port: int) -> str:

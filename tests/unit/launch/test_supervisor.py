@@ -131,8 +131,10 @@ def test_ranks_find_their_place_and_their_arguments_untouched(write: Write, tmp_
 
 def test_ranks_meet_in_a_process_group_at_the_port_that_is_kept_for_them(write: Write) -> None:
     script = write(
-        "import torch, torch.distributed as dist\n"
+        "import atexit, torch, torch.distributed as dist\n"
         "from zeroshard.core.world import init_distributed\n"
+        "at_exit = lambda: os.write(1, b'joined at exit: %r\\n' % dist.is_initialized())\n"
+        "atexit.register(at_exit)\n"
         "init_distributed()\n"
         "total = torch.tensor(dist.get_rank() + 1)\n"
         "dist.all_reduce(total)\n"
@@ -143,6 +145,8 @@ def test_ranks_meet_in_a_process_group_at_the_port_that_is_kept_for_them(write: 
     )
     ended = launch("-q", "--num_gpus=2", script)
     assert ended.stdout.count("total 3\n") == 2
+    # Gloo's threads must have ended by now: one that outlives the interpreter aborts the process.
+    assert "joined at exit: False\n" in ended.stdout
     assert ended.returncode == 1
     last = ended.stderr[ended.stderr.rindex("zeroshard: ") :]
     assert last.startswith("zeroshard: rank 1 of 2 failed with exit code 1")
