@@ -33,9 +33,9 @@ import os, pathlib, signal, subprocess, sys, time
 rank = os.environ["RANK"]
 here = pathlib.Path(__file__).parent
 def leave(name, text=""):
-    path = here / name
-    path.with_suffix(".new").write_text(text)
-    path.with_suffix(".new").replace(path)
+    new = here / f".{name}.new"  # of this name alone, and found by no pattern below
+    new.write_text(text)
+    new.replace(here / name)
 """
 
 
