@@ -19,6 +19,7 @@ from zeroshard.config.values import is_auto, is_block, is_sequence
 
 __all__ = [
     "Anything",
+    "Budget",
     "Block",
     "Count",
     "CountOrNone",
@@ -54,6 +55,8 @@ Kind: TypeAlias = Any
 # A number that fp32 can still hold: larger loss scales are infinite in every compute dtype.
 _LARGEST_SCALE_POWER = 127
 _LAST_STAGE = 3
+
+_BUDGET = '"auto", a number of GiB of at least 0 or null'
 
 _DTYPES = {
     "fp32": "fp32",
@@ -138,6 +141,16 @@ def _number(what: str, fits: Callable[[float], bool]) -> BeforeValidator:
         return number
 
     return BeforeValidator(check)
+
+
+def _budget(value: object) -> object:
+    if value is None or is_auto(value):
+        return value
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise expected(_BUDGET)
+    if not (math.isfinite(value) and value >= 0):
+        raise expected(_BUDGET)
+    return float(value)
 
 
 def _flag(*, nullable: bool = False) -> BeforeValidator:
@@ -243,6 +256,7 @@ def one_of(*choices: str) -> Kind:
 
 
 Anything: Kind = object
+Budget = Annotated[Literal["auto"] | float | None, BeforeValidator(_budget)]
 Block = Annotated[dict[str, object], BeforeValidator(_block)]
 Count = Annotated[int, _whole(1)]
 CountOrNone = Annotated[int | None, _whole(1, nullable=True)]

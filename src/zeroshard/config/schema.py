@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from zeroshard.config.batch import Batch, resolve
 from zeroshard.config.keys import Always, NoEffect, on_device
 from zeroshard.config.kinds import (
+    Budget,
     Count,
     CountOrNone,
     Device,
@@ -348,6 +349,9 @@ class ExtensionConfig(_Block):
     lookahead_bytes: SizeOrNone = None
     """Bytes gathered ahead of their use at stage 3; null leaves the choice to the engine."""
 
+    activation_budget: Budget = None
+    """GiB that blocks may keep for backward, others run again; "auto" measures what is free."""
+
 
 class Config(_Block):
     """A whole configuration, as `load` returns it."""
@@ -444,7 +448,9 @@ BLOCKS: Mapping[tuple[str, ...], type[BaseModel]] = {
 OPEN_BLOCKS = frozenset({("optimizer", "params"), ("scheduler", "params")})
 """Blocks whose keys belong to somebody else."""
 
-AUTO_IS_A_VALUE = frozenset({("data_types", "keep_in_fp32_modules")})
+AUTO_IS_A_VALUE = frozenset(
+    {("data_types", "keep_in_fp32_modules"), ("zeroshard", "activation_budget")}
+)
 """Fields that take "auto" themselves."""
 
 NEVER_AUTO = frozenset(

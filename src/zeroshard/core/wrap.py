@@ -73,9 +73,17 @@ class Group:
     sites: list[nn.Module] = field(default_factory=list[nn.Module])
 
 
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules that repeat side by side and have several layers, sections divided."""
-    return _find_blocks(model, _nbytes(model), set())[0]
+def find_blocks(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
+    """The outermost modules that repeat side by side and have several layers, sections divided.
+
+    Args:
+        model: the outermost module.
+        names: class names or module paths of blocks to use instead.
+
+    Raises:
+        ConfigError: a name matches nothing.
+    """
+    return _named_blocks(model, names) if names else _find_blocks(model, _nbytes(model), set())[0]
 
 
 def _find_blocks(

@@ -19,7 +19,7 @@ from torch import nn
 from zeroshard import config as configuration
 from zeroshard.core import world
 from zeroshard.core.building import build_unit
-from zeroshard.core.collectives import all_reduce_, broadcast_
+from zeroshard.core.collectives import Exchange, all_reduce_, broadcast_
 from zeroshard.core.hooks import Runtime, Site
 from zeroshard.core.host import trim
 from zeroshard.core.init import suspended
@@ -32,10 +32,11 @@ from zeroshard.core.unit import Unit
 from zeroshard.core.usage import GradientWatch
 from zeroshard.core.waiting import settle
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
-from zeroshard.engine import quantized
+from zeroshard.engine import activations, quantized
 from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.engine import Engine, Settings
+from zeroshard.engine.meter import meter_of
 from zeroshard.engine.optimizer import ZeroOptimizer
 from zeroshard.engine.precision import (
     DTYPES,
@@ -162,7 +163,10 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     quantized.settle(model, device)
     groups = _choose_groups(model, trained, life, settings, device)
 
+    blocks = _blocks(model, settings) if inner is not None else None
+
     # From here on nothing is refused, and the model changes.
+    activations.forget(model)
     mesh = build_mesh(shard_size, device, timeout=world.patience())
     runtime = _shard(model, groups, mesh, life, settings)
     sharded = None
@@ -201,7 +205,47 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         training_dataloader=loader,
         local_rank=world.local_rank(),
     )
+    if blocks:
+        space = _space(settings, mesh)
+        engine.limit_activations(
+            activations.Activations(model, blocks, space, lambda: runtime.num_backwards)
+        )
     return engine, engine.optimizer, loader, scheduler
+
+
+def _blocks(model: nn.Module, settings: configuration.Config) -> dict[nn.Module, str]:
+    """What the activation budget, if there is one, may checkpoint."""
+    if settings.zeroshard.activation_budget is None:
+        return {}
+    blocks = activations.layers_of(model, settings.zeroshard.units)
+    if not blocks:
+        _log.warning(
+            "zeroshard.activation_budget has no effect: no blocks that repeat were found in the "
+            'model. Name their class in "units" beside it.'
+        )
+    elif not activations.CAN_COUNT:
+        _log.warning(
+            "zeroshard.activation_budget checkpoints every block: to count what a block would "
+            "keep takes torch 2.8, and this is %s.",
+            torch.__version__,
+        )
+    return blocks
+
+
+def _space(settings: configuration.Config, mesh: Mesh) -> activations.Space:
+    """How much blocks may keep for backward."""
+    budget = settings.zeroshard.activation_budget
+    if isinstance(budget, float):
+        return activations.Fixed(int(budget * activations.GIB))
+    meter = meter_of(mesh.device)
+    if meter is not None:
+        exchange = Exchange(mesh, 1)
+        return activations.Measured(meter, lambda room: min(exchange([room]))[0])
+    _log.warning(
+        'zeroshard.activation_budget "auto" measures the memory of a GPU, and there is none: every '
+        "block is checkpointed. Name a number of GiB instead."
+    )
+    return activations.Fixed(0)
 
 
 def _config_source(

@@ -27,6 +27,7 @@ from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
 from zeroshard.core.usage import GradientWatch
+from zeroshard.engine.activations import ActivationPlan, Activations
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.diagnose import explain_backward, explain_memory
 from zeroshard.engine.export import load_weights, save_weights, weights_of
@@ -102,6 +103,7 @@ class Engine(Getters):
         self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
         self.batch, self.configuration = settings.batch, settings.config
         self._sharded, self._watch = sharded, watch
+        self._activations: Activations | None = None
         self._boundary_override: bool | None = None
         self._counts_from = 0  # the micro-step from which accumulations are counted
         self._is_step_due = False  # a coalesced group of micro-steps has ended
@@ -166,6 +168,7 @@ class Engine(Getters):
         except Exception as error:
             # Recomputation ends in an exception of torch's own once it has what it needs.
             if not in_backward():
+                self._note_failure(error)
                 self._recover()
                 explain_memory(error, self.batch, self.runtime.units)
                 if isinstance(error, RuntimeError) and not isinstance(error, Error):
@@ -233,6 +236,7 @@ class Engine(Getters):
                 root.backward(seed, retain_graph=retain_graph)
         except Exception as error:
             explanation = explain_backward(error, self.runtime.units)
+            self._note_failure(error)
             self._give_up(in_backward=True)
             explain_memory(error, self.batch, self.runtime.units)
             if explanation is not None:
@@ -330,6 +334,8 @@ class Engine(Getters):
         self.skipped_steps += not self._was_step_applied
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
+        if self._activations is not None:
+            self._activations.end_step()
 
     def _report(self) -> None:
         every = self.settings.steps_per_print
@@ -360,7 +366,13 @@ class Engine(Getters):
             self.runtime.loss_scale = torch.tensor(scaler.scale, device=self.device)
             self.runtime.scaled = False
 
+    def _note_failure(self, error: Exception) -> None:
+        if self._activations is not None:
+            self._activations.fail(error)
+
     def _recover(self, in_backward: bool = False) -> None:
+        if self._activations is not None:
+            self._activations.reset()
         try:
             self.runtime.reset(in_backward)
         except Exception:
@@ -474,6 +486,16 @@ class Engine(Getters):
             if self._watch is not None:
                 self._watch.forget()
             self._num_backwards_seen = self.runtime.num_backwards
+
+    def limit_activations(self, activations: Activations) -> None:
+        """Let a budget decide which blocks keep their activations, until ``destroy``."""
+        self._activations = activations
+        activations.install()
+
+    @property
+    def activation_plan(self) -> ActivationPlan | None:
+        """How many blocks kept their activations in the last pass; None without a budget."""
+        return None if self._activations is None else self._activations.plan
 
     def was_step_applied(self) -> bool:
         """Whether the last call of ``step`` changed the weights."""
@@ -844,6 +866,8 @@ class Engine(Getters):
             return
         self.reload_states()
         self.zero_grad()
+        if self._activations is not None:
+            self._activations.remove()
         self.runtime.let_go()
         self._allow_foreign_steps()
         if self._watch is not None:
