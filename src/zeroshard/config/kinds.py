@@ -19,8 +19,8 @@ from zeroshard.config.values import is_auto, is_block, is_sequence
 
 __all__ = [
     "Anything",
-    "Budget",
     "Block",
+    "Budget",
     "Count",
     "CountOrNone",
     "Device",

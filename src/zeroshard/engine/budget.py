@@ -15,7 +15,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from zeroshard.core import tree
+
 __all__ = [
+    "GIB",
     "Overhead",
     "Plan",
     "Seen",
@@ -23,11 +26,15 @@ __all__ = [
     "bound",
     "choose",
     "factor",
+    "in_words",
     "overhead",
     "scaled",
     "shape_of",
     "tensors_in",
 ]
+
+GIB = 2**30
+_MIB = 2**20
 
 Shape = tuple[tuple[int, int], ...]
 """Of each tensor with numbers in it among the arguments: its elements, and those of one sample."""
@@ -76,12 +83,12 @@ def shape_of(values: Iterable[object]) -> Shape:
 
 
 def tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
-    """The tensors among arguments, or directly in tuples and lists among them."""
+    """The tensors among arguments, and inside containers among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, (tuple, list)):
-            yield from (item for item in value if isinstance(item, Tensor))
+        elif value is not None and not isinstance(value, (bool, int, float, str)):
+            yield from tree.find(value).tensors
 
 
 def factor(shape: Shape, seen: Shape) -> float | None:
@@ -165,3 +172,9 @@ def choose(sizes: Sequence[int | None], room: int) -> Plan:
             break
         first, kept = first - 1, kept + size
     return Plan(first, len(sizes), kept)
+
+
+def in_words(nbytes: int) -> str:
+    """A number of bytes for people."""
+    unit, name = (GIB, "GiB") if nbytes >= GIB // 10 else (_MIB, "MiB")
+    return f"{nbytes / unit:.1f} {name}"

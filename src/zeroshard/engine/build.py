@@ -32,8 +32,10 @@ from zeroshard.core.unit import Unit
 from zeroshard.core.usage import GradientWatch
 from zeroshard.core.waiting import settle
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
-from zeroshard.engine import activations, quantized
+from zeroshard.engine import quantized
+from zeroshard.engine.activations import Activations, forget, layers_of
 from zeroshard.engine.arguments import collect_facts
+from zeroshard.engine.budget import GIB
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.engine import Engine, Settings
 from zeroshard.engine.meter import meter_of
@@ -45,6 +47,8 @@ from zeroshard.engine.precision import (
     make_scaler,
     precision,
 )
+from zeroshard.engine.recompute import CAN_COUNT
+from zeroshard.engine.space import Fixed, Measured, Space
 from zeroshard.errors import ConfigError, UsageError, compose
 from zeroshard.logs import show_messages
 from zeroshard.optim.factory import make_optimizer
@@ -166,7 +170,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     blocks = _blocks(model, settings) if inner is not None else None
 
     # From here on nothing is refused, and the model changes.
-    activations.forget(model)
+    forget(model)
     mesh = build_mesh(shard_size, device, timeout=world.patience())
     runtime = _shard(model, groups, mesh, life, settings)
     sharded = None
@@ -207,9 +211,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     )
     if blocks:
         space = _space(settings, mesh)
-        engine.limit_activations(
-            activations.Activations(model, blocks, space, lambda: runtime.num_backwards)
-        )
+        engine.limit_activations(Activations(model, blocks, space, lambda: runtime.num_backwards))
     return engine, engine.optimizer, loader, scheduler
 
 
@@ -217,35 +219,40 @@ def _blocks(model: nn.Module, settings: configuration.Config) -> dict[nn.Module,
     """What the activation budget, if there is one, may checkpoint."""
     if settings.zeroshard.activation_budget is None:
         return {}
-    blocks = activations.layers_of(model, settings.zeroshard.units)
+    blocks = layers_of(model, settings.zeroshard.units)
     if not blocks:
         _log.warning(
             "zeroshard.activation_budget has no effect: no blocks that repeat were found in the "
             'model. Name their class in "units" beside it.'
         )
-    elif not activations.CAN_COUNT:
+    elif not CAN_COUNT:
         _log.warning(
             "zeroshard.activation_budget checkpoints every block: to count what a block would "
             "keep takes torch 2.8, and this is %s.",
             torch.__version__,
         )
+    if any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
+        _log.warning(
+            "zeroshard.activation_budget has no effect on blocks whose call is compiled, hooks "
+            "included, by block.compile(). Call engine.compile() instead."
+        )
     return blocks
 
 
-def _space(settings: configuration.Config, mesh: Mesh) -> activations.Space:
+def _space(settings: configuration.Config, mesh: Mesh) -> Space:
     """How much blocks may keep for backward."""
     budget = settings.zeroshard.activation_budget
     if isinstance(budget, float):
-        return activations.Fixed(int(budget * activations.GIB))
+        return Fixed(int(budget * GIB))
     meter = meter_of(mesh.device)
     if meter is not None:
         exchange = Exchange(mesh, 1)
-        return activations.Measured(meter, lambda room: min(exchange([room]))[0])
+        return Measured(meter, lambda room: min(exchange([room]))[0])
     _log.warning(
         'zeroshard.activation_budget "auto" measures the memory of a GPU, and there is none: every '
         "block is checkpointed. Name a number of GiB instead."
     )
-    return activations.Fixed(0)
+    return Fixed(0)
 
 
 def _config_source(

@@ -14,10 +14,18 @@ from zeroshard.errors import compose
 __all__ = ["explain_backward", "explain_memory"]
 
 
-def explain_memory(error: Exception, batch: Batch, units: Iterable[Unit]) -> None:
+def explain_memory(
+    error: Exception, batch: Batch, units: Iterable[Unit], *, has_budget: bool = False
+) -> None:
     """Add to an out-of-memory error what would make room; it stays the error that it is.
 
     Programs that try smaller batches after one look at its type and at its words.
+
+    Args:
+        error: what was raised.
+        batch: the numbers of samples.
+        units: those of the model.
+        has_budget: whether an activation budget decides what is kept for backward.
     """
     if not isinstance(error, torch.OutOfMemoryError) or len(error.args) != 1:
         return
@@ -28,8 +36,10 @@ def explain_memory(error: Exception, batch: Batch, units: Iterable[Unit]) -> Non
             f"{batch.micro * batch.accumulation} computes the same in smaller pieces"
         )
     advice.append(
-        "model.gradient_checkpointing_enable(), or zeroshard.checkpointing, computes activations "
-        "twice instead of keeping them"
+        '"zeroshard": {"activation_budget": 0} keeps no activations of blocks'
+        if has_budget
+        else '"zeroshard": {"activation_budget": "auto"}, model.gradient_checkpointing_enable() or '
+        "zeroshard.checkpointing computes activations twice instead of keeping them"
     )
     if all(unit.lifetime.params_stay for unit in units):
         advice.append('"zero_optimization": {"stage": 3} on several GPUs shards the weights, too')

@@ -168,9 +168,8 @@ class Engine(Getters):
         except Exception as error:
             # Recomputation ends in an exception of torch's own once it has what it needs.
             if not in_backward():
-                self._note_failure(error)
+                self._note_shortage(error)
                 self._recover()
-                explain_memory(error, self.batch, self.runtime.units)
                 if isinstance(error, RuntimeError) and not isinstance(error, Error):
                     self._check_untouched()  # which may be the cause
             raise
@@ -236,9 +235,8 @@ class Engine(Getters):
                 root.backward(seed, retain_graph=retain_graph)
         except Exception as error:
             explanation = explain_backward(error, self.runtime.units)
-            self._note_failure(error)
+            self._note_shortage(error)
             self._give_up(in_backward=True)
-            explain_memory(error, self.batch, self.runtime.units)
             if explanation is not None:
                 raise UsageError(explanation) from error
             raise
@@ -366,7 +364,10 @@ class Engine(Getters):
             self.runtime.loss_scale = torch.tensor(scaler.scale, device=self.device)
             self.runtime.scaled = False
 
-    def _note_failure(self, error: Exception) -> None:
+    def _note_shortage(self, error: Exception) -> None:
+        """If the device ran out of memory, say what would make room, and make some if possible."""
+        has_budget = self._activations is not None
+        explain_memory(error, self.batch, self.runtime.units, has_budget=has_budget)
         if self._activations is not None:
             self._activations.fail(error)
 
