@@ -194,6 +194,7 @@ class Runtime:
         watch(self._watched, self._on_read)
         self._handles += guard_state_dict(self.root, self._edited.add)
         for unit in self.units:
+            unit.note_users()
             unit.add_use = partial(self.add_use, unit=unit)
             unit.drop_use = partial(self._drop_use, unit=unit)
             unit.use_here = partial(self._use_here, unit)

@@ -162,6 +162,7 @@ class Unit:
         precision: Precision,
         companions: Sequence[tuple[Companion, int]],
         freed_class: Callable[[type[nn.Parameter]], type[nn.Parameter]],
+        pending_class: type[nn.Parameter],
     ) -> None:
         self.members = tuple(members)
         self.layout, self.lifetime, self.mesh = full.layout, lifetime, mesh
@@ -169,7 +170,7 @@ class Unit:
         self._full, self._store, self._gradient = full, store, gradient
         self._params = [member.param for member in members]
         self._classes = [type(param) for param in self._params]
-        self._freed_class = freed_class
+        self._freed_class, self._pending_class = freed_class, pending_class
         self._require_grad = [param.requires_grad for param in self._params]
         self.shapes = [view.shape for view in full.views[: len(members)]]
         self._cut_sizes, self._cut_at = full.layout.cuts(mesh.shard.rank)
@@ -184,6 +185,7 @@ class Unit:
         self._gathering: Ticket = DONE
         self._num_users = 0  # of the full buffer's memory, before it was gathered
         self._is_readable = self._is_outlined = False
+        self._own_users = 0  # of that memory; see `note_users`
         self._reducing: _Reduction | None = None
         self.has_gradient = False
         self.grad_shard: Tensor | None = None
@@ -455,16 +457,38 @@ class Unit:
             param.data = tensor
 
     def publish(self) -> None:
-        """Put the stepped master weights where gathers read; start one where parameters stay."""
+        """Put the stepped master weights where gathers read; start one where parameters stay.
+
+        The gather may run on under the next forward: whoever reads a parameter waits for it.
+        """
         self.write_master()
-        if self.lifetime.params_stay or self._num_holds:
-            self.gather()
-        else:
+        if not (self.lifetime.params_stay or self._num_holds):
             self.free()
+            return
+        num_users = self._full.num_users
+        self.gather()
+        # Who kept a view of the memory reads it without a word; a class of its own has its ways.
+        self._own_users = min(self._own_users, num_users)
+        is_ours = num_users == self._own_users and set(self._classes) == {nn.Parameter}
+        if is_ours and not self._num_holds and self._gathering is not DONE:
+            self._defer()
+        else:
+            self.wait()
+
+    def _defer(self) -> None:
+        """Let whoever touches a parameter wait for the gather under way."""
+        for param in self._params:
+            param.__class__ = self._pending_class
+        self._is_readable = False
+
+    def note_users(self) -> None:
+        """Take whoever refers to the full parameters' memory now for a part of the engine."""
+        self._own_users = self._full.num_users
 
     def write_master(self) -> None:
         """Put the master weights where gathers read."""
         assert self.master is not None, f"{self.name} is frozen and has no master weights"
+        self._end_gather()
         self._store.write(self.master)
         # A graph from before the step must not be run backward with the weights after it.
         increment_version(self._params)
