@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,7 +21,7 @@ from forked import run_ranks
 from reference import Setting, batch_of, make_engine, reference_run, relative_difference, train
 from zeroshard.core import collectives, unit
 from zeroshard.core.collectives import Ticket
-from zeroshard.core.mesh import Axis
+from zeroshard.core.mesh import Aside, Axis
 from zoo import ZOO
 
 PLAIN = ZOO["plain"]
@@ -196,3 +198,39 @@ def test_late_gathers_change_no_number(stage: int) -> None:
 
     for found in run_ranks(work, world=2):
         assert {name: off for name, off in found.items() if not off <= 1e-6} == {}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_that_are_copied_behind_the_computation_live_until_they_are_reduced(
+    stage: int,
+) -> None:
+    """On a CPU nothing runs behind anything; who is alive when is the same."""
+
+    def work(rank: int, world: int) -> tuple[float, list[bool], list[bool]]:
+        case, setting = ZOO["plain"], Setting(stage, accumulation=2)
+        want = reference_run(case, setting).weights
+        sources: list[weakref.ref[Tensor]] = []
+        before: list[bool] = []
+
+        def reduce_mean(out: Tensor, full: Tensor, *rest: Any) -> Ticket:
+            before.append(any(source() is not None for source in sources))
+            return collectives.reduce_mean(out, full, *rest)
+
+        with (
+            mock.patch.object(Aside, "exists", True),
+            mock.patch.object(unit, "reduce_mean", reduce_mean),
+        ):
+            engine = make_engine(case, setting)
+            for param in engine.module.parameters():
+                param.register_post_accumulate_grad_hook(
+                    lambda param: sources.append(weakref.ref(param.grad))
+                )
+            train(engine, case, setting, rank)
+            got = within_gathered(engine.module)
+        worst = max(relative_difference(got[name], tensor) for name, tensor in want.items())
+        return worst, before, [source() is not None for source in sources]
+
+    for worst, before, after in run_ranks(work, world=2):
+        assert worst <= 1e-6
+        assert all(before)
+        assert not any(after)
