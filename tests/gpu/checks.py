@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,7 @@ STAGES = (0, 1, 2, 3)
 SMALL = LlamaConfig(512, 64, 6, 4, 2, 128, 384)
 TOY = LlamaConfig(64, 16, 2, 2, 1, 16, 32)
 LARGE = LlamaConfig(8192, 1024, 12, 16, 8, 2048, 8192, tied_head=False)
+BUDGETED = LlamaConfig(32768, 2048, 16, 16, 8, 2048, 5632, tied_head=False)
 # Pinning host memory for a larger one takes most of the time of the check.
 MEDIUM = LlamaConfig(8192, 512, 4, 8, 4, 1024, 4096, tied_head=False)
 
@@ -341,6 +343,70 @@ def check_checkpointing(ctx: Context) -> dict[str, Any]:
     return {"ok": same and within, "same": same, "most_units_full": peak}
 
 
+def check_budget(ctx: Context) -> dict[str, Any]:
+    """Blocks keep what a device with too little memory for all has left, and the same bits."""
+    size = BUDGETED if ctx.on_gpu else SMALL
+    most_steps = 7 if ctx.on_gpu else 3
+
+    def run(budget: object, steps: int = most_steps) -> tuple[dict[str, Tensor], Any, int, float]:
+        with torch.device(ctx.device):
+            model = seeded(lambda: Llama(size))
+        kind = {"bf16": {"enabled": True}} if ctx.on_gpu else {}
+        engine = make_engine(model, 3, zeroshard={"activation_budget": budget}, **kind)
+        times: list[float] = []
+        for step in range(steps):
+            x = ctx.tokens(step, 0, ctx.rank, size)
+            if ctx.on_gpu:
+                torch.cuda.synchronize()
+                if step == 4:  # nobody else begins a new peak from here on
+                    torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            engine.backward(loss_of(engine(x), x))
+            engine.step()
+            if ctx.on_gpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        plan, peak = engine.activation_plan, torch.cuda.max_memory_allocated() if ctx.on_gpu else 0
+        weights = {name: weight.cpu() for name, weight in full_weights(engine).items()}
+        engine.destroy()
+        del engine, model, x
+        gc.collect()
+        return weights, plan, peak, min(times)
+
+    want, nothing, least, slow = run(0)
+    _, everything, _, _ = run(1000, steps=2)
+    half = everything.kept_bytes // 2
+    if not ctx.on_gpu:
+        inputs = 1000 * 2**30 - everything.most_bytes
+        got, some, _, _ = run((inputs + half) / 2**30)
+        within = some.kept_bytes <= half
+        figures: dict[str, Any] = {}
+    else:
+        total = torch.cuda.get_device_properties(ctx.device).total_memory
+        capacity = int((least + half) / 0.9)  # a tenth stays free
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(capacity / total)
+        try:
+            got, some, peak, fast = run("auto")
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        within = peak <= capacity
+        figures = {
+            "peak_gib": [round(bytes_ / 2**30, 2) for bytes_ in (least, peak, capacity)],
+            "speedup": round(slow / fast, 3),
+        }
+    same = all(torch.equal(got[key], want[key]) for key in want)
+    between = 0 == nothing.num_kept < some.num_kept < some.num_blocks == size.num_layers
+    return {
+        "ok": same and within and between,
+        "same": same,
+        "within": within,
+        "kept": [some.num_kept, some.num_blocks],
+        "kept_gib_of": [round(plan.kept_bytes / 2**30, 3) for plan in (some, everything)],
+        **figures,
+    }
+
+
 def check_compile(ctx: Context) -> dict[str, Any]:
     """Compiled blocks train to the same weights within the rounding of fused kernels."""
     if not ctx.on_gpu:
@@ -574,6 +640,7 @@ CHECKS = {
         check_settings,
         check_access,
         check_checkpointing,
+        check_budget,
         check_resume,
         check_compile,
         check_overlap,

@@ -56,8 +56,6 @@ Kind: TypeAlias = Any
 _LARGEST_SCALE_POWER = 127
 _LAST_STAGE = 3
 
-_BUDGET = '"auto", a number of GiB of at least 0 or null'
-
 _DTYPES = {
     "fp32": "fp32",
     "float32": "fp32",
@@ -146,11 +144,10 @@ def _number(what: str, fits: Callable[[float], bool]) -> BeforeValidator:
 def _budget(value: object) -> object:
     if value is None or is_auto(value):
         return value
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise expected(_BUDGET)
-    if not (math.isfinite(value) and value >= 0):
-        raise expected(_BUDGET)
-    return float(value)
+    message = misfit(NotNegative, value)
+    if message is not None:
+        raise expected('"auto", a number of GiB of at least 0 or null')
+    return value
 
 
 def _flag(*, nullable: bool = False) -> BeforeValidator:

@@ -804,8 +804,9 @@ class Engine(Getters):
             )
         blocks = [site.module for site in self.runtime.sites if site.module is not self.module]
         inner = {module for block in blocks for module in block.modules() if module is not block}
-        for block in [block for block in blocks if block not in inner] or [self.module]:
-            block.compile(backend=backend, **(compile_kwargs or {}))
+        with nullcontext() if self._activations is None else self._activations.lifted():
+            for block in [block for block in blocks if block not in inner] or [self.module]:
+                block.compile(backend=backend, **(compile_kwargs or {}))
 
     def deepspeed_io(
         self,

@@ -136,13 +136,15 @@ class Measured:
             self._meter.restart()
         self._stays, self._has_stepped = memory.allocated, True
         if self._agreements_due:
-            self._agreements_due -= 1
             rooms = [
-                self._limit - self._stays - known
+                max(self._limit - self._stays - known, 0)
                 for shape in self._passes
                 if (known := overhead(shape, self._known)) is not None
             ]
-            self._ceiling = self._agree(max(min(rooms, default=0), 0))
+            agreed = self._agree(min(rooms, default=-1))
+            if agreed >= 0:  # else some rank has not trained any block so far
+                self._ceiling = agreed
+                self._agreements_due -= 1
         self._passes.clear()
         self._has_begun = False
         return is_short

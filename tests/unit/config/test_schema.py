@@ -278,6 +278,13 @@ def test_the_extension_block_names_units() -> None:
     assert load({"zeroshard": {"lookahead_bytes": 0}}).zeroshard.lookahead_bytes == 0
 
 
+@pytest.mark.parametrize("value", ["auto", 0, 1.5, 40, None])
+def test_an_activation_budget_is_measured_or_a_number_of_gib(value: object) -> None:
+    budget = load({"zeroshard": {"activation_budget": value}}).zeroshard.activation_budget
+    assert budget == value
+    assert budget is None or isinstance(budget, str | float)
+
+
 @pytest.mark.parametrize(
     ("values", "path"),
     [
@@ -287,6 +294,10 @@ def test_the_extension_block_names_units() -> None:
         ({"units": [""]}, "zeroshard.units.0 must be a name"),
         ({"lookahead_bytes": -1}, "zeroshard.lookahead_bytes must be a whole number"),
         ({"lookahead_bytes": True}, "zeroshard.lookahead_bytes must be a whole number"),
+        ({"activation_budget": -1}, 'zeroshard.activation_budget must be "auto", a number of GiB'),
+        ({"activation_budget": 10**400}, 'zeroshard.activation_budget must be "auto"'),
+        ({"activation_budget": True}, 'zeroshard.activation_budget must be "auto"'),
+        ({"activation_budget": "all"}, 'zeroshard.activation_budget must be "auto"'),
     ],
 )
 def test_the_extension_block_is_checked(values: dict[str, object], path: str) -> None:
