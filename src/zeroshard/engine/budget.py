@@ -10,7 +10,7 @@ the length of one, as those of attention do that writes its scores to memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -75,20 +75,24 @@ class Plan:
 
 def shape_of(values: Iterable[object]) -> Shape:
     """The sizes of arguments that decide how much a block computes."""
-    return tuple(
-        (tensor.numel(), tensor.numel() // max(tensor.shape[0], 1))
-        for tensor in tensors_in(values)
-        if tensor.dim() > 1 and tensor.is_floating_point()
-    )
+    shape: list[tuple[int, int]] = []
+    for tensor in tensors_in(values):
+        sizes = tensor.shape
+        if len(sizes) > 1 and tensor.is_floating_point():
+            numel = sizes.numel()
+            shape.append((numel, numel // (sizes[0] or 1)))
+    return tuple(shape)
 
 
-def tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[object]) -> list[Tensor]:
     """The tensors among arguments, and inside containers among them."""
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif value is not None and not isinstance(value, (bool, int, float, str)):
-            yield from tree.find(value).tensors
+            found += tree.find(value).tensors
+    return found
 
 
 def factor(shape: Shape, seen: Shape) -> float | None:
