@@ -338,17 +338,15 @@ def _map_gpus(nbytes: int, mesh: Mesh) -> Slab:
             raise OSError("this torch is not built for CUDA")
         import torch.distributed._symmetric_memory as symmetric_memory  # noqa: PLC0415
 
-        backend = symmetric_memory.get_backend(device)
-        if backend != "CUDA":
-            raise OSError(f"symmetric memory is of the kind {backend}, not CUDA")
+        asked: Any = getattr(symmetric_memory, "get_backend", None)  # older torch has one kind
+        if asked is not None and asked(device) != "CUDA":
+            raise OSError(f"symmetric memory is of the kind {asked(device)}, not CUDA")
     _check_gpus(mesh)
     with _on_all(mesh), _without_multicast(), torch.cuda.device(device):
         own = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
-        handle = symmetric_memory.rendezvous(own, group)
+        handle = symmetric_memory.rendezvous(own, group.group_name)
         rows = [
-            own
-            if rank == mesh.shard.rank
-            else handle.get_buffer(rank, (nbytes,), torch.uint8, storage_offset=0)
+            own if rank == mesh.shard.rank else handle.get_buffer(rank, (nbytes,), torch.uint8)
             for rank in range(mesh.shard.size)
         ]
     return Slab(rows, mesh, StreamCopies(device), (own, handle))
