@@ -289,13 +289,12 @@ class Bench:
         parts = full.view(self.world, -1)
         order = [(self.rank + step) % self.world for step in range(1, self.world)]
         copies = [(parts[rank], shards[rank]) for rank in order]
-        if with_own:
-            copies.append((parts[self.rank], shards[self.rank]))
+        own = [(parts[self.rank], shards[self.rank])] if with_own else []
 
         def check() -> bool:
             return self.is_gathered(full, without=None if with_own else self.rank)
 
-        return Variant("", lambda: copy(copies).wait(), check, self.received(size))
+        return Variant("", lambda: copy(copies, own).wait(), check, self.received(size))
 
     def push(self, size: int, copy: Copier) -> Variant:
         _, shard = self.tensors(size)

@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,8 +25,9 @@ from zeroshard import zero
 from zeroshard.core import collectives
 from zeroshard.core import schedule as schedule_module
 from zeroshard.core.mesh import build_mesh
-from zeroshard.core.pulled import Slab, UnavailableError, map_slab
+from zeroshard.core.pulled import Slab, UnavailableError, map_slab, share
 from zeroshard.core.unit import Unit
+from zeroshard.engine import build
 from zoo import ZOO, Case
 
 
@@ -34,6 +36,14 @@ def make_engine(case: Case, setting: Setting, how: str = "copy_engine") -> Any:
     config["zeroshard"]["gather"] = how
     model = case.build(SEED, setting.checkpointing)
     return zeroshard.initialize(model=model, config=config)[0]
+
+
+def make_mixed_engine(case: Case, setting: Setting) -> Any:
+    """Half of the units are pulled, as where that is chosen by size."""
+    with mock.patch.object(build, "share", lambda units, mesh: share(units[::2], mesh)):
+        engine = make_engine(case, setting)
+    assert {unit.gathers_alone for unit in engine.runtime.units} == {False, True}
+    return engine
 
 
 def is_pulled(engine: Any) -> bool:
@@ -61,13 +71,14 @@ def test_pulls_and_collectives_train_to_the_same_bits() -> None:
         for name, options in ALIKE.items():
             case = ZOO[name]
             setting = Setting(3, world, steps=2, **options)
-            runs = [
-                engine_run(
-                    case, setting, rank, make_engine=lambda c, s, how=how: make_engine(c, s, how)
-                )
-                for how in ("nccl", "copy_engine")
-            ]
-            found[name] = same(runs[0].weights, runs[1].weights) and runs[0].norms == runs[1].norms
+            makers = [partial(make_engine, how="nccl"), make_engine]
+            if name == "plain":
+                makers.append(make_mixed_engine)
+            sent, *others = (engine_run(case, setting, rank, make_engine=make) for make in makers)
+            found[name] = all(
+                same(sent.weights, pulled.weights) and sent.norms == pulled.norms
+                for pulled in others
+            )
         return found
 
     for found in run_ranks(work, 3):

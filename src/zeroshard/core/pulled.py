@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -82,15 +82,20 @@ class UnavailableError(Exception):
 # Copies
 
 
-Copies = Sequence[tuple[Tensor, Tensor]]
-"""Targets and sources, contiguous and of equal sizes."""
+Copy: TypeAlias = tuple[Tensor, Tensor]
+"""A target and a source, contiguous and of equal sizes."""
 
 
 class Copier(Protocol):
     """A way to copy between the memories of two ranks."""
 
-    def __call__(self, copies: Copies) -> Ticket:
-        """Start copies, in order with what the compute stream has been given."""
+    def __call__(self, copies: Sequence[Copy], own: Sequence[Copy] = ()) -> Ticket:
+        """Start copies, in order with what the compute stream has been given.
+
+        Args:
+            copies: out of other ranks' memory, or into it.
+            own: from this rank's memory to this rank's.
+        """
         ...
 
     def join(self) -> None:
@@ -101,9 +106,9 @@ class Copier(Protocol):
 class HostCopies:
     """Copies by the calling thread."""
 
-    def __call__(self, copies: Copies) -> Ticket:
+    def __call__(self, copies: Sequence[Copy], own: Sequence[Copy] = ()) -> Ticket:
         """Copy."""
-        for target, source in copies:
+        for target, source in (*copies, *own):
             target.copy_(source)
         return DONE
 
@@ -131,8 +136,9 @@ class StreamCopies:
         self._device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(num_streams)]
 
-    def __call__(self, copies: Copies) -> Ticket:
+    def __call__(self, copies: Sequence[Copy], own: Sequence[Copy] = ()) -> Ticket:
         """Start the copies."""
+        copies = [*copies, *own]
         start = torch.cuda.current_stream(self._device).record_event()
         ends: list[Any] = []
         for number, stream in enumerate(self._streams):
@@ -154,7 +160,7 @@ class StreamCopies:
 
 
 class BatchedCopies:
-    """One call of the CUDA runtime for all pairs, with the wish that copy engines do them.
+    """One call of the CUDA runtime for all peers, with the wish that copy engines do the work.
 
     Raises:
         ImportError: there is no ``cuda.bindings``, or none that knows the call.
@@ -172,8 +178,11 @@ class BatchedCopies:
         self._attributes = [attributes]
         self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def __call__(self, copies: Copies) -> Ticket:
-        """Start the copies."""
+    def __call__(self, copies: Sequence[Copy], own: Sequence[Copy] = ()) -> Ticket:
+        """Start the copies, those within this rank's memory by themselves.
+
+        A copy engine takes longer for these than a kernel does.
+        """
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         copies = [(target, source) for target, source in copies if target.nbytes]
         if copies:
@@ -186,6 +195,9 @@ class BatchedCopies:
             )
             if int(status) != 0:
                 raise RuntimeError(f"cudaMemcpyBatchAsync failed: {status}")
+        with torch.cuda.stream(self._stream):
+            for target, source in own:
+                target.copy_(source, non_blocking=True)
         return _Events(self._device, [self._stream.record_event()])
 
     def join(self) -> None:
@@ -233,10 +245,12 @@ class Pulled:
 
     def gather(self, full: Tensor, shard: Tensor, axis: Axis) -> Ticket:
         """Start copying the shards of all ranks, each rank beginning with its neighbour's."""
-        parts = full.split(full.numel() // axis.size) if full.numel() else ()
+        if not full.numel():
+            return DONE
+        parts = full.split(full.numel() // axis.size)
         order = [(axis.rank + step) % axis.size for step in range(1, axis.size)]
-        copies = [(parts[rank], self._shards[rank]) for rank in order] if parts else []
-        return self._slab.copy([*copies, (parts[axis.rank], shard)] if parts else [])
+        copies = [(parts[rank], self._shards[rank]) for rank in order]
+        return self._slab.copy(copies, own=[(parts[axis.rank], shard)])
 
 
 @contextmanager

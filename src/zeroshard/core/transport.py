@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zeroshard.core.collectives import Ticket, all_gather
 from zeroshard.core.mesh import Axis
+from zeroshard.errors import DistributedError
 
 __all__ = ["COLLECTIVE", "Collective", "Shared", "Transport", "rewriting"]
 
@@ -76,6 +77,9 @@ def rewriting(transports: Iterable[Transport]) -> Iterator[None]:
         memory.fence()
     try:
         yield
+    except DistributedError:  # nobody is there to go on
+        memories.clear()
+        raise
     finally:  # a rank that raises lets the others go on
         for memory in memories:
             memory.fence()
