@@ -77,6 +77,7 @@ class Bench:
         self.groups: dict[str, Any] = {"nccl" if self.on_gpu else "gloo": mesh.shard.gather}
         self.slab: Slab | None = None
         self.problems: dict[str, str] = {}
+        self.host_s = 0.0  # to issue one, in the last timing
         with self.reported("slab"):
             # Full buffers first, of which the shards are a part too: a push writes the one, a pull
             # reads the other.
@@ -109,35 +110,43 @@ class Bench:
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    def meet(self) -> None:
+    def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
+
+    def meet(self) -> None:
+        self.synchronize()
         dist.barrier(group=self.mesh.control)
 
     # Timing
 
+    def try_out(self, key: str, make: Callable[[], Variant]) -> dict[str, Any]:
+        """Make and measure a variant, if it works on all ranks; else nothing."""
+        variant, is_right = None, False
+        with self.reported(key):
+            made = make()
+            for _ in range(2):
+                made.issue()
+            self.synchronize()
+            variant = made
+        if self.slowest(variant is None) or variant is None:
+            return {}
+        with self.reported(key):
+            is_right = variant.check()
+        found = {"right": not self.slowest(not is_right)}
+        with self.reported(key):
+            found |= self.measure(variant)
+        return found
+
     def measure(self, variant: Variant) -> dict[str, Any]:
         """Times of one variant: the slowest rank's."""
-        for _ in range(2):
-            variant.issue()
-        self.meet()
-        is_right = variant.check()
-        self.meet()
-        started = time.perf_counter()
-        variant.issue()
-        issued = time.perf_counter() - started
-        self.meet()
         guess = self.slowest(self.repeat(variant, 3) / 3)
         count = int(min(max(TARGET_S / guess, 3), 150))
-        started = time.perf_counter()
-        total = self.repeat(variant, count)
-        host = (time.perf_counter() - started) / count if not self.on_gpu else self.host_s
-        alone = self.slowest(total / count)
+        alone = self.slowest(self.repeat(variant, count) / count)
         found = {
-            "right": bool(self.slowest(not is_right) == 0),
             "ms": alone * 1e3,
             "rate_gb_s": variant.nbytes / alone / 1e9,
-            "host_us": (host if count > 1 else issued) * 1e6,
+            "host_us": self.host_s * 1e6,
         }
         if self.on_gpu:
             together, gemms = self.beside_gemms(variant, count)
@@ -158,7 +167,9 @@ class Bench:
             started = time.perf_counter()
             for _ in range(count):
                 variant.issue()
-            return time.perf_counter() - started
+            total = time.perf_counter() - started
+            self.host_s = total / count
+            return total
         with torch.cuda.stream(self.side):
             torch.cuda._sleep(PAUSE_CYCLES)
             return self._timed(variant, count)()
@@ -195,6 +206,17 @@ class Bench:
         return together, start.elapsed_time(end) / 1e3
 
     # Variants
+
+    def plan(self, sizes: Sequence[int]) -> Iterator[tuple[int, str, Callable[[], Variant]]]:
+        """All sizes and variants, last those that might hang and so end the run."""
+        for last in (False, True):
+            if last and self.on_gpu and self.only != "reduce":
+                with self.reported("nccl zero-CTA"):
+                    self.add_zero_cta()
+            for size in sizes:
+                for name, make in self.variants(size):
+                    if last == any(word in name for word in ("zero-CTA", "symm_mem")):
+                        yield size, name, make
 
     def variants(self, size: int) -> Iterator[tuple[str, Callable[[], Variant]]]:
         """Makers of the variants for full units of ``size`` bytes."""
@@ -439,18 +461,15 @@ def run(bench: Bench, sizes: Sequence[int], out: Path | None) -> None:
     if bench.rank == 0:
         print(json.dumps(about))
         print(f"{'MiB':>5} {'variant':<34}" + "".join(f"{head:>14}" for head in HEADS))
-    for size in sizes:
-        for name, make in bench.variants(size):
-            key = f"{name}, {size // MIB} MiB"
-            found: dict[str, Any] = {}
-            with bench.reported(key):
-                found = bench.measure(make())
-            if bench.rank == 0:
-                show(size, name, found or {"failed": bench.problems.get(key)})
-                if out is not None:
-                    line = {**about, "size": size, "variant": name, **found}
-                    with out.open("a") as lines:
-                        lines.write(json.dumps(line | {"failed": bench.problems.get(key)}) + "\n")
+    for size, name, make in bench.plan(sizes):
+        key = f"{name}, {size / MIB:.4g} MiB"
+        found = bench.try_out(key, make)
+        if bench.rank == 0:
+            show(size, name, found or {"failed": bench.problems.get(key)})
+            if out is not None:
+                line = {**about, "size": size, "variant": name, **found}
+                with out.open("a") as lines:
+                    lines.write(json.dumps(line | {"failed": bench.problems.get(key)}) + "\n")
     if bench.rank == 0:
         print(json.dumps({"problems": bench.problems}))
 
@@ -481,9 +500,6 @@ def main() -> None:
     largest = args.largest or (512 if on_gpu else 4)
     mesh = build_mesh(dist.get_world_size(), device, timeout=timedelta(seconds=60))
     bench = Bench(mesh, even(largest * MIB, mesh), args.only)
-    if on_gpu:
-        with bench.reported("nccl zero-CTA"):
-            bench.add_zero_cta()
     run(bench, [even(size * MIB, mesh) for size in SIZES_MIB if size <= largest], args.out)
     bench.slab = None
     mesh.destroy()
