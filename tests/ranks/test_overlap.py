@@ -206,14 +206,14 @@ def test_gradients_that_are_copied_behind_the_computation_live_until_they_are_re
 ) -> None:
     """On a CPU nothing runs behind anything; who is alive when is the same."""
 
-    def work(rank: int, world: int) -> tuple[float, list[bool], list[bool]]:
+    def work(rank: int, world: int) -> tuple[float, list[int], list[bool]]:
         case, setting = ZOO["plain"], Setting(stage, accumulation=2)
         want = reference_run(case, setting).weights
         sources: list[weakref.ref[Tensor]] = []
-        before: list[bool] = []
+        before: list[int] = []
 
         def reduce_mean(out: Tensor, full: Tensor, *rest: Any) -> Ticket:
-            before.append(any(source() is not None for source in sources))
+            before.append(sum(source() is not None for source in sources))
             return collectives.reduce_mean(out, full, *rest)
 
         with (
@@ -232,5 +232,6 @@ def test_gradients_that_are_copied_behind_the_computation_live_until_they_are_re
 
     for worst, before, after in run_ranks(work, world=2):
         assert worst <= 1e-6
-        assert all(before)
+        assert min(before) > 0
+        assert max(before) <= 6  # those of one block
         assert not any(after)
