@@ -1,0 +1,141 @@
+"""Training steps of one model under several engines, side by side: time, memory and losses.
+
+    python benchmarks/train_step.py --claim long
+    python benchmarks/train_step.py --model 8b --batch 1 --seq 1024 --compile \
+        --engines plain,zeroshard-3,zeroshard-3:zeroshard.gather=nccl,fsdp2
+
+Starts the ranks itself, one for each GPU, or two on a host without any. The engines run one after
+another in these ranks, each with a model of its own made from the same seed, the same tokens, the
+same AdamW and clipping. An engine that fails is reported as such and the others run all the same.
+Prints a table, appends a line of JSON for each engine to DIR/train_step.jsonl, and draws
+DIR/train_step-*.png where matplotlib is installed. docs/guides/benchmarks.md has the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from side_by_side import records, render
+from side_by_side.claims import ALL, CLAIMS
+from side_by_side.driver import Report, run
+from side_by_side.plan import Plan
+from side_by_side.workload import Variant, Workload
+from zeroshard.launch.gpus import visible_gpus
+
+OUT = Path(__file__).resolve().parent / "out"
+ENGINES = "plain,zeroshard-3,fsdp2"
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--claim", choices=list(CLAIMS), help="workload, engines and ratios of a claim")
+    add("--engines", help=f"names, separated by commas, or the claim's; default {ENGINES}")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="for all zeroshard engines")
+    add("--model", help="tiny, 1b, 3b or 8b")
+    add("--batch", type=int, help="sequences on each rank")
+    add("--seq", type=int, help="tokens in a sequence")
+    add("--compile", action=argparse.BooleanOptionalAction, default=None, help="compile blocks")
+    add("--checkpointing", help="none or full")
+    add("--reduce", help="dtype that gradients travel in: bf16 or fp32")
+    add("--dtype", help="dtype to compute in: bf16 or fp32")
+    add("--warmup", type=int, help="steps before the measurement")
+    add("--steps", type=int, help="steps in the measurement")
+    add("--ranks", type=int, help="ranks; default one for each GPU, or two CPU ranks")
+    add("--isolate", action="store_true", help="start new ranks for each engine")
+    add("--profile", action="append", default=[], metavar="ENGINE", help="profile one step; or all")
+    add("--limit", type=float, default=300.0, help="seconds that one engine may take")
+    add("--commit", help="of this code, where it is a copy without its history")
+    add("--out", type=Path, default=OUT, help="folder of JSON lines, plots and traces")
+    add("--no-plot", action="store_true")
+    add("--plan", type=Path, help=argparse.SUPPRESS)  # ranks are started with it
+    return parser.parse_args(argv)
+
+
+def workload_of(args: argparse.Namespace) -> Workload:
+    """Return the claim's workload, or the smallest one, with what the command line changes."""
+    claim = CLAIMS.get(args.claim)
+    base = claim.workload if claim else Workload("tiny", 2, 64)
+    names = base.as_dict()
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return replace(base, **given)
+
+
+def variants_of(args: argparse.Namespace) -> list[Variant]:
+    """Return the engines to run, in their order."""
+    claim = CLAIMS.get(args.claim)
+    names = args.engines or (",".join(claim.engines) if claim else ENGINES)
+    variants = [Variant.parse(name) for name in names.split(",")]
+    for setting in args.set:
+        variants = [v.having(setting) if v.family == "zeroshard" else v for v in variants]
+    return variants
+
+
+def ranks_of(args: argparse.Namespace) -> list[int]:
+    """Return the numbers of ranks to run on, one after another."""
+    every = args.ranks or len(visible_gpus(os.environ)) or 2
+    wanted = CLAIMS[args.claim].ranks if args.claim else (ALL,)
+    return sorted({count or every for count in wanted if count <= every})
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run everything and return the records, which are in the file by then."""
+    workload, variants = workload_of(args), variants_of(args)
+    plan = Plan(workload, tuple(variants), args.out, args.out, tuple(args.profile), args.limit)
+    source = records.origin(args.commit)
+    path = args.out / "train_step.jsonl"
+    found: list[dict[str, Any]] = []
+    for ranks in ranks_of(args):
+        for report in run(plan, ranks, isolate=args.isolate):
+            found.append(as_record(report, source, args.claim, workload, ranks))
+            records.append(path, found[-1:])
+    return found
+
+
+def as_record(
+    report: Report, source: records.Origin, claim: str | None, workload: Workload, ranks: int
+) -> dict[str, Any]:
+    """Return the line of JSON for what the ranks said about an engine."""
+    return records.record(
+        source,
+        "train_step",
+        ranks,
+        workload.as_dict(),
+        report.variant.label,
+        report.result,
+        status=report.status,
+        detail=report.detail,
+        claim=claim,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, or be one of the ranks that are measured."""
+    args = arguments(argv)
+    if args.plan:
+        from side_by_side.worker import work  # noqa: PLC0415 - imports torch
+
+        work(Plan.load(args.plan))
+        return 0
+    try:
+        found = measure(args)
+    except ValueError as error:
+        print(f"train_step.py: {error}", file=sys.stderr)
+        return 2
+    print(render.terminal(found))
+    if not args.no_plot:
+        from side_by_side import plots  # noqa: PLC0415 - matplotlib is optional
+
+        plots.draw(found, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
