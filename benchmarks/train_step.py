@@ -21,14 +21,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from side_by_side import records, render
-from side_by_side.claims import ALL, CLAIMS
+from side_by_side import claims, records, render
+from side_by_side.claims import ALL
 from side_by_side.driver import Report, run
 from side_by_side.plan import Plan
 from side_by_side.workload import Variant, Workload
 from zeroshard.launch.gpus import visible_gpus
 
-OUT = Path(__file__).resolve().parent / "out"
+CLAIMS = {name: claim for name, claim in claims.CLAIMS.items() if claim.workload is not None}
 ENGINES = "plain,zeroshard-3,fsdp2"
 
 
@@ -52,8 +52,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--isolate", action="store_true", help="start new ranks for each engine")
     add("--profile", action="append", default=[], metavar="ENGINE", help="profile one step; or all")
     add("--limit", type=float, default=300.0, help="seconds that one engine may take")
-    add("--commit", help="of this code, where it is a copy without its history")
-    add("--out", type=Path, default=OUT, help="folder of JSON lines, plots and traces")
+    records.add_out(parser)
     add("--no-plot", action="store_true")
     add("--plan", type=Path, help=argparse.SUPPRESS)  # ranks are started with it
     return parser.parse_args(argv)
@@ -62,7 +61,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def workload_of(args: argparse.Namespace) -> Workload:
     """Return the claim's workload, or the smallest one, with what the command line changes."""
     claim = CLAIMS.get(args.claim)
-    base = claim.workload if claim else Workload("tiny", 2, 64)
+    base = (claim and claim.workload) or Workload("tiny", 2, 64)
     names = base.as_dict()
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return replace(base, **given)
@@ -90,12 +89,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     workload, variants = workload_of(args), variants_of(args)
     plan = Plan(workload, tuple(variants), args.out, args.out, tuple(args.profile), args.limit)
     source = records.origin(args.commit)
-    path = args.out / "train_step.jsonl"
     found: list[dict[str, Any]] = []
     for ranks in ranks_of(args):
         for report in run(plan, ranks, isolate=args.isolate):
             found.append(as_record(report, source, args.claim, workload, ranks))
-            records.append(path, found[-1:])
+            records.write(args.out, found[-1:])
     return found
 
 

@@ -9,6 +9,7 @@ torch is not imported here: it takes seconds, and what starts the ranks does not
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -21,10 +22,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OK", "Origin", "append", "origin", "read", "record"]
+__all__ = ["OK", "Origin", "add_out", "origin", "read", "record", "write"]
 
 OK = "ok"
 ROOT = Path(__file__).resolve().parent.parent.parent
+OUT = ROOT / "benchmarks" / "out"
 _PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "deepspeed", "zeroshard")
 
 
@@ -81,11 +83,20 @@ def record(
     }
 
 
-def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Add lines to a file, which is made with its folder where it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(each) + "\n" for each in records)
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that every benchmark has."""
+    text = "folder of what is written: JSON lines, plots, traces"
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=text)
+    text = "of this code, where it is a copy without its history"
+    parser.add_argument("--commit", metavar="HASH", help=text)
+
+
+def write(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to the files of a folder, one file for each benchmark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in records:
+        with (folder / f"{each['benchmark']}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(each) + "\n")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

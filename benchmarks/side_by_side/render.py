@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from side_by_side.claims import CLAIMS, Verdict, judge
@@ -15,18 +16,18 @@ Record = Mapping[str, Any]
 
 # Whose losses the others are compared with: the first of these that ran. The sharded engines have
 # fp32 master weights; plain PyTorch in bf16 rounds its updates, so it comes last.
-_REFERENCES = ("plain-master", "fsdp2", "fsdp2-kept", "plain")
+_REFERENCES = ("plain-master", "fsdp2", "fsdp2-kept", "ddp", "plain")
 _EMPTY = "-"
 
 
 def reference_of(records: Sequence[Record]) -> Record | None:
     """Return the record whose losses are the measure of the others'."""
     fine = [each for each in records if each["status"] == OK]
-    if fine and fine[0]["workload"]["dtype"] == "fp32":
-        fine.sort(key=lambda each: each["engine"] != "plain")  # nothing is rounded there
-        return fine[0]
     found = {each["engine"]: each for each in reversed(fine)}
-    return next((found[name] for name in _REFERENCES if name in found), fine[0] if fine else None)
+    # Nothing is rounded in fp32, where plain PyTorch is as good as any.
+    is_fp32 = bool(fine) and fine[0]["workload"].get("dtype") == "fp32"
+    names = reversed(_REFERENCES) if is_fp32 else _REFERENCES
+    return next((found[name] for name in names if name in found), fine[0] if fine else None)
 
 
 def loss_differences(one: Record, reference: Record) -> tuple[float, float]:
@@ -48,16 +49,23 @@ def is_as_claimed(records: Sequence[Record]) -> bool:
     claim = CLAIMS.get(records[0].get("claim") or "") if records else None
     return claim is not None and all(
         each["hardware"]["device"] != "CPU"
-        and Workload(**each["workload"]) == _lengthened(claim.workload, each)
+        and (claim.workload is None or claim.workload == _shortened(claim.workload, each))
         for each in records
     )
 
 
-def _lengthened(workload: Workload, one: Record) -> Workload:
+def _shortened(asked: Workload, one: Record) -> Workload:
     """More steps than were asked for are as good."""
-    steps = max(workload.steps, one["workload"]["steps"])
-    warmup = max(workload.warmup, one["workload"]["warmup"])
-    return Workload(**{**workload.as_dict(), "steps": steps, "warmup": warmup})
+    found = Workload(**one["workload"])
+    steps, warmup = min(found.steps, asked.steps), min(found.warmup, asked.warmup)
+    return replace(found, steps=steps, warmup=warmup)
+
+
+def describe(one: Record) -> str:
+    """Return a record's workload in words."""
+    if one["benchmark"] == "train_step":
+        return Workload(**one["workload"]).describe()
+    return ", ".join(f"{name} {value}" for name, value in one["workload"].items())
 
 
 def _rows(records: Sequence[Record]) -> list[list[str]]:
@@ -72,28 +80,31 @@ def _rows(records: Sequence[Record]) -> list[list[str]]:
             rows.append([name, each["status"]])
             continue
         result = each["result"]
-        speed = result["tokens_per_s_per_rank"]
-        ratio = speed / fine[0]["result"]["tokens_per_s_per_rank"]
-        loss = "reference"
-        if each is not reference and reference is not None and each["ranks"] == reference["ranks"]:
-            first, most = loss_differences(each, reference)
-            loss = f"{first:.0e} / {most:.0e}"
-        elif each is not reference:
-            loss = _EMPTY
+        speed = result.get("tokens_per_s_per_rank")
+        ratio = fine[0]["result"]["median_s"] / result["median_s"]
         rows.append(
             [
                 name,
                 f"{result['median_s']:.4f}",
                 f"{result['min_s']:.4f}-{result['max_s']:.4f}",
-                f"{speed:,.0f}",
+                _EMPTY if speed is None else f"{speed:,.0f}",
                 f"x {ratio:.3f}",
-                _gib(result["allocated_gib"]),
-                _gib(result["reserved_gib"]),
+                _gib(result.get("allocated_gib")),
+                _gib(result.get("reserved_gib")),
                 _gib(result.get("device_used_gib")),
-                loss,
+                _loss(each, reference),
             ]
         )
     return rows
+
+
+def _loss(one: Record, reference: Record | None) -> str:
+    if one is reference:
+        return "reference"
+    if reference is None or "losses" not in one["result"] or one["ranks"] != reference["ranks"]:
+        return _EMPTY
+    first, most = loss_differences(one, reference)
+    return f"{first:.0e} / {most:.0e}"
 
 
 def _gib(value: float | None) -> str:
@@ -125,10 +136,7 @@ def terminal(records: Sequence[Record]) -> str:
 def _subject(records: Sequence[Record]) -> str:
     first = records[0]
     ranks = " and ".join(str(n) for n in sorted({each["ranks"] for each in records}))
-    return (
-        f"{Workload(**first['workload']).describe()}; {ranks} x {first['hardware']['device']}; "
-        "memory in GiB"
-    )
+    return f"{describe(first)}; {ranks} x {first['hardware']['device']}; memory in GiB"
 
 
 def _notes(records: Sequence[Record]) -> list[str]:
@@ -148,7 +156,7 @@ def markdown(records: Sequence[Record]) -> str:
     found = [f"- {verdict.describe()}" for verdict in verdicts(records)]
     return "\n\n".join(
         [
-            f"{head}: {Workload(**first['workload']).describe()}.",
+            f"{head}: {describe(first)}.",
             table,
             "\n".join(found),
             provenance(first),
@@ -170,6 +178,6 @@ def provenance(one: Record) -> str:
         f"code of {commit}{changed}",
         *versions,
         *([f"driver {driver}"] if driver else []),
-        f"`make bench CLAIM={one['claim']}`",
+        f"`python benchmarks/claims.py {one['claim']}`",
     ]
     return f"({'; '.join(parts)})"
