@@ -26,7 +26,7 @@ _KINDS = (
     ("gather", ("allgather", "all_gather", "memcpy ptop")),
     ("reduce", ("reducescatter", "reduce_scatter", "allreduce", "ncclsymkdevkernel_reduce")),
     ("other communication", ("nccl", "barrier_kernel")),
-    ("copy on device", ("memcpy dtod", "catarraybatchedcopy")),
+    ("copy on device", ("memcpy dtod",)),
     ("copy to or from host", ("memcpy", "memset")),
     ("optimizer", ("adam", "lamb", "lion")),
     ("attention", ("flash", "fmha", "attention", "sdpa")),
@@ -34,7 +34,10 @@ _KINDS = (
 )
 _REST = "elementwise and other"
 GATHER, REDUCE = "gather", "reduce"
-_WAITS = (GATHER, REDUCE, "other communication", "copy to or from host")
+_NO_ARITHMETIC = (
+    *(GATHER, REDUCE, "other communication"),
+    *("copy on device", "copy to or from host"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def kind_of(name: str) -> str:
 
 def computes(name: str) -> bool:
     """Whether a kernel of this name keeps the device's arithmetic busy."""
-    return kind_of(name) not in _WAITS
+    return kind_of(name) not in _NO_ARITHMETIC
 
 
 def union(spans: Iterable[Span]) -> list[Span]:

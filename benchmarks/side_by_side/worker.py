@@ -123,6 +123,14 @@ class _Rank:
         sys.stderr.flush()
         os._exit(BROKEN)
 
+    def leave_after_first(self) -> NoReturn:
+        """End once rank 0, which has written the report, may be ended by whoever sees us end."""
+        if self.number == 0:
+            self._store.set("reported", "")
+        with contextlib.suppress(Exception):  # rank 0 is gone, and the store with it
+            self._store.wait(["reported"], timedelta(seconds=_PATIENCE_S))
+        self.leave()
+
     def say(self, text: str) -> None:
         if self.number == 0:
             print(text, file=sys.stderr, flush=True)
@@ -139,7 +147,7 @@ def work(plan: Plan) -> None:
     zeroshard.init_distributed(timeout=timedelta(seconds=plan.limit_s))
     rank = _Rank(plan)
     for variant in plan.variants:
-        faulthandler.dump_traceback_later(plan.limit_s, exit=True)
+        faulthandler.dump_traceback_later(plan.limit_s, exit=True, file=sys.__stderr__)
         began = time.perf_counter()
         if (reason := unavailable(variant)) is not None:
             rank.say(f"{variant.label}: {reason}")
@@ -152,7 +160,7 @@ def work(plan: Plan) -> None:
             rank.report(
                 variant, status=error.failure.status, detail=error.failure.detail, result=None
             )
-            rank.leave()
+            rank.leave_after_first()
         rank.report(variant, status="ok", result=result)
         rank.say(
             f"{variant.label}: {result['median_s']:.4f} s a step, "

@@ -32,9 +32,10 @@ from zeroshard.core.lifetime import state_bytes
 from zeroshard.core.slots import full_nbytes
 from zeroshard.zero import state
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
 from llama import Llama, LlamaConfig
+
 from side_by_side.profiles import profiled, summarize
 
 STAGES = (0, 1, 2, 3)

@@ -1,0 +1,142 @@
+"""What becomes of the other engines, and of the other ranks, when one fails."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from forked import RankError, run_ranks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
+
+from side_by_side import worker
+from side_by_side.driver import Report, run
+from side_by_side.engines import Trainer
+from side_by_side.plan import Plan
+from side_by_side.workload import Variant, Workload
+
+Build = Callable[[Variant, Workload, torch.device], Trainer]
+
+
+def trained(fails: Callable[[int], None] = lambda step: None) -> Trainer:
+    """A model of one parameter whose step meets the other ranks."""
+    weight, steps = nn.Parameter(torch.ones(())), iter(range(100))
+
+    def step(x: Tensor) -> Tensor:
+        fails(next(steps))
+        dist.all_reduce(weight.detach())
+        return weight.detach() / x.numel()
+
+    return Trainer(1, step)
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    build: Build,
+    engines: tuple[str, ...],
+    **options: Any,
+) -> tuple[list[Report], list[list[str]]]:
+    """What two forked ranks report when engines are built in this way, and the jobs it took."""
+    monkeypatch.setattr(worker, "build", build)
+    monkeypatch.setattr(worker, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(worker, "unavailable", lambda variant: None)
+    jobs: list[list[str]] = []
+
+    def start(path: Path, ranks: int) -> int:
+        jobs.append([variant.label for variant in Plan.load(path).variants])
+        try:
+            run_ranks(lambda rank, world: worker.work(Plan.load(path)), ranks, timeout=20)
+        except RankError as error:
+            print(error)
+            return worker.BROKEN
+        return 0
+
+    workload = Workload("tiny", 1, 8, warmup=1, steps=2)
+    variants = tuple(Variant.parse(engine) for engine in engines)
+    plan = Plan(workload, variants, tmp_path, tmp_path, limit_s=15)
+    isolate = options.pop("isolate", False)
+    return list(run(plan, 2, isolate=isolate, start=start)), jobs
+
+
+def test_engines_share_a_job_unless_they_are_to_be_isolated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = ("plain", "fsdp2")
+    reports, jobs = measured(monkeypatch, tmp_path, lambda *_: trained(), names)
+    assert [(each.variant.label, each.status) for each in reports] == [(n, "ok") for n in names]
+    assert jobs == [["plain", "fsdp2"]]
+    assert reports[0].result is not None
+    assert reports[0].result["losses"] == [0.25, 0.5, 1.0]  # a sum over two ranks each time
+    assert len(reports[0].result["step_s"]) == 2
+    _, jobs = measured(monkeypatch, tmp_path, lambda *_: trained(), names, isolate=True)
+    assert jobs == [["plain"], ["fsdp2"]]
+
+
+def test_an_engine_that_fails_on_every_rank_is_reported_and_the_rest_goes_on_in_a_new_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def build(variant: Variant, *_: Any) -> Trainer:
+        if variant.engine == "fsdp2":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return trained()
+
+    reports, jobs = measured(monkeypatch, tmp_path, build, ("plain", "fsdp2", "zeroshard-3"))
+    assert [each.status for each in reports] == ["ok", "out of memory (build)", "ok"]
+    assert "Tried to allocate 2.00 GiB" in reports[1].detail and reports[1].result is None
+    assert jobs == [["plain", "fsdp2", "zeroshard-3"], ["zeroshard-3"]]
+
+
+def test_a_rank_that_fails_alone_does_not_leave_the_others_waiting_in_a_collective(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(step: int) -> None:
+        if dist.get_rank() == 1 and step == 2:
+            raise RuntimeError("only here")
+
+    def build(variant: Variant, *_: Any) -> Trainer:
+        return trained(fails) if variant.engine == "zeroshard-3" else trained()
+
+    reports, jobs = measured(monkeypatch, tmp_path, build, ("zeroshard-3", "plain"))
+    assert [each.status for each in reports] == ["failed (step 1)", "ok"]
+    assert reports[0].detail.startswith("rank 1: RuntimeError: only here")
+    assert jobs == [["zeroshard-3", "plain"], ["plain"]]
+
+
+def test_an_engine_that_is_not_installed_ends_no_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    missing = {"deepspeed-3": "not installed"}
+    monkeypatch.setattr(worker, "build", lambda *_: trained())
+    monkeypatch.setattr(worker, "unavailable", lambda variant: missing.get(variant.label))
+
+    def start(path: Path, ranks: int) -> int:
+        run_ranks(lambda rank, world: worker.work(Plan.load(path)), ranks, timeout=20)
+        return 0
+
+    variants = tuple(map(Variant.parse, ("deepspeed-3", "plain")))
+    plan = Plan(Workload("tiny", 1, 8, warmup=1, steps=1), variants, tmp_path, tmp_path)
+    reports = list(run(plan, 2, isolate=False, start=start))
+    assert [each.status for each in reports] == ["not installed", "ok"]
+
+
+def test_a_job_that_ends_without_a_word_costs_one_engine_only(tmp_path: Path) -> None:
+    jobs: list[int] = []
+
+    def start(path: Path, ranks: int) -> int:
+        jobs.append(ranks)
+        return 137
+
+    variants = tuple(map(Variant.parse, ("plain", "fsdp2")))
+    plan = Plan(Workload("tiny", 1, 8), variants, tmp_path, tmp_path)
+    reports = list(run(plan, 4, isolate=False, start=start))
+    assert [each.status for each in reports] == ["failed", "failed"] and jobs == [4, 4]
+    assert "status 137" in reports[0].detail
