@@ -20,14 +20,19 @@ from zeroshard.launch.gpus import visible_gpus
 FOLDER = Path(__file__).resolve().parent
 
 
-def command(name: str, gpus: int) -> list[str]:
-    """Return the command line that measures a claim on a host with so many GPUs."""
-    claim = CLAIMS[name]
-    script = str(FOLDER / f"{claim.benchmark}.py")
-    if claim.workload is not None:
-        return [sys.executable, script, "--claim", name]
-    ranks = (gpus or 2) if claim.ranks[0] == ALL else claim.ranks[0]
-    return [sys.executable, "-m", "zeroshard", "--quiet", "--num_gpus", str(ranks), script]
+def commands(names: Sequence[str], gpus: int) -> list[list[str]]:
+    """Return the command lines that measure claims on a host with so many GPUs.
+
+    Those about training steps share one, because ranks take long to start.
+    """
+    steps = [name for name in names if CLAIMS[name].workload is not None]
+    script = str(FOLDER / "train_step.py")
+    found = [[sys.executable, script, "--claim", ",".join(steps)]] if steps else []
+    for claim in (CLAIMS[name] for name in names if name not in steps):
+        ranks = (gpus or 2) if claim.ranks[0] == ALL else claim.ranks[0]
+        launcher = [sys.executable, "-m", "zeroshard", "--quiet", "--num_gpus", str(ranks)]
+        found.append([*launcher, str(FOLDER / f"{claim.benchmark}.py")])
+    return found
 
 
 def toys() -> list[list[str]]:
@@ -46,10 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_args(given[:cut]), given[cut + 1 :]
     gpus = len(visible_gpus(os.environ))
     wanted = args.names or (list(CLAIMS) if gpus else [])
-    commands = [command(name, gpus) for name in wanted] or toys()
     env = os.environ | {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
     statuses: list[int] = []
-    for each in commands:
+    for each in commands(wanted, gpus) or toys():
         print("+", " ".join([*each, *rest]), flush=True)
         statuses.append(subprocess.run([*each, *rest], env=env, check=False).returncode)
     return next((status for status in statuses if status), 0)

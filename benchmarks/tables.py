@@ -2,6 +2,7 @@
 
     python benchmarks/tables.py            # rewrite the marked part of README.md
     python benchmarks/tables.py --check    # fail if it is not what the results say
+    python benchmarks/tables.py --show DIR # print every run in a folder
 
 A run is shown if it was made for a claim, as the claim asks for it, on GPUs: of several, the last
 one for each number of GPUs.
@@ -35,13 +36,18 @@ LEGEND = (
 Record = Mapping[str, Any]
 
 
-def shown(found: Sequence[Record]) -> list[list[Record]]:
-    """Return the runs to show, in the order of the claims."""
+def by_run(found: Sequence[Record]) -> list[list[Record]]:
+    """Return the records of each run, in the order of the first of each."""
     runs: dict[str, list[Record]] = {}
     for each in found:
         runs.setdefault(each["run"], []).append(each)
+    return list(runs.values())
+
+
+def shown(found: Sequence[Record]) -> list[list[Record]]:
+    """Return the runs to show, in the order of the claims."""
     latest: dict[tuple[str, int], list[Record]] = {}
-    for run in runs.values():  # in the order of dates
+    for run in by_run(found):  # in the order of dates
         if render.is_as_claimed(run):
             latest[run[0]["claim"], max(each["ranks"] for each in run)] = run
     order = list(CLAIMS)
@@ -68,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite or check."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--show", type=Path, metavar="DIR")
     args = parser.parse_args(argv)
+    if args.show:
+        print("\n\n".join(render.terminal(run) for run in by_run(records.read(args.show))))
+        return 0
     old = README.read_text(encoding="utf-8")
     new = rewritten(old, written(records.read(RESULTS)))
     if args.check:

@@ -24,7 +24,7 @@ from typing import Any
 from side_by_side import claims, records, render
 from side_by_side.claims import ALL
 from side_by_side.driver import Report, run
-from side_by_side.plan import Plan
+from side_by_side.plan import Entry, Plan
 from side_by_side.workload import Variant, Workload
 from zeroshard.launch.gpus import visible_gpus
 
@@ -36,7 +36,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--claim", choices=list(CLAIMS), help="workload, engines and ratios of a claim")
+    add("--claim", help=f"workload, engines and ratios of one or more of {', '.join(CLAIMS)}")
     add("--engines", help=f"names, separated by commas, or the claim's; default {ENGINES}")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="for all zeroshard engines")
     add("--model", help="tiny, 1b, 3b or 8b")
@@ -58,59 +58,59 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def workload_of(args: argparse.Namespace) -> Workload:
-    """Return the claim's workload, or the smallest one, with what the command line changes."""
-    claim = CLAIMS.get(args.claim)
-    base = (claim and claim.workload) or Workload("tiny", 2, 64)
-    names = base.as_dict()
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return replace(base, **given)
-
-
-def variants_of(args: argparse.Namespace) -> list[Variant]:
-    """Return the engines to run, in their order."""
-    claim = CLAIMS.get(args.claim)
-    names = args.engines or (",".join(claim.engines) if claim else ENGINES)
+def entries_of(args: argparse.Namespace, claim: str | None) -> list[Entry]:
+    """Return what is measured for a claim, or for none, as the command line changes it."""
+    asked = CLAIMS.get(claim)
+    base = (asked and asked.workload) or Workload("tiny", 2, 64)
+    given = {name: value for name in base.as_dict() if (value := getattr(args, name)) is not None}
+    names = args.engines or (",".join(asked.engines) if asked else ENGINES)
     variants = [Variant.parse(name) for name in names.split(",")]
     for setting in args.set:
         variants = [v.having(setting) if v.family == "zeroshard" else v for v in variants]
-    return variants
+    entries = [Entry(replace(base, **given), variant, claim) for variant in variants]
+    for entry in entries:
+        _ = entry.own_workload  # which refuses values that are wrong
+    return entries
 
 
-def ranks_of(args: argparse.Namespace) -> list[int]:
-    """Return the numbers of ranks to run on, one after another."""
-    every = args.ranks or len(visible_gpus(os.environ)) or 2
-    wanted = CLAIMS[args.claim].ranks if args.claim else (ALL,)
+def ranks_of(claim: str | None, every: int) -> list[int]:
+    """Return the numbers of ranks that a claim is measured on where there are so many."""
+    wanted = CLAIMS[claim].ranks if claim else (ALL,)
     return sorted({count or every for count in wanted if count <= every})
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run everything and return the records, which are in the file by then."""
-    workload, variants = workload_of(args), variants_of(args)
-    plan = Plan(workload, tuple(variants), args.out, args.out, tuple(args.profile), args.limit)
-    source = records.origin(args.commit)
-    found: list[dict[str, Any]] = []
-    for ranks in ranks_of(args):
+def measure(args: argparse.Namespace) -> list[list[dict[str, Any]]]:
+    """Run everything; return the records of each claim, which are in the file by then.
+
+    Claims on the same number of ranks share the ranks, whose start takes as long as some engines.
+    """
+    every = args.ranks or len(visible_gpus(os.environ)) or 2
+    claims = args.claim.split(",") if args.claim else [None]
+    entries = {claim: entries_of(args, claim) for claim in claims}
+    sources = {claim: records.origin(args.commit) for claim in claims}
+    found: dict[str | None, list[dict[str, Any]]] = {claim: [] for claim in claims}
+    for ranks in sorted({count for claim in claims for count in ranks_of(claim, every)}):
+        wanted = [entry for c in claims if ranks in ranks_of(c, every) for entry in entries[c]]
+        plan = Plan(tuple(wanted), args.out, args.out, tuple(args.profile), args.limit)
         for report in run(plan, ranks, isolate=args.isolate):
-            found.append(as_record(report, source, args.claim, workload, ranks))
-            records.write(args.out, found[-1:])
-    return found
+            one = as_record(report, sources[report.entry.claim], ranks)
+            found[report.entry.claim].append(one)
+            records.write(args.out, [one])
+    return list(found.values())
 
 
-def as_record(
-    report: Report, source: records.Origin, claim: str | None, workload: Workload, ranks: int
-) -> dict[str, Any]:
+def as_record(report: Report, source: records.Origin, ranks: int) -> dict[str, Any]:
     """Return the line of JSON for what the ranks said about an engine."""
     return records.record(
         source,
         "train_step",
         ranks,
-        workload.as_dict(),
-        report.variant.label,
+        report.entry.workload.as_dict(),
+        report.entry.variant.label,
         report.result,
         status=report.status,
         detail=report.detail,
-        claim=claim,
+        claim=report.entry.claim,
     )
 
 
@@ -122,16 +122,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         work(Plan.load(args.plan))
         return 0
+    unknown = {*(args.claim or "").split(",")} - {"", *CLAIMS}
     try:
-        found = measure(args)
+        if unknown:
+            raise ValueError(f"no claim is called {', '.join(sorted(unknown))}")
+        runs = [run for run in measure(args) if run]
     except ValueError as error:
         print(f"train_step.py: {error}", file=sys.stderr)
         return 2
-    print(render.terminal(found))
-    if not args.no_plot:
-        from side_by_side import plots  # noqa: PLC0415 - matplotlib is optional
+    for found in runs:
+        print(f"\n{render.terminal(found)}", flush=True)
+        if not args.no_plot:
+            from side_by_side import plots  # noqa: PLC0415 - matplotlib is optional
 
-        plots.draw(found, args.out)
+            plots.draw(found, args.out)
     return 0
 
 

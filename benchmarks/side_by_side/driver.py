@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from side_by_side.plan import Plan
-from side_by_side.workload import Variant
+from side_by_side.plan import Entry, Plan
 
 __all__ = ["Report", "run"]
 
@@ -29,7 +28,7 @@ _SAFE = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 class Report:
     """What the ranks said about one engine."""
 
-    variant: Variant
+    entry: Entry
     status: str
     detail: str
     result: Mapping[str, Any] | None
@@ -45,12 +44,12 @@ def run(plan: Plan, ranks: int, *, isolate: bool, start: Start | None = None) ->
     gives each engine a job from the start.
     """
     start = start or _start
-    waiting = list(plan.variants)
+    waiting = list(plan.entries)
     while waiting:
         job = waiting[:1] if isolate else waiting
         with tempfile.TemporaryDirectory(prefix="side-by-side-") as folder:
             path = Path(folder) / "plan.json"
-            replace(plan, variants=tuple(job), report=Path(folder)).write(path)
+            replace(plan, entries=tuple(job), report=Path(folder)).write(path)
             status = start(path, ranks)
             reports = _read(Path(folder), job)
             if len(reports) < len(job) and (not reports or reports[-1].result is not None):
@@ -65,21 +64,21 @@ def _start(plan: Path, ranks: int) -> int:
     return subprocess.run([*command, *script], env=os.environ | _SAFE, check=False).returncode
 
 
-def _read(folder: Path, job: Sequence[Variant]) -> list[Report]:
+def _read(folder: Path, job: Sequence[Entry]) -> list[Report]:
     """What rank 0 wrote about the engines, in their order."""
     path = folder / "report.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = [json.loads(line) for line in lines]
     return [
-        Report(variant, each["status"], each.get("detail", ""), each["result"])
-        for variant, each in zip(job, found, strict=False)
+        Report(entry, each["status"], each.get("detail", ""), each["result"])
+        for entry, each in zip(job, found, strict=False)
     ]
 
 
-def _unreported(folder: Path, variant: Variant, status: int) -> Report:
+def _unreported(folder: Path, entry: Entry, status: int) -> Report:
     """About an engine in which the job ended: what a rank left behind, or that none did."""
-    for path in sorted(folder.glob("failure-*.json")):
-        left = json.loads(path.read_text(encoding="utf-8"))
-        if left["status"] != "hung" or len(list(folder.glob("failure-*.json"))) == 1:
-            return Report(variant, left["status"], left["detail"], None)
-    return Report(variant, "failed", f"the ranks ended with status {status} or hung", None)
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("failure-*.json")]
+    if found:
+        first = min(found, key=lambda each: each["at"])
+        return Report(entry, first["status"], first["detail"], None)
+    return Report(entry, "failed", f"the ranks ended with status {status} or hung", None)

@@ -63,9 +63,8 @@ def unavailable(variant: Variant) -> str | None:
     return None
 
 
-def build(variant: Variant, common: Workload, device: torch.device) -> Trainer:
+def build(variant: Variant, workload: Workload, device: torch.device) -> Trainer:
     """Build a model on the device and the engine that trains it. A collective."""
-    workload = variant.workload(common)
     model = _model(workload, device)
     if variant.family == "zeroshard":
         return _zeroshard(model, variant, workload)

@@ -1,4 +1,4 @@
-"""What one call measures, as a value that the processes of the job read from a file."""
+"""What the ranks of a job measure, as a value that they read from a file."""
 
 from __future__ import annotations
 
@@ -8,19 +8,35 @@ from pathlib import Path
 
 from side_by_side.workload import Variant, Workload
 
-__all__ = ["Plan"]
+__all__ = ["Entry", "Plan"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An engine to measure, the workload of all engines it is compared with, and for which claim.
+
+    Where the engine differs from that workload, its own is :attr:`own_workload`.
+    """
+
+    workload: Workload
+    variant: Variant
+    claim: str | None = None
+
+    @property
+    def own_workload(self) -> Workload:
+        """What this engine computes."""
+        return self.variant.workload(self.workload)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Engines to measure on the ranks of one job, and where ranks report to.
+    """What is measured in one job, and where its ranks report to.
 
     ``limit_s`` is how long one engine may take, ``profile`` names variants of which a step is
-    profiled, and ``report`` is a folder.
+    profiled, ``report`` and ``traces`` are folders.
     """
 
-    workload: Workload
-    variants: tuple[Variant, ...]
+    entries: tuple[Entry, ...]
     report: Path
     traces: Path
     profile: tuple[str, ...] = ()
@@ -29,8 +45,10 @@ class Plan:
     def write(self, path: Path) -> None:
         """Write the plan to a file."""
         content = {
-            "workload": self.workload.as_dict(),
-            "variants": [variant.label for variant in self.variants],
+            "entries": [
+                [entry.workload.as_dict(), entry.variant.label, entry.claim]
+                for entry in self.entries
+            ],
             "report": str(self.report),
             "traces": str(self.traces),
             "profile": self.profile,
@@ -43,8 +61,10 @@ class Plan:
         """Read what :meth:`write` wrote."""
         content = json.loads(path.read_text(encoding="utf-8"))
         return cls(
-            Workload(**content["workload"]),
-            tuple(Variant.parse(label) for label in content["variants"]),
+            tuple(
+                Entry(Workload(**workload), Variant.parse(label), claim)
+                for workload, label, claim in content["entries"]
+            ),
             Path(content["report"]),
             Path(content["traces"]),
             tuple(content["profile"]),

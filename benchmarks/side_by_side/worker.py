@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -31,9 +31,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 import zeroshard
 from side_by_side.engines import Trainer, build, unavailable
-from side_by_side.plan import Plan
+from side_by_side.plan import Entry, Plan
 from side_by_side.profiles import profiled, summarize
-from side_by_side.workload import SHAPES, Variant
+from side_by_side.workload import SHAPES, Workload
 
 __all__ = ["BROKEN", "work"]
 
@@ -45,10 +45,11 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an engine has no figures: a few words for a table, and the message."""
+    """Why an engine has no figures: a few words for a table, the message, and when it was."""
 
     status: str
     detail: str
+    at: float
 
 
 class _FailedError(Exception):
@@ -86,11 +87,11 @@ class _Rank:
             self.synchronize()
         except Exception as error:
             failure = _failure(phase, self.number, error)
-            said = {"failure": [failure.status, failure.detail]}
+            said = {"failure": asdict(failure)}
         heard = self._exchange(said, failure)
-        failures = [each["failure"] for each in heard if "failure" in each]
-        if failures:
-            raise _FailedError(Failure(*failures[0]))
+        failures = [Failure(**each["failure"]) for each in heard if "failure" in each]
+        if failures:  # the others may have failed because the first had left
+            raise _FailedError(min(failures, key=lambda failure: failure.at))
         return [each["value"] for each in heard]
 
     def synchronize(self) -> None:
@@ -110,15 +111,15 @@ class _Rank:
         try:
             self._store.wait(keys, timedelta(seconds=patience))
         except Exception:
-            self.leave(failure or Failure("hung", f"rank {self.number} waited {patience:g} s"))
+            waited = f"rank {self.number} waited {patience:g} s for others"
+            self.leave(failure or Failure("hung", waited, time.time()))
         return [json.loads(self._store.get(key)) for key in keys]
 
     def leave(self, failure: Failure | None = None) -> NoReturn:
         """End without the interpreter's exit, which waits for collectives that never end."""
         if failure is not None:
-            content = {"status": failure.status, "detail": failure.detail}
             path = self.plan.report / f"failure-{self.number}.json"
-            path.write_text(json.dumps(content), encoding="utf-8")
+            path.write_text(json.dumps(asdict(failure)), encoding="utf-8")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(BROKEN)
@@ -135,51 +136,49 @@ class _Rank:
         if self.number == 0:
             print(text, file=sys.stderr, flush=True)
 
-    def report(self, variant: Variant, **content: Any) -> None:
+    def report(self, entry: Entry, **content: Any) -> None:
         """Append what was found about an engine to the report."""
         if self.number == 0:
             with (self.plan.report / "report.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"engine": variant.label, **content}) + "\n")
+                file.write(json.dumps({"engine": entry.variant.label, **content}) + "\n")
 
 
 def work(plan: Plan) -> None:
     """Measure the engines of a plan. Every rank calls it; does not return if an engine fails."""
     zeroshard.init_distributed(timeout=timedelta(seconds=plan.limit_s))
     rank = _Rank(plan)
-    for variant in plan.variants:
+    for entry in plan.entries:
         faulthandler.dump_traceback_later(plan.limit_s, exit=True, file=sys.__stderr__)
-        began = time.perf_counter()
-        if (reason := unavailable(variant)) is not None:
-            rank.say(f"{variant.label}: {reason}")
-            rank.report(variant, status=reason, result=None)
+        began, name = time.perf_counter(), entry.variant.label
+        if (reason := unavailable(entry.variant)) is not None:
+            rank.say(f"{name}: {reason}")
+            rank.report(entry, status=reason, result=None)
             continue
         try:
-            result = _measure(rank, variant)
+            result = _measure(rank, entry)
         except _FailedError as error:
-            rank.say(f"{variant.label}: {error.failure.status}: {error.failure.detail}")
-            rank.report(
-                variant, status=error.failure.status, detail=error.failure.detail, result=None
-            )
+            rank.say(f"{name}: {error.failure.status}: {error.failure.detail}")
+            status, detail = error.failure.status, error.failure.detail
+            rank.report(entry, status=status, detail=detail, result=None)
             rank.leave_after_first()
-        rank.report(variant, status="ok", result=result)
-        rank.say(
-            f"{variant.label}: {result['median_s']:.4f} s a step, "
-            f"all in {time.perf_counter() - began:.0f} s"
-        )
-    faulthandler.cancel_dump_traceback_later()
+        rank.report(entry, status="ok", result=result)
+        whole_s = time.perf_counter() - began
+        rank.say(f"{name}: {result['median_s']:.4f} s a step, all in {whole_s:.0f} s")
+    # What is left to do may hang, too, and everything has been reported.
+    faulthandler.dump_traceback_later(_PATIENCE_S, exit=True, file=sys.__stderr__)
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
 
 
-def _measure(rank: _Rank, variant: Variant) -> dict[str, Any]:
-    plan, workload = rank.plan, variant.workload(rank.plan.workload)
+def _measure(rank: _Rank, entry: Entry) -> dict[str, Any]:
+    workload = entry.own_workload
     before = _allocated_gib(rank)
     began = time.perf_counter()
     built: list[Trainer] = []
-    rank.together("build", lambda: built.append(build(variant, plan.workload, rank.device)))
+    rank.together("build", lambda: built.append(build(entry.variant, workload, rank.device)))
     build_s = time.perf_counter() - began
     trainer = built.pop()
-    x = _tokens(rank, workload.batch, workload.seq)
+    x = _tokens(rank, workload)
     losses: list[Tensor] = []
     for number in range(workload.warmup):
         rank.together(f"warm-up step {number}", lambda: losses.append(trainer.warm(x)))
@@ -192,7 +191,8 @@ def _measure(rank: _Rank, variant: Variant) -> dict[str, Any]:
         timed.append(rank.together(f"step {number}", lambda: _timed(rank, trainer, x, losses)))
     memory = rank.together("memory", lambda: _memory(rank))
     heard = rank.together("losses", lambda: torch.stack(losses).double().tolist())
-    profile = _profile(rank, variant, trainer, x) if _wants_profile(plan, variant) else None
+    wanted = {entry.variant.label, "all"} & {*rank.plan.profile}
+    profile = _profile(rank, entry, trainer, x) if wanted else None
     left = rank.together("end", lambda: _forget(rank, trainer))
     seconds = [max(whole for whole, _ in ranks) for ranks in timed]  # until the slowest is done
     allocated, reserved, used = (_most(ranks) for ranks in zip(*memory, strict=True))
@@ -218,10 +218,10 @@ def _measure(rank: _Rank, variant: Variant) -> dict[str, Any]:
     }
 
 
-def _tokens(rank: _Rank, batch: int, seq: int) -> Tensor:
+def _tokens(rank: _Rank, workload: Workload) -> Tensor:
     generator = torch.Generator(device=rank.device).manual_seed(_DATA_SEED + rank.number)
-    vocab = SHAPES[rank.plan.workload.model].vocab
-    return torch.randint(0, vocab, (batch, seq), device=rank.device, generator=generator)
+    vocab, shape = SHAPES[workload.model].vocab, (workload.batch, workload.seq)
+    return torch.randint(0, vocab, shape, device=rank.device, generator=generator)
 
 
 def _timed(rank: _Rank, trainer: Trainer, x: Tensor, losses: list[Tensor]) -> tuple[float, float]:
@@ -255,13 +255,9 @@ def _most(values: Iterable[float | None]) -> float | None:
     return max(found) if found else None
 
 
-def _wants_profile(plan: Plan, variant: Variant) -> bool:
-    return variant.label in plan.profile or "all" in plan.profile
-
-
-def _profile(rank: _Rank, variant: Variant, trainer: Trainer, x: Tensor) -> dict[str, Any] | None:
-    name = re.sub(r"[^\w.-]+", "-", variant.label)
-    path = rank.plan.traces / f"trace-{name}-{rank.plan.workload.tokens}.json.gz"
+def _profile(rank: _Rank, entry: Entry, trainer: Trainer, x: Tensor) -> dict[str, Any] | None:
+    name = re.sub(r"[^\w.-]+", "-", f"{entry.claim or entry.workload.model}-{entry.variant.label}")
+    path = rank.plan.traces / f"trace-{name}-on-{rank.world}.json.gz"
 
     def action() -> dict[str, Any] | None:
         if rank.number != 0:
@@ -291,4 +287,5 @@ def _failure(phase: str, rank: int, error: Exception) -> Failure:
     traceback.print_exception(error)
     status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
     first = " ".join(message.split("\n\n")[0].split())[:400]
-    return Failure(f"{status} ({phase})", f"rank {rank}: {type(error).__name__}: {first} [{where}]")
+    detail = f"rank {rank}: {type(error).__name__}: {first} [{where}]"
+    return Failure(f"{status} ({phase})", detail, time.time())

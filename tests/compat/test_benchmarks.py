@@ -63,13 +63,13 @@ def test_every_engine_runs_on_the_same_weights_and_tokens(
         assert name in printed.out
     profile = found["zeroshard-3"]["result"]["profile"]
     assert profile == {"kernels": 0}  # which only GPUs have
-    assert (tmp_path / f"trace-zeroshard-3-{2 * 32}.json.gz").stat().st_size > 1000
+    assert (tmp_path / "trace-tiny-zeroshard-3-on-2.json.gz").stat().st_size > 1000
     assert "deepspeed-3" in printed.out and found["deepspeed-3"]["result"] is None
 
 
 @pytest.mark.usefixtures("forked_ranks")
 def test_bf16_engines_agree_as_far_as_bf16_goes(tmp_path: Path) -> None:
-    names = ["fsdp2", "zeroshard-1", "zeroshard-3", "plain"]
+    names = ["fsdp2", "zeroshard-3", "plain"]
     options = ["--dtype", "bf16", "--reduce", "fp32", "--seq", "32", "--steps", "1", "--no-plot"]
     train_step.main(["--engines", ",".join(names), *options, "--out", str(tmp_path)])
     lines = (tmp_path / "train_step.jsonl").read_text(encoding="utf-8").splitlines()

@@ -83,9 +83,9 @@ def test_a_mistyped_engine_is_refused_before_anything_starts(text: str, word: st
 
 def test_settings_of_the_command_line_reach_every_engine_of_ours_and_no_other() -> None:
     options = ["--engines", "plain,zeroshard-2,zeroshard-3", "--set", "zeroshard.gather=nccl"]
-    variants = train_step.variants_of(train_step.arguments(options))
+    entries = train_step.entries_of(train_step.arguments(options), None)
     setting = ":zeroshard.gather=nccl"
-    assert [v.label for v in variants] == [
+    assert [entry.variant.label for entry in entries] == [
         "plain",
         f"zeroshard-2{setting}",
         f"zeroshard-3{setting}",
@@ -93,13 +93,10 @@ def test_settings_of_the_command_line_reach_every_engine_of_ours_and_no_other() 
 
 
 def test_weak_scaling_runs_on_two_ranks_and_then_on_all() -> None:
-    def ranks(claim: str, every: int) -> list[int]:
-        return train_step.ranks_of(train_step.arguments(["--claim", claim, "--ranks", str(every)]))
-
-    assert ranks("weak-scaling", 4) == [2, 4]
-    assert ranks("weak-scaling", 2) == [2]
-    assert ranks("long", 4) == [4]
-    assert ranks("one-gpu", 4) == [1]
+    assert train_step.ranks_of("weak-scaling", 4) == [2, 4]
+    assert train_step.ranks_of("weak-scaling", 2) == [2]
+    assert train_step.ranks_of("long", 4) == [4]
+    assert train_step.ranks_of("one-gpu", 4) == [1]
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -107,8 +104,8 @@ def test_every_claim_has_a_command_and_asks_only_for_engines_that_it_runs(name: 
     claim = CLAIMS[name]
     asked = {r.ours for r in claim.requirements} | {r.peer for r in claim.requirements if r.peer}
     assert asked <= set(claim.engines)
-    script = next(word for word in claims_script.command(name, 4) if word.endswith(".py"))
-    assert Path(script).exists()
+    (command,) = claims_script.commands([name], 4)
+    assert Path(next(word for word in command if word.endswith(".py"))).exists()
     if claim.workload is not None:
         assert claim.workload.steps >= 8
         assert all(Variant.parse(engine).workload(claim.workload) for engine in claim.engines)

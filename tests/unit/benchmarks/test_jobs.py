@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,11 @@ from forked import RankError, run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
-from side_by_side import worker
+import train_step
+from side_by_side import driver, records, worker
 from side_by_side.driver import Report, run
 from side_by_side.engines import Trainer
-from side_by_side.plan import Plan
+from side_by_side.plan import Entry, Plan
 from side_by_side.workload import Variant, Workload
 
 Build = Callable[[Variant, Workload, torch.device], Trainer]
@@ -51,7 +53,7 @@ def measured(
     jobs: list[list[str]] = []
 
     def start(path: Path, ranks: int) -> int:
-        jobs.append([variant.label for variant in Plan.load(path).variants])
+        jobs.append([entry.variant.label for entry in Plan.load(path).entries])
         try:
             run_ranks(lambda rank, world: worker.work(Plan.load(path)), ranks, timeout=20)
         except RankError as error:
@@ -60,8 +62,8 @@ def measured(
         return 0
 
     workload = Workload("tiny", 1, 8, warmup=1, steps=2)
-    variants = tuple(Variant.parse(engine) for engine in engines)
-    plan = Plan(workload, variants, tmp_path, tmp_path, limit_s=15)
+    entries = tuple(Entry(workload, Variant.parse(engine)) for engine in engines)
+    plan = Plan(entries, tmp_path, tmp_path, limit_s=15)
     isolate = options.pop("isolate", False)
     return list(run(plan, 2, isolate=isolate, start=start)), jobs
 
@@ -71,7 +73,9 @@ def test_engines_share_a_job_unless_they_are_to_be_isolated(
 ) -> None:
     names = ("plain", "fsdp2")
     reports, jobs = measured(monkeypatch, tmp_path, lambda *_: trained(), names)
-    assert [(each.variant.label, each.status) for each in reports] == [(n, "ok") for n in names]
+    assert [(each.entry.variant.label, each.status) for each in reports] == [
+        (n, "ok") for n in names
+    ]
     assert jobs == [["plain", "fsdp2"]]
     assert reports[0].result is not None
     assert reports[0].result["losses"] == [0.25, 0.5, 1.0]  # a sum over two ranks each time
@@ -122,8 +126,9 @@ def test_an_engine_that_is_not_installed_ends_no_job(
         run_ranks(lambda rank, world: worker.work(Plan.load(path)), ranks, timeout=20)
         return 0
 
-    variants = tuple(map(Variant.parse, ("deepspeed-3", "plain")))
-    plan = Plan(Workload("tiny", 1, 8, warmup=1, steps=1), variants, tmp_path, tmp_path)
+    workload = Workload("tiny", 1, 8, warmup=1, steps=1)
+    entries = tuple(Entry(workload, Variant.parse(name)) for name in ("deepspeed-3", "plain"))
+    plan = Plan(entries, tmp_path, tmp_path)
     reports = list(run(plan, 2, isolate=False, start=start))
     assert [each.status for each in reports] == ["not installed", "ok"]
 
@@ -135,8 +140,36 @@ def test_a_job_that_ends_without_a_word_costs_one_engine_only(tmp_path: Path) ->
         jobs.append(ranks)
         return 137
 
-    variants = tuple(map(Variant.parse, ("plain", "fsdp2")))
-    plan = Plan(Workload("tiny", 1, 8), variants, tmp_path, tmp_path)
+    workload = Workload("tiny", 1, 8)
+    entries = tuple(Entry(workload, Variant.parse(name)) for name in ("plain", "fsdp2"))
+    plan = Plan(entries, tmp_path, tmp_path)
     reports = list(run(plan, 4, isolate=False, start=start))
     assert [each.status for each in reports] == ["failed", "failed"] and jobs == [4, 4]
     assert "status 137" in reports[0].detail
+
+
+def test_claims_on_the_same_ranks_share_a_job_and_have_runs_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs: list[tuple[int, list[str | None]]] = []
+
+    def start(path: Path, ranks: int) -> int:
+        plan = Plan.load(path)
+        jobs.append((ranks, [entry.claim for entry in plan.entries]))
+        assert {entry.workload.model for entry in plan.entries} == {"tiny"}
+        lines = [
+            {"engine": e.variant.label, "status": "none", "result": None} for e in plan.entries
+        ]
+        report = "".join(json.dumps(line) + "\n" for line in lines)
+        (plan.report / "report.jsonl").write_text(report, encoding="utf-8")
+        return 0
+
+    monkeypatch.setattr(driver, "_start", start)
+    options = ["--model", "tiny", "--ranks", "4", "--out", str(tmp_path)]
+    assert train_step.main(["--claim", "long,weak-scaling", *options]) == 0
+    assert jobs == [(2, ["weak-scaling"]), (4, ["long"] * 3 + ["weak-scaling"])]
+    by_claim = {each["claim"]: each for each in records.read(tmp_path)}
+    assert by_claim["long"]["run"] != by_claim["weak-scaling"]["run"]
+    assert capsys.readouterr().out.count("not measured") == 5
+    assert train_step.main(["--claim", "long,longer", *options]) == 2
+    assert "no claim is called longer" in capsys.readouterr().err
