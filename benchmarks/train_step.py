@@ -122,6 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         work(Plan.load(args.plan))
         return 0
+    if "RANK" in os.environ:
+        print("train_step.py starts its ranks itself; start it with python", file=sys.stderr)
+        return 2
     unknown = {*(args.claim or "").split(",")} - {"", *CLAIMS}
     try:
         if unknown:

@@ -1,7 +1,7 @@
 """What the device did in one step, by kind of kernel, and how much communication was hidden.
 
-A gather or a reduction is hidden where a kernel computes at the same time. Its time includes
-waiting for other ranks. Arithmetic on spans is apart from the profiler, and has tests of its own.
+A gather or a reduction is hidden where a kernel of the stream that computes runs at the same time.
+Its time includes waiting for other ranks. The arithmetic on spans is apart from the profiler.
 """
 
 from __future__ import annotations
@@ -111,26 +111,36 @@ def summarize(found: Sequence[Activity]) -> dict[str, Any]:
         by_kind[kind_of(each.name)].append(each.span)
         if computes(each.name):
             busy[each.stream].append(each.span)
-    cover = [span for spans in busy.values() for span in spans]
-    main = union(max(busy.values(), key=length, default=[]))
+    computing = union(max(busy.values(), key=length, default=[]))
     first, last = min(each.start for each in found), max(each.end for each in found)
     return {
         "kernels": len(found),
         "span_ms": _ms(last - first),
-        "idle_of_compute_stream_ms": _ms(last - first - length(main)),
+        "idle_of_compute_stream_ms": _ms(last - first - length(computing)),
         "idle_of_device_ms": _ms(last - first - length(union(each.span for each in found))),
         "ms": {kind: _ms(length(spans)) for kind, spans in sorted(by_kind.items())},
         "count": {kind: len(spans) for kind, spans in sorted(by_kind.items())},
         "hidden": {
-            kind: None if (share := hidden(by_kind[kind], cover)) is None else round(share, 4)
+            kind: None if (share := hidden(by_kind[kind], computing)) is None else round(share, 4)
             for kind in (GATHER, REDUCE)
         },
+        "ms_by_stream": _by_stream(found),
         "longest": _longest(found),
     }
 
 
 def _ms(microseconds: float) -> float:
     return round(microseconds / 1e3, 3)
+
+
+def _by_stream(found: Sequence[Activity]) -> dict[str, dict[str, float]]:
+    streams: defaultdict[int, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for each in found:
+        streams[each.stream][kind_of(each.name)] += each.end - each.start
+    return {
+        str(stream): {kind: _ms(time) for kind, time in sorted(kinds.items())}
+        for stream, kinds in sorted(streams.items())
+    }
 
 
 def _longest(found: Sequence[Activity], most: int = 12) -> list[dict[str, Any]]:

@@ -100,14 +100,17 @@ def write(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Return all records of a folder's files, in the order of their dates."""
+    """Return all records of a folder's files, in the order of their dates.
+
+    Lines of programs with a form of their own, which lack an envelope, are left out.
+    """
     lines = [
         json.loads(line)
         for path in sorted(folder.glob("*.jsonl"))
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.strip()
     ]
-    return sorted(lines, key=lambda each: each["date"])
+    return sorted((each for each in lines if "run" in each), key=lambda each: each["date"])
 
 
 def _hardware() -> dict[str, Any]:

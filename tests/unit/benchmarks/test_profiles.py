@@ -81,6 +81,7 @@ def test_a_step_is_summed_up_by_kind_hidden_share_and_idle_time() -> None:
         Activity("gemm b", compute, 1500, 2500),
         Activity("ncclDevKernel_AllGather", side, 500, 1500),  # 500 under a, 500 under nothing
         Activity("ncclDevKernel_ReduceScatter", 21, 1600, 2000),  # under b
+        Activity("copies of gradients", 21, 1200, 1600),  # which hide nothing
         Activity("Memcpy DtoH (Device -> Pageable)", compute, 2500, 2600),
     ]
     summary = summarize(found)
@@ -89,6 +90,7 @@ def test_a_step_is_summed_up_by_kind_hidden_share_and_idle_time() -> None:
     assert summary["span_ms"] == 2.6
     assert summary["idle_of_compute_stream_ms"] == pytest.approx(0.6)
     assert summary["idle_of_device_ms"] == 0
+    assert summary["ms_by_stream"]["20"] == {"gather": 1.0}
     assert summary["longest"][0]["kind"] == "matmul"
 
 
