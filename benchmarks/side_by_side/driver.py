@@ -10,16 +10,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from side_by_side.plan import Entry, Plan
 
 __all__ = ["Report", "run"]
 
 _ROOT = Path(__file__).resolve().parent.parent
+_PAUSE_S = 0.2  # between two looks at what has been reported
 # NVLink multicast stays off: nothing here is measured with it.
 _SAFE = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
@@ -34,41 +36,70 @@ class Report:
     result: Mapping[str, Any] | None
 
 
-Start = Callable[[Path, int], int]
+class Job(Protocol):
+    """Ranks that run; `subprocess.Popen` is one."""
+
+    def poll(self) -> int | None:
+        """The exit status once they have ended."""
+        ...
+
+    def terminate(self) -> None:
+        """End them."""
+        ...
+
+
+Start = Callable[[Path, int], Job]
 
 
 def run(plan: Plan, ranks: int, *, isolate: bool, start: Start | None = None) -> Iterator[Report]:
-    """Measure the engines of a plan on so many ranks, each as soon as it is known.
+    """Measure the engines of a plan on so many ranks; each is yielded as soon as it is known.
 
     An engine that fails ends the job it ran in, and the rest continues in a new one; ``isolate``
     gives each engine a job from the start.
     """
-    start = start or _start
     waiting = list(plan.entries)
     while waiting:
         job = waiting[:1] if isolate else waiting
-        with tempfile.TemporaryDirectory(prefix="side-by-side-") as folder:
-            path = Path(folder) / "plan.json"
-            replace(plan, entries=tuple(job), report=Path(folder)).write(path)
-            status = start(path, ranks)
-            reports = _read(Path(folder), job)
-            if len(reports) < len(job) and (not reports or reports[-1].result is not None):
-                reports.append(_unreported(Path(folder), job[len(reports)], status))
-        yield from reports
-        waiting = waiting[len(reports) :]
+        for report in _run_job(replace(plan, entries=tuple(job)), ranks, start or _start):
+            yield report
+            waiting = waiting[1:]
 
 
-def _start(plan: Path, ranks: int) -> int:
+def _run_job(plan: Plan, ranks: int, start: Start) -> Iterator[Report]:
+    """The reports of one job, at least one."""
+    reports: list[Report] = []
+    with tempfile.TemporaryDirectory(prefix="side-by-side-") as name:
+        folder = Path(name)
+        replace(plan, report=folder).write(folder / "plan.json")
+        job = start(folder / "plan.json", ranks)
+        try:
+            while True:
+                status = job.poll()  # before reading, so that nothing is missed
+                new = _read(folder, plan.entries)[len(reports) :]
+                reports += new
+                yield from new
+                if status is not None:
+                    break
+                time.sleep(_PAUSE_S)
+        finally:
+            if job.poll() is None:
+                job.terminate()
+        is_over = len(reports) == len(plan.entries)
+        if not is_over and (not reports or reports[-1].result is not None):
+            yield _unreported(folder, plan.entries[len(reports)], status)
+
+
+def _start(plan: Path, ranks: int) -> Job:
     command = [sys.executable, "-m", "zeroshard", "--quiet", "--num_gpus", str(ranks)]
     script = [str(_ROOT / "train_step.py"), "--plan", str(plan)]
-    return subprocess.run([*command, *script], env=os.environ | _SAFE, check=False).returncode
+    return subprocess.Popen([*command, *script], env=os.environ | _SAFE)
 
 
 def _read(folder: Path, job: Sequence[Entry]) -> list[Report]:
     """What rank 0 wrote about the engines, in their order."""
     path = folder / "report.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
     return [
         Report(entry, each["status"], each.get("detail", ""), each["result"])
         for entry, each in zip(job, found, strict=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import LlamaForCausalLM  # noqa: F401 - here once, or each rank takes seconds
@@ -22,13 +24,13 @@ from side_by_side.plan import Plan
 def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that are forked from the test instead of started by the launcher."""
 
-    def start(path: Path, ranks: int) -> int:
+    def start(path: Path, ranks: int) -> Any:
         try:
             run_ranks(lambda rank, world: worker.work(Plan.load(path)), ranks)
         except RankError as error:
             print(error)
-            return worker.BROKEN
-        return 0
+            return SimpleNamespace(poll=lambda: worker.BROKEN)
+        return SimpleNamespace(poll=lambda: 0)
 
     monkeypatch.setattr(driver, "_start", start)
 

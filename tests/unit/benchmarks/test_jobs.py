@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ from side_by_side.driver import Report, run
 from side_by_side.engines import Trainer
 from side_by_side.plan import Entry, Plan
 from side_by_side.workload import Variant, Workload
+
+
+@dataclass
+class Ended:
+    """A job that is over when it has been started."""
+
+    status: int
+
+    def poll(self) -> int:
+        return self.status
+
+    def terminate(self) -> None:
+        raise AssertionError("it has ended")
+
 
 Build = Callable[[Variant, Workload, torch.device], Trainer]
 
@@ -52,14 +67,14 @@ def measured(
     monkeypatch.setattr(worker, "unavailable", lambda variant: None)
     jobs: list[list[str]] = []
 
-    def start(path: Path, ranks: int) -> int:
+    def start(path: Path, ranks: int) -> Ended:
         jobs.append([entry.variant.label for entry in Plan.load(path).entries])
         try:
             run_ranks(lambda rank, world: worker.work(Plan.load(path)), ranks, timeout=20)
         except RankError as error:
             print(error)
-            return worker.BROKEN
-        return 0
+            return Ended(worker.BROKEN)
+        return Ended(0)
 
     workload = Workload("tiny", 1, 8, warmup=1, steps=2)
     entries = tuple(Entry(workload, Variant.parse(engine)) for engine in engines)
@@ -122,9 +137,9 @@ def test_an_engine_that_is_not_installed_ends_no_job(
     monkeypatch.setattr(worker, "build", lambda *_: trained())
     monkeypatch.setattr(worker, "unavailable", lambda variant: missing.get(variant.label))
 
-    def start(path: Path, ranks: int) -> int:
+    def start(path: Path, ranks: int) -> Ended:
         run_ranks(lambda rank, world: worker.work(Plan.load(path)), ranks, timeout=20)
-        return 0
+        return Ended(0)
 
     workload = Workload("tiny", 1, 8, warmup=1, steps=1)
     entries = tuple(Entry(workload, Variant.parse(name)) for name in ("deepspeed-3", "plain"))
@@ -136,9 +151,9 @@ def test_an_engine_that_is_not_installed_ends_no_job(
 def test_a_job_that_ends_without_a_word_costs_one_engine_only(tmp_path: Path) -> None:
     jobs: list[int] = []
 
-    def start(path: Path, ranks: int) -> int:
+    def start(path: Path, ranks: int) -> Ended:
         jobs.append(ranks)
-        return 137
+        return Ended(137)
 
     workload = Workload("tiny", 1, 8)
     entries = tuple(Entry(workload, Variant.parse(name)) for name in ("plain", "fsdp2"))
@@ -153,7 +168,7 @@ def test_claims_on_the_same_ranks_share_a_job_and_have_runs_of_their_own(
 ) -> None:
     jobs: list[tuple[int, list[str | None]]] = []
 
-    def start(path: Path, ranks: int) -> int:
+    def start(path: Path, ranks: int) -> Ended:
         plan = Plan.load(path)
         jobs.append((ranks, [entry.claim for entry in plan.entries]))
         assert {entry.workload.model for entry in plan.entries} == {"tiny"}
@@ -162,7 +177,7 @@ def test_claims_on_the_same_ranks_share_a_job_and_have_runs_of_their_own(
         ]
         report = "".join(json.dumps(line) + "\n" for line in lines)
         (plan.report / "report.jsonl").write_text(report, encoding="utf-8")
-        return 0
+        return Ended(0)
 
     monkeypatch.setattr(driver, "_start", start)
     options = ["--model", "tiny", "--ranks", "4", "--out", str(tmp_path)]
@@ -173,3 +188,46 @@ def test_claims_on_the_same_ranks_share_a_job_and_have_runs_of_their_own(
     assert capsys.readouterr().out.count("not measured") == 5
     assert train_step.main(["--claim", "long,longer", *options]) == 2
     assert "no claim is called longer" in capsys.readouterr().err
+
+
+def test_an_engine_is_known_while_the_next_one_runs_and_ranks_end_with_who_started_them(
+    tmp_path: Path,
+) -> None:
+    class Running:
+        """A job that has reported one engine of two."""
+
+        is_terminated = False
+
+        def __init__(self, folder: Path) -> None:
+            line = json.dumps({"engine": "plain", "status": "ok", "result": {"median_s": 1.0}})
+            text = f"{line}\n{line[:20]}"  # the second is being written
+            (folder / "report.jsonl").write_text(text, encoding="utf-8")
+
+        def poll(self) -> None:
+            return None
+
+        def terminate(self) -> None:
+            self.is_terminated = True
+
+    jobs: list[Running] = []
+
+    def start(path: Path, ranks: int) -> Running:
+        jobs.append(Running(path.parent))
+        return jobs[-1]
+
+    workload = Workload("tiny", 1, 8)
+    entries = tuple(Entry(workload, Variant.parse(name)) for name in ("plain", "fsdp2"))
+    reports = run(Plan(entries, tmp_path, tmp_path), 2, isolate=False, start=start)
+    first = next(reports)
+    assert (first.entry.variant.label, first.status) == ("plain", "ok")
+    assert not jobs[0].is_terminated
+    reports.close()
+    assert jobs[0].is_terminated
+
+
+def test_ranks_of_another_launcher_start_no_ranks_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert train_step.main([]) == 2
+    assert "starts its ranks itself" in capsys.readouterr().err
