@@ -57,7 +57,7 @@ def draw(records: Sequence[Record], folder: Path) -> Path | None:
 def _speed(axes: Any, rows: Sequence[Record], records: Sequence[Record]) -> None:
     fine = [each["result"] for each in records if each["status"] == OK]
     first = fine[0]["tokens_per_s_per_rank"]
-    most = max(each["tokens_per_s_per_rank"] for each in fine)
+    most = max(each["tokens_per_s_per_rank"] * each["median_s"] / each["min_s"] for each in fine)
     for at, each in enumerate(rows):
         if each["status"] != OK:
             axes.text(0.01 * most, at, each["status"], va="center", color=_GREY, fontsize=8.5)
@@ -69,7 +69,7 @@ def _speed(axes: Any, rows: Sequence[Record], records: Sequence[Record]) -> None
         spread = [[max(value - slow, 0)], [max(fast - value, 0)]]
         axes.barh(at, value, 0.62, color=_colour(each), edgecolor="black", linewidth=0.6)
         axes.errorbar(value, at, xerr=spread, color="black", capsize=2.5, linewidth=0.8)
-        ratio = "" if value == first and len(fine) > 1 else f"   x {value / first:.3f}"
+        ratio = "" if value == first else f"   x {value / first:.3f}"
         axes.text(max(fast, value) + 0.02 * most, at, f"{value:,.0f}{ratio}", va="center", size=9)
     axes.set_xlim(0, 1.42 * most)
     base = next(each["engine"] for each in records if each["status"] == OK)
@@ -85,9 +85,7 @@ def _speed(axes: Any, rows: Sequence[Record], records: Sequence[Record]) -> None
 def _memory(axes: Any, rows: Sequence[Record]) -> None:
     fine = [each["result"] for each in rows if each["status"] == OK]
     reserved = [each["reserved_gib"] for each in fine if each["reserved_gib"] is not None]
-    axes.set_xlabel(
-        "peak memory per GPU, GiB\nfilled: allocated; with hatched: reserved; x: over allocated"
-    )
+    axes.set_xlabel("peak memory per GPU, GiB\nfilled: allocated; with hatched: reserved; x: ratio")
     _plain(axes)
     if not reserved:
         axes.text(0.5, 0.5, "no GPU", transform=axes.transAxes, ha="center", color=_GREY)
@@ -135,4 +133,4 @@ def _title(records: Sequence[Record]) -> str:
     ranks = " and ".join(str(n) for n in sorted({each["ranks"] for each in records}))
     where = f"{ranks} x {first['hardware']['device']}, torch {first['versions'].get('torch', '?')}"
     about = [Workload(**first["workload"]).describe(), f"{where}, {first['date'].split()[0]}"]
-    return "\n".join([*([claim.title] if claim else []), *about])
+    return "\n".join([*([claim.title[0].upper() + claim.title[1:]] if claim else []), *about])

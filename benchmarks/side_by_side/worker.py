@@ -125,11 +125,18 @@ class _Rank:
         os._exit(BROKEN)
 
     def leave_after_first(self) -> NoReturn:
-        """End once rank 0, which has written the report, may be ended by whoever sees us end."""
-        if self.number == 0:
-            self._store.set("reported", "")
-        with contextlib.suppress(Exception):  # rank 0 is gone, and the store with it
-            self._store.wait(["reported"], timedelta(seconds=_PATIENCE_S))
+        """End once rank 0 has written the report: whoever sees one rank end may end all.
+
+        Rank 0 goes last, because the store goes with it.
+        """
+        gone = [f"gone/{rank}" for rank in range(1, self.world)]
+        with contextlib.suppress(Exception):
+            if self.number == 0:
+                self._store.set("reported", "")
+                self._store.wait(gone, timedelta(seconds=_PATIENCE_S))
+            else:
+                self._store.wait(["reported"], timedelta(seconds=_PATIENCE_S))
+                self._store.set(gone[self.number - 1], "")
         self.leave()
 
     def say(self, text: str) -> None:
