@@ -4,7 +4,7 @@ Ranks tell each other through the store of the process group how each phase ende
 collectives are of no use once a rank has left them. What an engine leaves behind when it fails is
 unknown, so a failure is written down and ends the job; whoever started it starts another one for
 the engines that remain. A rank that fails alone, while others wait for it in a collective, ends the
-job after a short patience, and so does one that has been waiting for `limit_s`.
+job after a short patience, and so does one that waits when the engine's time is over.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class _Rank:
         )
         self._store = dist.PrefixStore("side_by_side", _get_default_store())
         self._rounds = 0
+        self._deadline = time.monotonic() + plan.limit_s
 
     def together(self, phase: str, action: Callable[[], object]) -> list[Any]:
         """Run an action, wait for the device, and return what the action gave on each rank.
@@ -88,7 +89,7 @@ class _Rank:
         except Exception as error:
             failure = _failure(phase, self.number, error)
             said = {"failure": asdict(failure)}
-        heard = self._exchange(said, failure)
+        heard = self._exchange(phase, said, failure)
         failures = [Failure(**each["failure"]) for each in heard if "failure" in each]
         if failures:  # the others may have failed because the first had left
             raise _FailedError(min(failures, key=lambda failure: failure.at))
@@ -103,16 +104,27 @@ class _Rank:
         if self.world > 1:
             dist.barrier(device_ids=[self.device.index] if self.on_gpu else None)
 
-    def _exchange(self, said: dict[str, Any], failure: Failure | None) -> list[dict[str, Any]]:
+    def begin(self) -> None:
+        """Another engine has the time of the plan from now on."""
+        self._deadline = time.monotonic() + self.plan.limit_s
+        # A rank that waits for others says so at the deadline. If all hang, their stacks are shown.
+        later = self.plan.limit_s + _PATIENCE_S
+        faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__)
+
+    def _exchange(
+        self, phase: str, said: dict[str, Any], failure: Failure | None
+    ) -> list[dict[str, Any]]:
         self._rounds += 1
         keys = [f"{self._rounds}/{rank}" for rank in range(self.world)]
         self._store.set(keys[self.number], json.dumps(said))
-        patience = self.plan.limit_s if failure is None else _PATIENCE_S
+        patience = max(self._deadline - time.monotonic(), 1.0)
+        if failure is not None:
+            patience = min(patience, _PATIENCE_S)
         try:
             self._store.wait(keys, timedelta(seconds=patience))
         except Exception:
-            waited = f"rank {self.number} waited {patience:g} s for others"
-            self.leave(failure or Failure("hung", waited, time.time()))
+            waited = f"rank {self.number} waited for others until the limit of the engine"
+            self.leave(failure or Failure(f"hung ({phase})", waited, time.time()))
         return [json.loads(self._store.get(key)) for key in keys]
 
     def leave(self, failure: Failure | None = None) -> NoReturn:
@@ -152,10 +164,11 @@ class _Rank:
 
 def work(plan: Plan) -> None:
     """Measure the engines of a plan. Every rank calls it; does not return if an engine fails."""
-    zeroshard.init_distributed(timeout=timedelta(seconds=plan.limit_s))
+    # Later than ours, which knows what it was waiting for.
+    zeroshard.init_distributed(timeout=timedelta(seconds=plan.limit_s + 2 * _PATIENCE_S))
     rank = _Rank(plan)
     for entry in plan.entries:
-        faulthandler.dump_traceback_later(plan.limit_s, exit=True, file=sys.__stderr__)
+        rank.begin()
         began, name = time.perf_counter(), entry.variant.label
         if (reason := unavailable(entry.variant)) is not None:
             rank.say(f"{name}: {reason}")
