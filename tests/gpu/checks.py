@@ -34,7 +34,10 @@ from zeroshard.core.slots import full_nbytes
 from zeroshard.zero import state
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
 from llama import Llama, LlamaConfig
+
+from side_by_side.profiles import profiled, summarize
 
 STAGES = (0, 1, 2, 3)
 SMALL = LlamaConfig(512, 64, 6, 4, 2, 128, 384)
@@ -439,37 +442,10 @@ def check_overlap(ctx: Context) -> dict[str, Any]:
 
     for _ in range(3):
         step()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        torch.cuda.synchronize()
-    spans: dict[str, list[tuple[float, float]]] = {"gather": [], "reduce": [], "compute": []}
-    for event in profile.events():
-        if event.device_type != torch.autograd.DeviceType.CUDA or event.time_range is None:
-            continue
-        name = event.name.lower()
-        kind = "compute"
-        if "nccl" in name:
-            kind = "gather" if "allgather" in name else "reduce"
-        elif name.startswith(("zeroshard", "nccl:", "record_param")) or "::" in name[:12]:
-            continue  # annotations mirrored onto the device's timeline
-        spans[kind].append((event.time_range.start, event.time_range.end))
-    result: dict[str, Any] = {}
-    for kind in ("gather", "reduce"):
-        total = sum(end - start for start, end in spans[kind])
-        hidden = sum(covered(span, spans["compute"]) for span in spans[kind])
-        result[kind] = {
-            "kernels": len(spans[kind]),
-            "ms": round(total / 1e3, 2),
-            "overlapped": round(hidden / total, 3) if total else None,
-        }
-    result["compute_ms"] = round(sum(end - start for start, end in spans["compute"]) / 1e3, 2)
+    result: dict[str, Any] = summarize(profiled(step))
     engine.destroy()
     # How much lies under computation depends on what else the host does; that some does, does not.
-    result["ok"] = all(
-        result[k]["overlapped"] is not None and result[k]["overlapped"] > 0.1
-        for k in ("gather", "reduce")
-    )
+    result["ok"] = all(share is not None and share > 0.1 for share in result["hidden"].values())
     return result
 
 
@@ -566,20 +542,6 @@ def check_access(ctx: Context) -> dict[str, Any]:
 
 def allocated(ctx: Context) -> int:
     return torch.cuda.memory_allocated() if ctx.on_gpu else 0
-
-
-def covered(span: tuple[float, float], others: list[tuple[float, float]]) -> float:
-    """Length of the part of a span that the union of the others covers."""
-    pieces = sorted(
-        (max(start, span[0]), min(end, span[1]))
-        for start, end in others
-        if end > span[0] and start < span[1]
-    )
-    length, at = 0.0, span[0]
-    for start, end in pieces:
-        length += max(0.0, end - max(start, at))
-        at = max(at, end)
-    return length
 
 
 def check_resume(ctx: Context) -> dict[str, Any]:
