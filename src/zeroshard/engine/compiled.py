@@ -1,0 +1,270 @@
+"""Compiling the blocks of a model, each class of them as one graph.
+
+What is compiled is the ``forward`` of a block. A module's hooks run around it, so by then the
+parameters are gathered and have their shapes, and no hook is inside a graph: a block whose own call
+was compiled would be cut in pieces at each of them. All blocks of a class are calls of one compiled
+function, so the graph of the first serves all others: parameters are inputs of a graph.
+
+A call with a cache of keys and values is not compiled: what a layer does with it depends on the
+number of the layer, and on how far the cache is filled.
+"""
+
+# The compiler's counters have no public name.
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from zeroshard.core.hooks import Site
+from zeroshard.errors import compose
+
+__all__ = ["CompiledForward", "compile_blocks", "forget", "objection"]
+
+_log = logging.getLogger(__name__)
+
+Forward = Callable[..., Any]
+
+# So many different blocks of one class are compiled anew because of their gradients, their inputs
+# and the order of recomputation, at most.
+_USUAL_STARTS = 3
+# What replays kernels on the memory that tensors had when it was recorded, and what does not.
+_WITHOUT_RECORDING: Mapping[str, str] = {
+    "reduce-overhead": "default",
+    "max-autotune": "max-autotune-no-cudagraphs",
+}
+_RECORDING_OPTION = "triton.cudagraphs"
+_RECORDING_BACKEND = "cudagraphs"
+
+
+def _is_own(forward: Forward, block: nn.Module) -> bool:
+    """Whether it is the method of the block's class, not something that was put in its place."""
+    return isinstance(forward, MethodType) and forward.__self__ is block
+
+
+class _Watch:
+    """What is said of the blocks of one class, each of it once."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._starts: set[str] = set()  # names of blocks at which something was compiled
+        self._has_told_breaks = self._has_told_starts = self._has_told_cache = False
+
+    def compiled(self, name: str, reasons: Sequence[str]) -> None:
+        """Take note that a block was compiled, and why that ended in several graphs, if so."""
+        self._starts.add(name)
+        if reasons and not self._has_told_breaks:
+            self._has_told_breaks = True
+            _log.warning(
+                "%s (%s) cannot be compiled as one graph, so it runs in parts, some of them "
+                "uncompiled. The first reason: %s",
+                self._kind,
+                name,
+                " ".join(reasons[0].split()),
+            )
+        if len(self._starts) > _USUAL_STARTS and not self._has_told_starts:
+            self._has_told_starts = True
+            _log.warning(
+                "%s is compiled anew for block after block (%s so far), which takes long and ends "
+                "uncompiled where torch._dynamo.config.recompile_limit is reached. "
+                'TORCH_LOGS="recompiles" says what differs between them.',
+                self._kind,
+                ", ".join(sorted(self._starts)),
+            )
+
+    def has_cache(self) -> None:
+        """Take note that training keeps a cache that nobody reads."""
+        if not self._has_told_cache:
+            self._has_told_cache = True
+            _log.warning(
+                "%s runs uncompiled, because the model keeps a cache of keys and values while it "
+                "trains. Set model.config.use_cache = False.",
+                self._kind,
+            )
+
+
+class CompiledForward:
+    """The forward of one block; copies and pickles of the block have the plain one."""
+
+    def __init__(self, name: str, block: nn.Module, compiled: Forward, watch: _Watch) -> None:
+        self.name, self.block = name, block
+        self._plain: Forward = block.forward
+        self._run = compiled
+        self._watch = watch
+        self._replaced: Forward | None = vars(block).get("forward")
+        functools.update_wrapper(self, self._plain, updated=())
+
+    def install(self) -> None:
+        """Let the block use it."""
+        vars(self.block)["forward"] = self
+
+    def remove(self) -> None:
+        """Give the block the forward that it had; where that is not possible, act like it."""
+        self._run = self._plain
+        if vars(self.block).get("forward") is not self:
+            return  # somebody has wrapped it
+        if self._replaced is None:
+            del vars(self.block)["forward"]
+        else:
+            vars(self.block)["forward"] = self._replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the compiled forward, compiling it if nothing fits that was compiled before."""
+        if torch.compiler.is_compiling():  # something around the block, and the block with it
+            return self._plain(*args, **kwargs)
+        if any(map(_is_cache, chain(args, kwargs.values()))):
+            if torch.is_grad_enabled() and self.block.training:
+                self._watch.has_cache()
+            return self._plain(*args, **kwargs)
+        num_graphs, breaks = counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+        result = self._run(*args, **kwargs)
+        if counters["stats"]["unique_graphs"] != num_graphs or counters["graph_break"] != breaks:
+            self._watch.compiled(self.name, list(counters["graph_break"] - Counter(breaks)))
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self._plain,)
+
+
+def _same(forward: Forward) -> Forward:
+    return forward
+
+
+def _is_cache(value: object) -> bool:
+    """Whether an argument is a cache of keys and values, as transformers has them."""
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
+def objection(backend: object, options: Mapping[str, Any], *, frees: bool) -> str | None:
+    """What is wrong with arguments of torch.compile, if anything.
+
+    Args:
+        backend: a name, or a function.
+        options: the other arguments.
+        frees: whether parameters are freed after use.
+    """
+    known = set(inspect.signature(torch.compile).parameters) - {"model", "backend"}
+    if unknown := sorted(set(options) - known):
+        return compose(
+            f"torch.compile has no argument {', '.join(map(repr, unknown))}.",
+            hint=f"its arguments are {', '.join(sorted(known))}.",
+        )
+    names = torch.compiler.list_backends(())
+    if isinstance(backend, str) and backend not in names:
+        return compose(
+            f"torch.compile has no backend {backend!r}.",
+            hint=f"those installed are {', '.join(names)}.",
+        )
+    if frees and backend == _RECORDING_BACKEND:
+        return compose(
+            f"the backend {backend!r} replays kernels on the memory that parameters had when they "
+            "were recorded, but at this stage parameters are freed after use.",
+            hint='use the backend "inductor", or a stage below 3.',
+        )
+    return None
+
+
+def _without_recording(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of torch.compile that make no CUDA graphs, for parameters that come and go."""
+    chosen = dict(options)
+    special: Mapping[str, Any] = chosen.get("options") or {}
+    if (mode := _WITHOUT_RECORDING.get(str(chosen.get("mode")))) is not None:
+        chosen["mode"] = mode
+    elif special.get(_RECORDING_OPTION):
+        chosen["options"] = {**special, _RECORDING_OPTION: False}
+    else:
+        return chosen
+    _log.warning(
+        "blocks are compiled without CUDA graphs, which replay kernels on the memory that "
+        "parameters had when they were recorded: at this stage parameters are freed after use."
+    )
+    return chosen
+
+
+def _is_single(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own layers, or of a class derived from one."""
+    kinds = (kind.__module__ for kind in type(module).__mro__ if kind is not nn.Module)
+    is_torchs = any(name.startswith("torch.nn.modules.") for name in kinds)
+    return is_torchs and not any(True for _ in module.children())
+
+
+def _blocks(root: nn.Module, sites: Iterable[Site]) -> dict[nn.Module, str]:
+    """The modules to compile with their names; nothing is gathered inside them.
+
+    A single layer of torch's own is one kernel already.
+    """
+    names = {site.module: site.name for site in sites if site.module is not root}
+
+    return {
+        module: name
+        for module, name in names.items()
+        if not _is_single(module)
+        and not any(inner in names for inner in module.modules() if inner is not module)
+    }
+
+
+def compile_blocks(
+    root: nn.Module,
+    sites: Sequence[Site],
+    backend: str | Callable[..., Any],
+    options: Mapping[str, Any],
+) -> tuple[CompiledForward, ...]:
+    """Compile the blocks of a model, or the model itself if it has none.
+
+    Args:
+        root: the model.
+        sites: where units are gathered.
+        backend: of ``torch.compile``.
+        options: further arguments of ``torch.compile``.
+    """
+    if any(site.frees for site in sites):
+        options = _without_recording(options)
+    blocks = _blocks(root, sites) or {root: ""}
+    functions: dict[object, Forward] = {}
+    watches: dict[type[nn.Module], _Watch] = {}
+    made: list[CompiledForward] = []
+    for block, name in blocks.items():
+        plain: Any = block.forward
+        is_own = _is_own(plain, block)
+        function = plain.__func__ if is_own else plain
+        compiled = functions.get(function)
+        if compiled is None:
+            # The compiler takes some out of the dict that it is given as "options".
+            compiled = torch.compile(function, backend=backend, **copy.deepcopy(dict(options)))
+            functions[function] = compiled
+        kind = type(block)
+        watch = watches.setdefault(kind, _Watch(kind.__name__))
+        bound = MethodType(compiled, block) if is_own else compiled
+        made.append(CompiledForward(name or kind.__name__, block, bound, watch))
+    for each in made:
+        each.install()
+    counts = Counter(type(block).__name__ for block in blocks)
+    _log.info(
+        "compiling %s with the backend %s; the first steps take longer.",
+        " and ".join(
+            f"{count} blocks of {kind} as one" if count > 1 else f"one {kind}"
+            for kind, count in counts.items()
+        ),
+        backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend)),
+    )
+    return tuple(made)
+
+
+def forget(model: nn.Module) -> None:
+    """Remove what an engine that is gone has compiled."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, CompiledForward) and forward.block is module:
+            forward.remove()
