@@ -62,17 +62,17 @@ class _Watch:
         self._starts: set[str] = set()  # names of blocks at which something was compiled
         self._has_told_breaks = self._has_told_starts = self._has_told_cache = False
 
-    def compiled(self, name: str, reasons: Sequence[str]) -> None:
-        """Take note that a block was compiled, and why that ended in several graphs, if so."""
+    def compiled(self, name: str, num_graphs: int, reasons: Sequence[str]) -> None:
+        """Take note of what was made of a block, and why it is not one graph, where torch says."""
         self._starts.add(name)
-        if reasons and not self._has_told_breaks:
+        if (num_graphs != 1 or reasons) and not self._has_told_breaks:
             self._has_told_breaks = True
             _log.warning(
-                "%s (%s) cannot be compiled as one graph, so it runs in parts, some of them "
-                "uncompiled. The first reason: %s",
+                "%s (%s) cannot be compiled as one graph, and parts of it run uncompiled%s. "
+                'TORCH_LOGS="graph_breaks" shows where.',
                 self._kind,
                 name,
-                " ".join(reasons[0].split()),
+                f": {reasons[0].splitlines()[0]}" if reasons else "",
             )
         if len(self._starts) > _USUAL_STARTS and not self._has_told_starts:
             self._has_told_starts = True
@@ -128,10 +128,13 @@ class CompiledForward:
             if torch.is_grad_enabled() and self.block.training:
                 self._watch.has_cache()
             return self._plain(*args, **kwargs)
-        num_graphs, breaks = counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+        tries, num_graphs = counters["frames"]["total"], counters["stats"]["unique_graphs"]
+        breaks = dict(counters["graph_break"])
         result = self._run(*args, **kwargs)
-        if counters["stats"]["unique_graphs"] != num_graphs or counters["graph_break"] != breaks:
-            self._watch.compiled(self.name, list(counters["graph_break"] - Counter(breaks)))
+        if counters["frames"]["total"] != tries:
+            num_graphs = counters["stats"]["unique_graphs"] - num_graphs
+            reasons = list(counters["graph_break"] - Counter(breaks))
+            self._watch.compiled(self.name, num_graphs, reasons)
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -257,7 +260,9 @@ def compile_blocks(
             f"{count} blocks of {kind} as one" if count > 1 else f"one {kind}"
             for kind, count in counts.items()
         ),
-        backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend)),
+        backend
+        if isinstance(backend, str)
+        else getattr(backend, "__name__", type(backend).__name__),
     )
     return tuple(made)
 
