@@ -31,7 +31,7 @@ from torch._dynamo.utils import counters
 from zeroshard.core.hooks import Site
 from zeroshard.errors import compose
 
-__all__ = ["CompiledForward", "compile_blocks", "forget", "objection"]
+__all__ = ["CompiledForward", "advise", "compile_blocks", "forget", "objection"]
 
 _log = logging.getLogger(__name__)
 
@@ -265,6 +265,18 @@ def compile_blocks(
         else getattr(backend, "__name__", type(backend).__name__),
     )
     return tuple(made)
+
+
+def advise(sites: Iterable[Site]) -> None:
+    """Say which modules somebody else has compiled in a way that cuts them in pieces."""
+    modules = [site.module for site in sites if site.module._compiled_call_impl is not None]
+    if modules:
+        _log.warning(
+            "%s was compiled together with the hooks that gather its parameters, which cuts it in "
+            "pieces that are compiled anew for each module. Leave its compile() out and call "
+            'engine.compile(), or set "enabled": true in the "compile" block.',
+            ", ".join(dict.fromkeys(type(module).__name__ for module in modules)),
+        )
 
 
 def forget(model: nn.Module) -> None:

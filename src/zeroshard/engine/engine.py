@@ -27,7 +27,7 @@ from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
 from zeroshard.core.usage import GradientWatch
-from zeroshard.engine.compiled import CompiledForward, compile_blocks, objection
+from zeroshard.engine.compiled import CompiledForward, advise, compile_blocks, objection
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.diagnose import explain_backward, explain_memory
 from zeroshard.engine.export import load_weights, save_weights, weights_of
@@ -301,6 +301,7 @@ class Engine(Getters):
         self._check_scaled()
         if self._num_steps_taken == 0:
             check_members(self.module)
+            advise(self.runtime.sites)
         self.runtime.check_replaced()
         self._check_untouched()
         self._num_backwards_seen = self.runtime.num_backwards
