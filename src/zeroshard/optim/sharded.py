@@ -285,9 +285,6 @@ class ShardedOptimizer:
             factor = (self.policy.clip / (norm + 1e-6)).clamp(max=1.0) / divisor
         for units in self._parts:
             self._step_units(units, factor, divisor)
-        for unit in self.units:
-            if unit.is_full:
-                unit.wait()
 
     def _step_units(self, units: Sequence[Unit], factor: Tensor | None, divisor: float) -> None:
         """Step the slices of some units; torch's optimizers pass over those without gradients."""
