@@ -5,6 +5,9 @@ parameters are gathered and have their shapes, and no hook is inside a graph: a 
 was compiled would be cut in pieces at each of them. All blocks of a class are calls of one compiled
 function, so the graph of the first serves all others: parameters are inputs of a graph.
 
+The loss of a language model of transformers is compiled, too. It is no module, and most of its
+memory is what its steps hand on to each other.
+
 A call with a cache of keys and values is not compiled: what a layer does with it depends on the
 number of the layer, and on how far the cache is filled.
 """
@@ -31,11 +34,11 @@ from torch._dynamo.utils import counters
 from zeroshard.core.hooks import Site
 from zeroshard.errors import compose
 
-__all__ = ["CompiledForward", "advise", "compile_blocks", "forget", "objection"]
+__all__ = ["Compiled", "advise", "compile_blocks", "forget", "objection"]
 
 _log = logging.getLogger(__name__)
 
-Forward = Callable[..., Any]
+Function = Callable[..., Any]
 
 # So many different blocks of one class are compiled anew because of their gradients, their inputs
 # and the order of recomputation, at most.
@@ -47,9 +50,13 @@ _WITHOUT_RECORDING: Mapping[str, str] = {
 }
 _RECORDING_OPTION = "triton.cudagraphs"
 _RECORDING_BACKEND = "cudagraphs"
+# Where a model of transformers keeps a loss that is not the one of its configuration.
+_LOSS = "_loss_function"
+# What it calls those that are computed from the logits of a vocabulary.
+_LOSSES = frozenset({"ForCausalLM", "ForMaskedLM"})
 
 
-def _is_own(forward: Forward, block: nn.Module) -> bool:
+def _is_own(forward: Function, block: nn.Module) -> bool:
     """Whether it is the method of the block's class, not something that was put in its place."""
     return isinstance(forward, MethodType) and forward.__self__ is block
 
@@ -95,37 +102,59 @@ class _Watch:
             )
 
 
-class CompiledForward:
-    """The forward of one block; copies and pickles of the block have the plain one."""
+class Compiled:
+    """A compiled function in the place of a module's own; copies of the module have that one.
 
-    def __init__(self, name: str, block: nn.Module, compiled: Forward, watch: _Watch) -> None:
-        self.name, self.block = name, block
-        self._plain: Forward = block.forward
-        self._run = compiled
-        self._watch = watch
-        self._replaced: Forward | None = vars(block).get("forward")
-        functools.update_wrapper(self, self._plain, updated=())
+    Pickles of it, too.
+
+    Args:
+        owner: the module.
+        attribute: where the module keeps the function, if it is not the one of its class.
+        plain: the function.
+        compiled: the same, compiled.
+        name: the module's name in the model.
+        watch: what is told of its compilation.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        attribute: str,
+        *,
+        plain: Function,
+        compiled: Function,
+        name: str,
+        watch: _Watch,
+    ) -> None:
+        self._owner, self._attribute, self._name = owner, attribute, name
+        self._plain, self._run, self._watch = plain, compiled, watch
+        self._replaced: Function | None = vars(owner).get(attribute)
+        functools.update_wrapper(self, plain, updated=())
 
     def install(self) -> None:
-        """Let the block use it."""
-        vars(self.block)["forward"] = self
+        """Let the module use it."""
+        vars(self._owner)[self._attribute] = self
 
     def remove(self) -> None:
-        """Give the block the forward that it had; where that is not possible, act like it."""
+        """Give the module what it had; where that is not possible, act like it."""
         self._run = self._plain
-        if vars(self.block).get("forward") is not self:
+        if not self.is_installed_in(self._owner):
             return  # somebody has wrapped it
         if self._replaced is None:
-            del vars(self.block)["forward"]
+            del vars(self._owner)[self._attribute]
         else:
-            vars(self.block)["forward"] = self._replaced
+            vars(self._owner)[self._attribute] = self._replaced
+
+    def is_installed_in(self, module: nn.Module) -> bool:
+        """Whether it is what a module uses, and was made for that one."""
+        return module is self._owner and vars(module).get(self._attribute) is self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the compiled forward, compiling it if nothing fits that was compiled before."""
-        if torch.compiler.is_compiling():  # something around the block, and the block with it
+        """Run what was compiled, compiling it if nothing fits that was compiled before."""
+        if torch.compiler.is_compiling():  # something around the module, and the module with it
             return self._plain(*args, **kwargs)
         if any(map(_is_cache, chain(args, kwargs.values()))):
-            if torch.is_grad_enabled() and self.block.training:
+            if torch.is_grad_enabled() and self._owner.training:
                 self._watch.has_cache()
             return self._plain(*args, **kwargs)
         tries, num_graphs = counters["frames"]["total"], counters["stats"]["unique_graphs"]
@@ -134,15 +163,15 @@ class CompiledForward:
         if counters["frames"]["total"] != tries:
             num_graphs = counters["stats"]["unique_graphs"] - num_graphs
             reasons = list(counters["graph_break"] - Counter(breaks))
-            self._watch.compiled(self.name, num_graphs, reasons)
+            self._watch.compiled(self._name, num_graphs, reasons)
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _same, (self._plain,)
 
 
-def _same(forward: Forward) -> Forward:
-    return forward
+def _same(function: Function) -> Function:
+    return function
 
 
 def _is_cache(value: object) -> bool:
@@ -218,13 +247,26 @@ def _blocks(root: nn.Module, sites: Iterable[Site]) -> dict[nn.Module, str]:
     }
 
 
+def _loss_of(root: nn.Module) -> nn.Module | None:
+    """The language model of transformers inside a model that computes its loss by itself, if any.
+
+    It casts the logits of a whole vocabulary to fp32, and what it keeps for backward is of several
+    times their size; compiled, it keeps no more than them.
+    """
+    for module in root.modules():
+        if isinstance(getattr(type(module), "loss_function", None), property):
+            is_own = _LOSS not in vars(module) and getattr(module, "loss_type", None) in _LOSSES
+            return module if is_own else None
+    return None
+
+
 def compile_blocks(
     root: nn.Module,
     sites: Sequence[Site],
     backend: str | Callable[..., Any],
     options: Mapping[str, Any],
-) -> tuple[CompiledForward, ...]:
-    """Compile the blocks of a model, or the model itself if it has none.
+) -> tuple[Compiled, ...]:
+    """Compile the blocks of a model and its loss, or the model itself if it has no blocks.
 
     Args:
         root: the model.
@@ -234,35 +276,53 @@ def compile_blocks(
     """
     if any(site.frees for site in sites):
         options = _without_recording(options)
-    blocks = _blocks(root, sites) or {root: ""}
-    functions: dict[object, Forward] = {}
+
+    def compile_(function: Function) -> Function:
+        # The compiler takes some out of the dict that it is given as "options".
+        return torch.compile(function, backend=backend, **copy.deepcopy(dict(options)))
+
+    blocks = _blocks(root, sites)
+    functions: dict[int, Function] = {}
     watches: dict[type[nn.Module], _Watch] = {}
-    made: list[CompiledForward] = []
-    for block, name in blocks.items():
+    made: list[Compiled] = []
+    for block, name in (blocks or {root: type(root).__name__}).items():
         plain: Any = block.forward
         is_own = _is_own(plain, block)
         function = plain.__func__ if is_own else plain
-        compiled = functions.get(function)
-        if compiled is None:
-            # The compiler takes some out of the dict that it is given as "options".
-            compiled = torch.compile(function, backend=backend, **copy.deepcopy(dict(options)))
-            functions[function] = compiled
-        kind = type(block)
-        watch = watches.setdefault(kind, _Watch(kind.__name__))
-        bound = MethodType(compiled, block) if is_own else compiled
-        made.append(CompiledForward(name or kind.__name__, block, bound, watch))
+        if id(function) not in functions:
+            functions[id(function)] = compile_(function)
+        compiled = functions[id(function)]
+        made.append(
+            Compiled(
+                block,
+                "forward",
+                plain=plain,
+                compiled=MethodType(compiled, block) if is_own else compiled,
+                name=name,
+                watch=watches.setdefault(type(block), _Watch(type(block).__name__)),
+            )
+        )
+    counts = Counter(type(block).__name__ for block in blocks or (root,))
+    parts = [
+        f"{count} blocks of {kind} as one" if count > 1 else f"one {kind}"
+        for kind, count in counts.items()
+    ]
+    loss = _loss_of(root) if blocks else None
+    if loss is not None:
+        plain = loss.loss_function
+        name = plain.__name__
+        watch = _Watch(name)
+        made.append(
+            Compiled(loss, _LOSS, plain=plain, compiled=compile_(plain), name=name, watch=watch)
+        )
+        parts.append(name)
     for each in made:
         each.install()
-    counts = Counter(type(block).__name__ for block in blocks)
+    is_named = isinstance(backend, str)
     _log.info(
         "compiling %s with the backend %s; the first steps take longer.",
-        " and ".join(
-            f"{count} blocks of {kind} as one" if count > 1 else f"one {kind}"
-            for kind, count in counts.items()
-        ),
-        backend
-        if isinstance(backend, str)
-        else getattr(backend, "__name__", type(backend).__name__),
+        " and ".join(parts),
+        backend if is_named else getattr(backend, "__name__", type(backend).__name__),
     )
     return tuple(made)
 
@@ -282,6 +342,6 @@ def advise(sites: Iterable[Site]) -> None:
 def forget(model: nn.Module) -> None:
     """Remove what an engine that is gone has compiled."""
     for module in model.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, CompiledForward) and forward.block is module:
-            forward.remove()
+        for value in list(vars(module).values()):
+            if isinstance(value, Compiled) and value.is_installed_in(module):
+                value.remove()

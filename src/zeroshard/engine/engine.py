@@ -27,7 +27,7 @@ from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
 from zeroshard.core.usage import GradientWatch
-from zeroshard.engine.compiled import CompiledForward, advise, compile_blocks, objection
+from zeroshard.engine.compiled import Compiled, advise, compile_blocks, objection
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.diagnose import explain_backward, explain_memory
 from zeroshard.engine.export import load_weights, save_weights, weights_of
@@ -108,7 +108,7 @@ class Engine(Getters):
         self._is_step_due = False  # a coalesced group of micro-steps has ended
         self._is_in_no_sync = False
         self._offloaded: Offloaded | None = None
-        self._compiled: tuple[CompiledForward, ...] = ()
+        self._compiled: tuple[Compiled, ...] = ()
         self._num_backwards_seen = 0
         self._num_steps_taken = 0  # since the engine was made, whatever it resumed
         self._was_step_applied = self._is_destroyed = False
@@ -774,6 +774,8 @@ class Engine(Getters):
     ) -> None:
         """Compile the model's blocks, those of one class as one graph, until ``destroy``.
 
+        The loss of a model of transformers is compiled with them.
+
         Args:
             backend: of ``torch.compile``.
             compile_kwargs: further arguments of ``torch.compile``.
@@ -805,8 +807,8 @@ class Engine(Getters):
         return bool(self._compiled)
 
     def _uncompile(self) -> None:
-        for forward in self._compiled:
-            forward.remove()
+        for compiled in self._compiled:
+            compiled.remove()
         self._compiled = ()
 
     def deepspeed_io(

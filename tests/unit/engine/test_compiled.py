@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import zeroshard
 from unit.engine.small import Net, assert_equal_weights, batch, make, on_ranks, train, weights_of
 from zeroshard import ConfigError, UsageError
-from zeroshard.engine.compiled import CompiledForward
+from zeroshard.engine.compiled import Compiled
 
 # Tracing looks at the gradient of every input, those that are no leaves included.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -151,7 +151,7 @@ def test_blocks_are_compiled_by_the_configuration_until_the_engine_ends(stage: i
     assert line.startswith("compiling 5 blocks of Layer as one with the backend eager")
     assert engine.is_compiled
     steps(engine)
-    assert all(isinstance(block.forward, CompiledForward) for block in model.blocks)
+    assert all(isinstance(block.forward, Compiled) for block in model.blocks)
     assert "forward" not in vars(model) | vars(model.head) | vars(model.entry)
     assert list(engine.module_state_dict() or want) == list(want) == list(model.state_dict())
     engine.destroy()
