@@ -250,8 +250,8 @@ def _blocks(root: nn.Module, sites: Iterable[Site]) -> dict[nn.Module, str]:
 def _loss_of(root: nn.Module) -> nn.Module | None:
     """The language model of transformers inside a model that computes its loss by itself, if any.
 
-    It casts the logits of a whole vocabulary to fp32, and what it keeps for backward is of several
-    times their size; compiled, it keeps no more than them.
+    It casts the logits of a whole vocabulary to fp32 and keeps a tensor of that size for backward;
+    compiled, it keeps the logits themselves.
     """
     for module in root.modules():
         if isinstance(getattr(type(module), "loss_function", None), property):

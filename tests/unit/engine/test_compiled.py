@@ -197,6 +197,7 @@ def test_a_compiled_model_is_copied_saved_and_resumed(stage: int, tmp_path: Path
         block = torch.load(file, weights_only=False)
         assert block.forward.__self__ is block
         assert twin.blocks[1].forward.__self__ is twin.blocks[1]
+        assert twin.blocks[1].forward.__func__ is Layer.forward
         assert torch.equal(twin(batch(0)), want)
         for weight in twin.blocks[0].parameters():
             weight.zero_()
@@ -215,10 +216,16 @@ def test_a_compiled_model_is_copied_saved_and_resumed(stage: int, tmp_path: Path
 def test_a_model_is_compiled_whole_around_compiled_blocks() -> None:
     engine, other = make(3), make(3)
     engine.compile("eager")
-    engine.module.compile(backend="eager")
-    train(engine)
-    train(other)
+    around = CompileCounterWithBackend("eager")
+    engine.module.compile(backend=around)
+    train(engine, 2)
+    num_graphs = around.frame_count
+    train(engine, 2)
+    assert around.frame_count == num_graphs
+    train(other, 2)
+    train(other, 2)
     assert_equal_weights(weights_of(engine), weights_of(other))
+
 
 
 @pytest.mark.parametrize("kind", [Deciding, Looping])
