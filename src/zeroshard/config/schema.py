@@ -26,6 +26,7 @@ from zeroshard.config.kinds import (
     Flag,
     FlagOrNone,
     Fraction,
+    Gather,
     LargestNumel,
     LargestNumelFromOne,
     Name,
@@ -361,6 +362,9 @@ class ExtensionConfig(_Block):
 
     lookahead_bytes: SizeOrNone = None
     """Bytes gathered ahead of their use at stage 3; null leaves the choice to the engine."""
+
+    gather: Gather = "auto"
+    """How stage 3 gathers: by collectives, or by reading shards in the memory of other ranks."""
 
 
 class Config(_Block):

@@ -227,7 +227,6 @@ def test_a_model_is_compiled_whole_around_compiled_blocks() -> None:
     assert_equal_weights(weights_of(engine), weights_of(other))
 
 
-
 @pytest.mark.parametrize("kind", [Deciding, Looping])
 @on_ranks(1)
 def test_blocks_that_are_not_one_graph_train_all_the_same_and_are_named(kind: type[Layer]) -> None:
