@@ -16,13 +16,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
+import torch._dynamo.utils
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,11 +31,15 @@ from torch.utils.checkpoint import checkpoint
 
 import zeroshard
 from zeroshard.core.lifetime import state_bytes
+from zeroshard.core.pulled import BatchedCopies
 from zeroshard.core.slots import full_nbytes
 from zeroshard.zero import state
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
 from llama import Llama, LlamaConfig
+
+from side_by_side.profiles import profiled, summarize
 
 STAGES = (0, 1, 2, 3)
 SMALL = LlamaConfig(512, 64, 6, 4, 2, 128, 384)
@@ -61,6 +66,22 @@ class Routed(nn.Module):
         for index in route:
             h = h + self.blocks[index](h)
         return F.linear(h, self.embedding.weight)
+
+
+class Recomputed(Llama):
+    """Runs its blocks again in backward, in one of the two ways or not at all."""
+
+    reentrant: bool | None = None
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
+        h = self.embedding(tokens)
+        for block in self.blocks:
+            if self.reentrant is None:
+                h = block(h, cos, sin)
+            else:
+                h = checkpoint(block, h, cos, sin, use_reentrant=self.reentrant)
+        return self.head(self.norm(h))
 
 
 def route_of(step: int, rank: int) -> list[int]:
@@ -138,13 +159,17 @@ def reference(
 
 
 def parity(
-    ctx: Context, build: Callable[[], nn.Module], call: Callable[..., Tensor]
+    ctx: Context,
+    build: Callable[[], nn.Module],
+    call: Callable[..., Tensor],
+    stages: Sequence[int] = STAGES,
+    **config: Any,
 ) -> dict[str, Any]:
     steps, micros = 4, 2
     want = reference(seeded(build), ctx, call, steps, micros)
     difference: dict[str, float] = {}
-    for stage in STAGES:
-        engine = make_engine(seeded(build), stage, gradient_accumulation_steps=micros)
+    for stage in stages:
+        engine = make_engine(seeded(build), stage, gradient_accumulation_steps=micros, **config)
         for step in range(steps):
             for micro in range(micros):
                 engine.backward(call(engine, step, micro, ctx.rank))
@@ -166,12 +191,15 @@ def check_parity(ctx: Context) -> dict[str, Any]:
 
 def check_routed(ctx: Context) -> dict[str, Any]:
     """The same where every rank runs other blocks in another order."""
+    return parity(ctx, Routed, routed_call(ctx))
 
+
+def routed_call(ctx: Context) -> Callable[..., Tensor]:
     def call(model: Callable[..., Tensor], step: int, micro: int, rank: int) -> Tensor:
         x = ctx.tokens(step, micro, rank) % 64
         return loss_of(model(x, route_of(2 * step + micro, rank)), x)
 
-    return parity(ctx, Routed, call)
+    return call
 
 
 def train(ctx: Context, stage: int, steps: int = 4, **config: Any) -> dict[str, Tensor]:
@@ -204,6 +232,64 @@ def check_bits(ctx: Context) -> dict[str, Any]:
         result[name]["losses"] = [round(v, 5) for v in again["losses"].tolist()]
         result["ok"] &= same and across
     return result
+
+
+def check_pulls(ctx: Context) -> dict[str, Any]:
+    """Gathers out of other ranks' memory train to the bits of NCCL's, and need no collective."""
+    if ctx.world == 1:
+        return {"ok": True, "skipped": "one rank gathers nothing"}
+    result: dict[str, Any] = {"ok": True}
+    pulls = {"zeroshard": {"gather": "copy_engine", "lookahead_bytes": 1 << 20}}
+    for name, config in {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}.items():
+        sent, pulled = train(ctx, 3, **config), train(ctx, 3, **config, **pulls)
+        result[name] = all(torch.equal(sent[key], pulled[key]) for key in sent)
+    engine = make_engine(seeded(lambda: Llama(ctx.config)), 3, bf16={"enabled": True}, **pulls)
+    units = engine.runtime.units
+    result["pulled"] = all(unit.gathers_alone for unit in units)
+    if not result["pulled"]:
+        engine.destroy()
+        return {**result, "ok": False}
+
+    def steps(number: int) -> list[Tensor]:
+        losses: list[Tensor] = []
+        for step in range(number):
+            x = ctx.tokens(step, 0, ctx.rank)
+            losses.append(loss_of(engine(x), x))
+            engine.backward(losses[-1])
+            engine.step()
+        return losses
+
+    steps(2)
+    engine.offload_states()
+    engine.reload_states()
+    result["pulled_after_reload"] = all(unit.gathers_alone for unit in units)
+    steps(1)
+    if ctx.on_gpu:
+        slab: Any = units[0].transport.memory
+        result["multicast"] = slab._owner[1].multicast_ptr != 0
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            steps(1)
+            torch.cuda.synchronize()
+        events = [
+            e for e in profile.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        result["nccl_gathers"] = sum("AllGather" in event.name for event in events)
+        result["peer_copies"] = sum("PtoP" in event.name for event in events)
+        result["ok"] &= not result["multicast"] and not result["nccl_gathers"]
+        result["ok"] &= result["peer_copies"] > 0
+        try:
+            slab.copy = BatchedCopies(torch.device(ctx.device))
+            steps(1)
+            torch.cuda.synchronize()
+            result["one_call"] = all(bool(loss.isfinite()) for loss in steps(1))
+        except Exception as error:  # which a torch without the bindings may raise
+            result["one_call"] = f"{type(error).__name__}: {error}"[:200]
+    engine.destroy()
+    orders = parity(ctx, Routed, routed_call(ctx), stages=(3,), **pulls)
+    result["routed"] = orders["difference"]
+    result["ok"] &= result["fp32"] and result["bf16"] and result["pulled_after_reload"]
+    return {**result, "ok": result["ok"] and orders["ok"]}
 
 
 def check_memory(ctx: Context) -> dict[str, Any]:
@@ -305,20 +391,6 @@ def check_settings(ctx: Context) -> dict[str, Any]:
 
 def check_checkpointing(ctx: Context) -> dict[str, Any]:
     """Stage 3 with recomputation, both kinds, gives the bits it gives without."""
-
-    class Recomputed(Llama):
-        reentrant: bool | None = None
-
-        def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-            cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
-            h = self.embedding(tokens)
-            for block in self.blocks:
-                if self.reentrant is None:
-                    h = block(h, cos, sin)
-                else:
-                    h = checkpoint(block, h, cos, sin, use_reentrant=self.reentrant)
-            return self.head(self.norm(h))
-
     weights: list[dict[str, Tensor]] = []
     peaks: list[int] = []
 
@@ -408,21 +480,33 @@ def check_budget(ctx: Context) -> dict[str, Any]:
 
 
 def check_compile(ctx: Context) -> dict[str, Any]:
-    """Compiled blocks train to the same weights within the rounding of fused kernels."""
-    if not ctx.on_gpu:
-        return {"ok": True, "skipped": "only on GPUs"}
-    eager = train(ctx, 3)
-    model = seeded(lambda: Llama(ctx.config))
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward)
-    engine = make_engine(model, 3)
-    for step in range(4):
-        x = ctx.tokens(step, 0, ctx.rank)
-        engine.backward(loss_of(engine(x), x))
-        engine.step()
-    difference = worst(full_weights(engine), {k: v for k, v in eager.items() if k != "losses"})
-    engine.destroy()
-    return {"difference": difference, "ok": difference < 1e-3}
+    """Blocks are one graph at all stages and with recomputation, and train as uncompiled ones do.
+
+    Within the rounding of fused kernels, that is.
+    """
+    want = train(ctx, 3)
+    backend = "inductor" if ctx.on_gpu else "eager"
+    torch._dynamo.utils.counters.clear()
+    difference: dict[str, float] = {}
+    runs = ((3, None), (3, False), (3, True), (2, None), (1, None), (0, None))
+    for stage, reentrant in runs:
+        model = seeded(lambda: Recomputed(ctx.config))
+        model.reentrant = reentrant
+        engine = make_engine(model, stage, compile={"enabled": True, "backend": backend})
+        for step in range(4):
+            x = ctx.tokens(step, 0, ctx.rank)
+            engine.backward(loss_of(engine(x), x))
+            engine.step()
+        weights = full_weights(engine)
+        difference[f"stage {stage}, reentrant {reentrant}"] = worst(
+            weights, {name: want[name] for name in weights}
+        )
+        engine.destroy()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    breaks = list(torch._dynamo.utils.counters["graph_break"])
+    # One for training, and one without gradients, which reentrant checkpointing runs first.
+    ok = max(difference.values()) < 1e-3 and graphs == 2 and not breaks
+    return {"difference": difference, "graphs": graphs, "breaks": breaks, "ok": ok}
 
 
 def check_overlap(ctx: Context) -> dict[str, Any]:
@@ -439,37 +523,10 @@ def check_overlap(ctx: Context) -> dict[str, Any]:
 
     for _ in range(3):
         step()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        torch.cuda.synchronize()
-    spans: dict[str, list[tuple[float, float]]] = {"gather": [], "reduce": [], "compute": []}
-    for event in profile.events():
-        if event.device_type != torch.autograd.DeviceType.CUDA or event.time_range is None:
-            continue
-        name = event.name.lower()
-        kind = "compute"
-        if "nccl" in name:
-            kind = "gather" if "allgather" in name else "reduce"
-        elif name.startswith(("zeroshard", "nccl:", "record_param")) or "::" in name[:12]:
-            continue  # annotations mirrored onto the device's timeline
-        spans[kind].append((event.time_range.start, event.time_range.end))
-    result: dict[str, Any] = {}
-    for kind in ("gather", "reduce"):
-        total = sum(end - start for start, end in spans[kind])
-        hidden = sum(covered(span, spans["compute"]) for span in spans[kind])
-        result[kind] = {
-            "kernels": len(spans[kind]),
-            "ms": round(total / 1e3, 2),
-            "overlapped": round(hidden / total, 3) if total else None,
-        }
-    result["compute_ms"] = round(sum(end - start for start, end in spans["compute"]) / 1e3, 2)
+    result: dict[str, Any] = summarize(profiled(step))
     engine.destroy()
     # How much lies under computation depends on what else the host does; that some does, does not.
-    result["ok"] = all(
-        result[k]["overlapped"] is not None and result[k]["overlapped"] > 0.1
-        for k in ("gather", "reduce")
-    )
+    result["ok"] = all(share is not None and share > 0.1 for share in result["hidden"].values())
     return result
 
 
@@ -568,20 +625,6 @@ def allocated(ctx: Context) -> int:
     return torch.cuda.memory_allocated() if ctx.on_gpu else 0
 
 
-def covered(span: tuple[float, float], others: list[tuple[float, float]]) -> float:
-    """Length of the part of a span that the union of the others covers."""
-    pieces = sorted(
-        (max(start, span[0]), min(end, span[1]))
-        for start, end in others
-        if end > span[0] and start < span[1]
-    )
-    length, at = 0.0, span[0]
-    for start, end in pieces:
-        length += max(0.0, end - max(start, at))
-        at = max(at, end)
-    return length
-
-
 def check_resume(ctx: Context) -> dict[str, Any]:
     """A run that is saved and loaded goes on with the same bits, dropout and fp16 included."""
     folder = [tempfile.mkdtemp() if ctx.rank == 0 else ""]
@@ -635,6 +678,7 @@ CHECKS = {
         check_parity,
         check_routed,
         check_bits,
+        check_pulls,
         check_memory,
         check_init,
         check_settings,

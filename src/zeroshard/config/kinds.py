@@ -227,6 +227,14 @@ def _device(value: object) -> object:
     return value
 
 
+def _gather(value: object) -> object:
+    if value is None:
+        return "auto"
+    if value not in ("auto", "nccl", "copy_engine"):
+        raise expected('"auto", "nccl" or "copy_engine"')
+    return value
+
+
 def _path(value: object) -> object:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if path is not None and not _is_name(path):
@@ -262,6 +270,7 @@ DtypeName = Annotated[Literal["fp32", "fp16", "bf16"] | None, BeforeValidator(_d
 Flag = Annotated[bool, _flag()]
 FlagOrNone = Annotated[bool | None, _flag(nullable=True)]
 Fraction = Annotated[float, _number("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+Gather = Annotated[Literal["auto", "nccl", "copy_engine"], BeforeValidator(_gather)]
 LargestNumel = Annotated[int | None, _bound(0)]
 LargestNumelFromOne = Annotated[int | None, _bound(1)]
 Name = Annotated[str, BeforeValidator(_name)]

@@ -26,13 +26,14 @@ from zeroshard.core.init import suspended
 from zeroshard.core.leaves import CONTAINERS, marked
 from zeroshard.core.lifetime import Lifetime, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh, default_mesh
+from zeroshard.core.pulled import FASTER_FROM_BYTES, UnavailableError, share
 from zeroshard.core.schedule import Limits, Schedule
 from zeroshard.core.slots import is_waiting, slot_of
 from zeroshard.core.unit import Unit
 from zeroshard.core.usage import GradientWatch
 from zeroshard.core.waiting import settle
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
-from zeroshard.engine import quantized
+from zeroshard.engine import compiled, quantized
 from zeroshard.engine.activations import Activations, forget, layers_of
 from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.budget import GIB
@@ -167,10 +168,15 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     quantized.settle(model, device)
     groups = _choose_groups(model, trained, life, settings, device)
 
-    blocks = _blocks(model, settings) if inner is not None else None
+    wanted = settings.compile
+    if wanted.enabled:
+        problem = compiled.objection(wanted.backend, wanted.kwargs, frees=not life.params_stay)
+        if problem is not None:
+            raise ConfigError(f'"compile": {problem}')
 
     # From here on nothing is refused, and the model changes.
     forget(model)
+    compiled.forget(model)
     mesh = build_mesh(shard_size, device, timeout=world.patience())
     runtime = _shard(model, groups, mesh, life, settings)
     sharded = None
@@ -209,16 +215,26 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         training_dataloader=loader,
         local_rank=world.local_rank(),
     )
-    if blocks:
-        space = _space(settings, mesh)
-        engine.limit_activations(Activations(model, blocks, space, lambda: runtime.num_backwards))
+    if wanted.enabled:
+        engine.compile(wanted.backend, wanted.kwargs)
+    _limit_activations(engine, settings)
     return engine, engine.optimizer, loader, scheduler
 
 
+def _limit_activations(engine: Engine, settings: configuration.Config) -> None:
+    """Put the activation budget into effect, if there is one."""
+    if settings.zeroshard.activation_budget is None or engine.basic_optimizer is None:
+        return
+    blocks = _blocks(engine.module, settings)
+    if blocks:
+        space, runtime = _space(settings, engine.mesh), engine.runtime
+        engine.limit_activations(
+            Activations(engine.module, blocks, space, lambda: runtime.num_backwards)
+        )
+
+
 def _blocks(model: nn.Module, settings: configuration.Config) -> dict[nn.Module, str]:
-    """What the activation budget, if there is one, may checkpoint."""
-    if settings.zeroshard.activation_budget is None:
-        return {}
+    """What the activation budget may checkpoint."""
     blocks = layers_of(model, settings.zeroshard.units)
     if not blocks:
         _log.warning(
@@ -586,10 +602,36 @@ def _shard(
         )
         units.append(unit)
         trim()
+    _share(units, mesh, settings.zeroshard.gather)
     schedule = Schedule(units, mesh, _limits(units, settings))
     runtime = Runtime(model, _make_sites(model, groups, units), units, schedule)
     runtime.attach()
     return runtime
+
+
+def _share(units: Sequence[Unit], mesh: Mesh, how: str) -> None:
+    """Let units be gathered by reads of other ranks' memory, where that is wanted and possible."""
+    if how == "nccl":
+        return
+    pulled = [unit for unit in units if not unit.lifetime.params_stay]
+    if how == "auto":
+        least = FASTER_FROM_BYTES if mesh.device.type == "cuda" else None
+        pulled = [unit for unit in pulled if least is not None and unit.nbytes_full >= least]
+    elif not pulled:
+        _log.info(
+            'zeroshard.gather: "copy_engine" has no effect: no parameters are freed after use.'
+        )
+    if not pulled:
+        return
+    try:
+        share(pulled, mesh)
+    except UnavailableError as reason:
+        _log.log(
+            logging.INFO if how == "auto" else logging.WARNING,
+            "zeroshard.gather: parameters are gathered by collectives, as ranks cannot read each "
+            "other's memory: %s",
+            reason,
+        )
 
 
 def _place_buffers(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None) -> None:

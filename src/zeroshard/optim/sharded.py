@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from zeroshard.core.collectives import Answered, all_reduce_
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.slots import slot_of
+from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
 from zeroshard.errors import UsageError, compose
 from zeroshard.optim.factory import ELEMENTWISE
@@ -283,8 +284,12 @@ class ShardedOptimizer:
         if self.policy.clip > 0:
             # torch.nn.utils.clip_grad_norm_ has the same epsilon.
             factor = (self.policy.clip / (norm + 1e-6)).clamp(max=1.0) / divisor
-        for units in self._parts:
-            self._step_units(units, factor, divisor)
+        # Master weights may be the very shards that other ranks read.
+        with rewriting(unit.transport for unit in self.units):
+            for units in self._parts:
+                self._step_units(units, factor, divisor)
+        for unit in self.units:
+            unit.catch_up()
 
     def _step_units(self, units: Sequence[Unit], factor: Tensor | None, divisor: float) -> None:
         """Step the slices of some units; torch's optimizers pass over those without gradients."""

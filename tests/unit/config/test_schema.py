@@ -285,6 +285,12 @@ def test_an_activation_budget_is_measured_or_a_number_of_gib(value: object) -> N
     assert budget is None or isinstance(budget, str | float)
 
 
+def test_the_extension_block_chooses_how_to_gather() -> None:
+    assert load({}).zeroshard.gather == load({"zeroshard": {"gather": None}}).zeroshard.gather
+    for how in ("auto", "nccl", "copy_engine"):
+        assert load({"zeroshard": {"gather": how}}).zeroshard.gather == how
+
+
 @pytest.mark.parametrize(
     ("values", "path"),
     [
@@ -298,6 +304,7 @@ def test_an_activation_budget_is_measured_or_a_number_of_gib(value: object) -> N
         ({"activation_budget": 10**400}, 'zeroshard.activation_budget must be "auto"'),
         ({"activation_budget": True}, 'zeroshard.activation_budget must be "auto"'),
         ({"activation_budget": "all"}, 'zeroshard.activation_budget must be "auto"'),
+        ({"gather": "nvls"}, 'zeroshard.gather must be "auto", "nccl" or "copy_engine"'),
     ],
 )
 def test_the_extension_block_is_checked(values: dict[str, object], path: str) -> None:
