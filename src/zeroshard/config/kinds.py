@@ -27,6 +27,7 @@ __all__ = [
     "Flag",
     "FlagOrNone",
     "Fraction",
+    "Kernels",
     "Kind",
     "LargestNumel",
     "LargestNumelFromOne",
@@ -217,6 +218,14 @@ def _device(value: object) -> object:
     return value
 
 
+def _kernels(value: object) -> object:
+    if value is None:
+        return "auto"
+    if value not in ("auto", "fused", "torch"):
+        raise expected('"auto", "fused" or "torch"')
+    return value
+
+
 def _path(value: object) -> object:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if path is not None and not _is_name(path):
@@ -251,6 +260,7 @@ DtypeName = Annotated[Literal["fp32", "fp16", "bf16"] | None, BeforeValidator(_d
 Flag = Annotated[bool, _flag()]
 FlagOrNone = Annotated[bool | None, _flag(nullable=True)]
 Fraction = Annotated[float, _number("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+Kernels = Annotated[Literal["auto", "fused", "torch"], BeforeValidator(_kernels)]
 LargestNumel = Annotated[int | None, _bound(0)]
 LargestNumelFromOne = Annotated[int | None, _bound(1)]
 Name = Annotated[str, BeforeValidator(_name)]

@@ -26,6 +26,7 @@ from zeroshard.config.kinds import (
     Flag,
     FlagOrNone,
     Fraction,
+    Kernels,
     LargestNumel,
     LargestNumelFromOne,
     Name,
@@ -348,6 +349,11 @@ class ExtensionConfig(_Block):
     lookahead_bytes: SizeOrNone = None
     """Bytes gathered ahead of their use at stage 3; null leaves the choice to the engine."""
 
+    optimizer_step: Kernels = "auto"
+    """What steps Adam and AdamW: "fused" is one pass over each unit's shard that also unscales,
+    clips and casts, with torch's optimizer where that does not fit; "torch" is torch's optimizer
+    always; "auto" is "torch"."""
+
 
 class Config(_Block):
     """A whole configuration, as `load` returns it."""
@@ -444,7 +450,9 @@ BLOCKS: Mapping[tuple[str, ...], type[BaseModel]] = {
 OPEN_BLOCKS = frozenset({("optimizer", "params"), ("scheduler", "params")})
 """Blocks whose keys belong to somebody else."""
 
-AUTO_IS_A_VALUE = frozenset({("data_types", "keep_in_fp32_modules")})
+AUTO_IS_A_VALUE = frozenset(
+    {("data_types", "keep_in_fp32_modules"), ("zeroshard", "optimizer_step")}
+)
 """Fields that take "auto" themselves."""
 
 NEVER_AUTO = frozenset(

@@ -454,9 +454,22 @@ class Unit:
             param.__class__ = own_class
             param.data = tensor
 
-    def publish(self) -> None:
-        """Put the stepped master weights where gathers read; start one where parameters stay."""
-        self.write_master()
+    @property
+    def compute_shard(self) -> Tensor | None:
+        """Where gathers read, for a step that writes it; None where that is the master weights."""
+        assert self.master is not None, f"{self.name} is frozen and has no master weights"
+        (shard,) = self._store.tensors
+        return None if shard.data_ptr() == self.master.data_ptr() else shard
+
+    def publish(self, *, is_written: bool = False) -> None:
+        """Put the stepped master weights where gathers read; start one where parameters stay.
+
+        ``is_written``: the step has put them there itself.
+        """
+        if is_written:
+            self._note_edit()
+        else:
+            self.write_master()
         if self.lifetime.params_stay or self._num_holds:
             self.gather()
         else:
@@ -466,6 +479,9 @@ class Unit:
         """Put the master weights where gathers read."""
         assert self.master is not None, f"{self.name} is frozen and has no master weights"
         self._store.write(self.master)
+        self._note_edit()
+
+    def _note_edit(self) -> None:
         # A graph from before the step must not be run backward with the weights after it.
         increment_version(self._params)
         self._versions = self._count_edits()
@@ -670,8 +686,13 @@ class Unit:
         reduction, self._reducing = self._reducing, None
         with Answered(self.mesh.rank, self._wants_reduce):
             reduction.ticket.wait()
-        out = reduction.out.to(self._wide(self.precision.accumulate))
-        self.grad_shard = out if self.grad_shard is None else self.grad_shard.add_(out)
+        wide = self._wide(self.precision.accumulate)
+        if self.grad_shard is not None:
+            self.grad_shard = self.grad_shard.to(wide).add_(reduction.out)
+        elif reduction.out.dtype.itemsize < wide.itemsize:
+            self.grad_shard = reduction.out  # a single addend loses nothing as it is
+        else:
+            self.grad_shard = reduction.out.to(wide)
         if not self.lifetime.grads_stay:
             self._buffer.release()
 

@@ -730,6 +730,8 @@ class Engine(Getters):
         self._offloaded = offload(
             units, optimizer, kinds, pin=pin_memory, non_blocking=non_blocking
         )
+        if self._sharded is not None:
+            self._sharded.let_go_of_state()
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what ``offload_states`` moved; nothing if nothing is offloaded."""
