@@ -357,7 +357,8 @@ class Engine(Getters):
         """Tell the runtime what the next backward is."""
         self.runtime.boundary = self.is_gradient_accumulation_boundary()
         if self._sharded is not None and (scaler := self._sharded.scaler) is not None:
-            self.runtime.loss_scale = torch.tensor(scaler.scale, device=self.device)
+            # A copy from the host would make it wait for the device.
+            self.runtime.loss_scale = torch.full((), scaler.scale, device=self.device)
             self.runtime.scaled = False
 
     def _recover(self, in_backward: bool = False) -> None:

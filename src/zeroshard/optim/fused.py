@@ -152,8 +152,7 @@ class FusedAdam:
         """Step a unit with its gradient times ``factor``, unless ``found_inf`` is not 0."""
         assert unit.grad_shard is not None and unit.master is not None, f"{unit.name}: no gradient"
         home, out = self._homes[unit], unit.compute_shard
-        triton = self._triton if unit.master.dtype == torch.float32 else None
-        update = adam.update_ if triton is None else triton
+        update = adam.update_ if self._triton is None else self._triton
         grad = unit.grad_shard
         for run in self._runs[unit]:
             shards = Shards(
@@ -180,30 +179,42 @@ class FusedAdam:
 
     def _obstacle(self) -> str | None:
         """What speaks against a step here, if anything."""
-        kind = type(self._inner)
-        if kind not in _KINDS:
-            return "it is not torch's Adam or AdamW"
-        if is_watched(self._inner):
-            return "hooks or a wrapper of its step may want to see each slice's gradient"
-        groups = self._inner.param_groups
-        for group in groups:
-            if any(group.get(key) for key in _OTHER_FORMULAS):
-                return f"one of {', '.join(_OTHER_FORMULAS)} is set"
-            if not _is_known(group["lr"]) or not all(_is_known(beta) for beta in group["betas"]):
-                return "its learning rate or a beta is on the device"
-        if len({bool(group.get("fused")) for group in groups}) > 1:
-            return "some of its param groups are fused and others are not"
-        reason = self._lay_out()
+        reason = self._foreign() or self._lay_out()
         if reason is None:
             # Torch's fused kernels want the counts on the device, and the others do not.
-            is_fused = any(group.get("fused") for group in groups)
+            is_fused = self._inner.param_groups[0].get("fused")
             reason = self._bring_home(self._device if is_fused else torch.device("cpu"))
         if reason is None and self._count is None:
             reason = "its parameters have made different numbers of steps"
         if reason is None:
             assert self._count is not None
+            kind, groups = type(self._inner), self._inner.param_groups
             self._rules = [_rule(group, kind, self._count + 1) for group in groups]
         return reason
+
+    def _foreign(self) -> str | None:
+        """What the optimizer is beside plain Adam with known numbers."""
+        groups = self._inner.param_groups
+        numbers = [number for group in groups for number in (group["lr"], *group.get("betas", ()))]
+        reasons = {
+            "it is not torch's Adam or AdamW": type(self._inner) not in _KINDS,
+            "hooks or a wrapper of its step may want each slice's gradient": is_watched(
+                self._inner
+            ),
+            f"one of {', '.join(_OTHER_FORMULAS)} is set": any(
+                group.get(key) for group in groups for key in _OTHER_FORMULAS
+            ),
+            "its learning rate or a beta is on the device": any(
+                isinstance(number, Tensor) and number.device.type != "cpu" for number in numbers
+            ),
+            "some of its master weights are not in fp32": any(
+                unit.master is None or unit.master.dtype != torch.float32 for unit in self._units
+            ),
+            "some of its param groups are fused and others are not": (
+                len({bool(group.get("fused")) for group in groups}) > 1
+            ),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     # Where the slices are
 
@@ -265,11 +276,6 @@ def is_watched(optimizer: torch.optim.Optimizer) -> bool:
         hasattr(wrapper, "_wrapped_by_lr_sched")
         and getattr(wrapper, "__wrapped__", None) is type(optimizer).step
     )
-
-
-def _is_known(value: object) -> bool:
-    """Whether a number can be read without waiting for a device."""
-    return value.device.type == "cpu" if isinstance(value, Tensor) else True
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:

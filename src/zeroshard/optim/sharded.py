@@ -17,9 +17,9 @@ host reads the norm, so the device has work while the host waits for it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, Literal
 
@@ -48,9 +48,10 @@ Kernels = Literal["auto", "fused", "torch"]
 
 _log = logging.getLogger(__name__)
 _ROW = 4096  # elements that are summed in the dtype of the gradient
-_SKIPPING = {torch.optim.Adam, torch.optim.AdamW}
-# A first step of SGD that is skipped leaves its momentum undefined.
-_SCALING = _SKIPPING | {torch.optim.SGD, torch.optim.Adagrad}
+# Whose fused kernels take scalars of the device. A first step of SGD that is skipped leaves its
+# momentum undefined.
+_SKIPPING: Set[type] = {torch.optim.Adam, torch.optim.AdamW}
+_SCALING: Set[type] = {*_SKIPPING, torch.optim.SGD, torch.optim.Adagrad}
 _SHARDABLE = ELEMENTWISE | {Lamb, Muon}
 _TORCH_MUON = getattr(torch.optim, "Muon", None)  # since torch 2.9
 _UNFIT: Mapping[type, str] = {
@@ -103,13 +104,36 @@ class _OnItsWay:
 
 @dataclass(frozen=True, slots=True)
 class _Scaling:
-    """What gradients are multiplied by, and whether the step is skipped; scalars in fp32.
+    """What becomes of the gradients before they are stepped with; scalars in fp32 on the device.
 
-    ``factor`` None stands for 1; ``found_inf`` None never skips.
+    They are divided by ``divisor`` and multiplied by ``clip``, where that is not None; nothing is
+    stepped if ``found_inf`` is not 0.
     """
 
-    factor: Tensor | None
-    found_inf: Tensor | None
+    divisor: float
+    clip: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def factor(self, device: torch.device) -> Tensor:
+        """What gradients are multiplied by, for kernels that do it themselves."""
+        if self.clip is not None:
+            return self.clip / self.divisor
+        return torch.full((), 1.0 / self.divisor, device=device)
+
+    def inverse(self, device: torch.device) -> Tensor | None:
+        """What gradients are divided by, for kernels of torch's; None to leave them."""
+        if self.clip is not None:
+            return self.divisor / self.clip
+        return None if self.divisor == 1.0 else torch.full((), self.divisor, device=device)
+
+    def apply_(self, shards: list[Tensor]) -> None:
+        """Multiply gradients before a step that knows nothing of it."""
+        if self.clip is not None:
+            factor = self.clip / self.divisor
+            for shard in shards:
+                shard.mul_(factor)
+        elif self.divisor != 1.0:
+            torch._foreach_mul_(shards, 1.0 / self.divisor)
 
 
 def check_optimizer(
@@ -174,24 +198,27 @@ def steps_in_parts(kind: type[torch.optim.Optimizer]) -> bool:
     return kind in ELEMENTWISE or is_quantized_elementwise(kind)
 
 
-def _square(shard: Tensor) -> Tensor:
+def _square(shards: Sequence[Tensor]) -> Tensor:
     """The squared L2 norm in fp64, in two levels: a long sum in fp32 loses its last addends."""
-    rows = shard.numel() // _ROW
-    dtype = torch.promote_types(shard.dtype, torch.float32)
-    norms = [
-        torch.linalg.vector_norm(shard[: rows * _ROW].view(rows, _ROW), dim=1, dtype=dtype),
-        torch.linalg.vector_norm(shard[rows * _ROW :], dtype=dtype).view(1),
-    ]
+    norms: list[Tensor] = []
+    for shard in shards:
+        dtype = torch.promote_types(shard.dtype, torch.float32)
+        end = shard.numel() - shard.numel() % _ROW
+        if end:
+            rows = shard[:end].view(-1, _ROW)
+            norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype))
+        if end < shard.numel():
+            norms.append(torch.linalg.vector_norm(shard[end:], dtype=dtype).view(1))
     return torch.cat(norms).double().square().sum()
 
 
-def _takes_scaling(inner: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's kernels divide gradients and skip by scalars on the device.
+def _takes_scaling(inner: torch.optim.Optimizer, kinds: Set[type]) -> bool:
+    """Whether the optimizer's kernels divide gradients by a scalar on the device, or skip by one.
 
     It is how torch's own GradScaler talks to the fused optimizers.
     """
     return (
-        type(inner) in _SCALING
+        type(inner) in kinds
         and getattr(inner, "_step_supports_amp_scaling", False)
         and all(group.get("fused") for group in inner.param_groups)
         and not is_watched(inner)
@@ -326,34 +353,44 @@ class ShardedOptimizer:
         divisor = divide_by * (self.scaler.scale if self.scaler else 1.0)
         self.norm = norm = self._global_norm() / divisor
         self._check_groups()
+        clip: Tensor | None = None
+        if self.policy.clip > 0:
+            # torch.nn.utils.clip_grad_norm_ has the same epsilon.
+            clip = (self.policy.clip / (norm + 1e-6)).clamp(max=1.0)
+        scaling = _Scaling(divisor, clip)
         fused = self._fused if self._fused is not None and self._fused.prepare() else None
-        takes_scaling = _takes_scaling(self.inner)
-        can_skip = fused is not None or (takes_scaling and type(self.inner) in _SKIPPING)
-        # Reading the norm makes the host wait for backward: only where a step may be skipped.
-        reading = _OnItsWay(norm) if self.policy.skip_on_overflow else None
-        found_inf: Tensor | None = None
-        if reading is not None and can_skip:
+        self.overflow = False
+        if not self.policy.skip_on_overflow:
+            self._update(fused, scaling)
+        elif fused is not None or _takes_scaling(self.inner, _SKIPPING):
+            reading = _OnItsWay(norm)
             found_inf = norm.isfinite().logical_not().float()
-        self.overflow = found_inf is None and reading is not None and not isfinite(reading.get())
-        if self.overflow:
-            self.clear_gradients()
-        else:
-            scaling = _Scaling(self._factor(norm, divisor), found_inf)
-            if fused is not None:
-                self._step_shards(fused, scaling)
-            else:
-                for units in self._parts:
-                    self._step_units(units, scaling, is_inside=takes_scaling)
-            for unit in self.units:
-                if unit.is_full:
-                    unit.wait()
-        if found_inf is not None and reading is not None:
+            self._update(fused, replace(scaling, found_inf=found_inf))
             self.overflow = not isfinite(reading.get())
+        else:
+            # The host waits for backward, and the device for the host.
+            self.overflow = not isfinite(norm)
+            if self.overflow:
+                self.clear_gradients()
+            else:
+                self._update(None, scaling)
         if fused is not None and not self.overflow:
             fused.advance()
         if self.scaler is not None:
             self.scaler.update(self.overflow)
         return not self.overflow
+
+    def _update(self, fused: FusedAdam | None, scaling: _Scaling) -> None:
+        """Step all units and publish them."""
+        if fused is not None:
+            self._step_shards(fused, scaling)
+        else:
+            is_inside = _takes_scaling(self.inner, _SCALING)
+            for units in self._parts:
+                self._step_units(units, scaling, is_inside=is_inside)
+        for unit in self.units:
+            if unit.is_full:
+                unit.wait()
 
     def _check_groups(self) -> None:
         if sum(len(group["params"]) for group in self.inner.param_groups) != self._num_slices:
@@ -364,20 +401,11 @@ class ShardedOptimizer:
                 )
             )
 
-    def _factor(self, norm: Tensor, divisor: float) -> Tensor | None:
-        """What unscales and clips the gradients; None if nothing does."""
-        if self.policy.clip > 0:
-            # torch.nn.utils.clip_grad_norm_ has the same epsilon.
-            return (self.policy.clip / (norm + 1e-6)).clamp(max=1.0) / divisor
-        return None if divisor == 1.0 else torch.full_like(norm, 1.0 / divisor)
-
     def _step_shards(self, fused: FusedAdam, scaling: _Scaling) -> None:
         """Step each unit in one pass and publish it, before the next one is stepped."""
         with self._stepping_inside():
             self.inner.step()  # finds no gradients; whoever wraps it knows that there was a step
-        factor = scaling.factor
-        if factor is None:
-            factor = torch.ones((), device=self.mesh.device)
+        factor = scaling.factor(self.mesh.device)
         with torch.no_grad():
             for unit in self.units:
                 fused.update(unit, factor, scaling.found_inf)
@@ -399,9 +427,7 @@ class ShardedOptimizer:
                 with self._scaling_inside(scaling):
                     self.inner.step()
             else:
-                if scaling.factor is not None:
-                    for shard in shards:
-                        shard.mul_(scaling.factor)
+                scaling.apply_(shards)
                 self.inner.step()
         for unit in units:
             unit.clear_gradients()
@@ -422,7 +448,7 @@ class ShardedOptimizer:
     def _scaling_inside(self, scaling: _Scaling) -> Iterator[None]:
         """Let the optimizer's kernels scale and skip inside."""
         inner: Any = self.inner
-        inner.grad_scale = None if scaling.factor is None else scaling.factor.reciprocal()
+        inner.grad_scale = scaling.inverse(self.mesh.device)
         inner.found_inf = scaling.found_inf
         try:
             yield
@@ -431,10 +457,11 @@ class ShardedOptimizer:
 
     def _global_norm(self) -> Tensor:
         """L2 norm over all gradients of all ranks, before unscaling and clipping."""
-        squares = [_square(unit.grad_shard) for unit in self.units if unit.grad_shard is not None]
-        self._square.zero_()
-        if squares:
-            self._square.copy_(torch.stack(squares).sum())
+        shards = [unit.grad_shard for unit in self.units if unit.grad_shard is not None]
+        if shards:
+            self._square.copy_(_square(shards))
+        else:
+            self._square.zero_()
         with Answered(self.mesh.rank, "the gradients' norm for its step"):
             all_reduce_(self._square, self.mesh.shard)
         return self._square.sqrt().float()
