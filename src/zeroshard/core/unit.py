@@ -686,15 +686,19 @@ class Unit:
         reduction, self._reducing = self._reducing, None
         with Answered(self.mesh.rank, self._wants_reduce):
             reduction.ticket.wait()
-        wide = self._wide(self.precision.accumulate)
+        out, wide = reduction.out, self._wide(self.precision.accumulate)
         if self.grad_shard is not None:
-            self.grad_shard = self.grad_shard.to(wide).add_(reduction.out)
-        elif reduction.out.dtype.itemsize < wide.itemsize:
-            self.grad_shard = reduction.out  # a single addend loses nothing as it is
+            self.grad_shard = self.grad_shard.to(wide).add_(out)
         else:
-            self.grad_shard = reduction.out.to(wide)
+            # A single addend loses nothing in a narrower dtype, and whoever steps reads less.
+            self.grad_shard = out if out.dtype.itemsize < wide.itemsize else out.to(wide)
         if not self.lifetime.grads_stay:
             self._buffer.release()
+
+    def widen_gradient(self) -> None:
+        """Let the grad shard hold values of the accumulation's dtype, for one that edits it."""
+        if self.grad_shard is not None:
+            self.grad_shard = self.grad_shard.to(self._wide(self.precision.accumulate))
 
     def clear_gradients(self) -> None:
         """Forget everything accumulated since the last optimizer step."""

@@ -65,11 +65,15 @@ class _Place:
 
     def is_home(self, state: Mapping[str, Any]) -> bool:
         """Whether the state of the slice is there."""
-        found = state.get(_AVERAGE), state.get(_SQUARE), state.get(_STEP)
-        return all(
-            isinstance(value, Tensor) and value.data_ptr() == address
-            for value, address in zip(found, self.addresses, strict=True)
-        )
+        try:
+            found = (
+                state[_AVERAGE].data_ptr(),
+                state[_SQUARE].data_ptr(),
+                state[_STEP].data_ptr(),
+            )
+        except (KeyError, AttributeError):  # there is none yet, or it is a number
+            return False
+        return found == self.addresses
 
 
 class _Home:

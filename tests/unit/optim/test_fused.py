@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from forked import run_ranks
+from unit.engine.small import batch, make, on_ranks
 from unit.optim.test_sharded import alone, give, make_grads, make_params, make_units, mesh_for, read
+from zeroshard import zero
 from zeroshard.core.unit import Precision, Unit
 from zeroshard.optim.adam import Rule, Shards, update_
 from zeroshard.optim.scaler import LossScaler, ScalePolicy
@@ -264,6 +266,51 @@ def test_flat_state_is_let_go_of_when_its_memory_is_to_move() -> None:
     for each in both:
         step(*each, 1)
     assert_same(both[0], both[1])
+
+
+@on_ranks(2, (1, 3))
+def test_training_goes_on_from_a_checkpoint_and_from_the_host_as_if_nothing_had_been(
+    tmp_path: Path, stage: int
+) -> None:
+    config = {
+        "bf16": {"enabled": True},
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}},
+    }
+
+    def run(engine: Any, numbers: range) -> None:
+        for number in numbers:
+            half = batch(number, torch.bfloat16)
+            engine.backward((engine(half).float() - 1).square().mean())
+            engine.step()
+
+    def make_one(kernels: Kernels) -> Any:
+        return make(stage, **config, zeroshard={"optimizer_step": kernels})
+
+    straight, resumed, other = make_one("fused"), make_one("fused"), make_one("torch")
+    run(straight, range(4))
+    run(resumed, range(2))
+    resumed.offload_states()
+    resumed.reload_states()
+    folder = tmp_path / str(stage)
+    resumed.save_checkpoint(folder)
+    run(resumed, range(7, 9))
+    for engine in (resumed, other):
+        engine.load_checkpoint(folder)
+        run(engine, range(2, 4))
+    trained = (list(engine.module.parameters()) for engine in (straight, resumed, other))
+    for one, two, three in zip(*trained, strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            ours, same, theirs = (
+                zero.safe_get_full_optimizer_state(param, key) for param in (one, two, three)
+            )
+            assert torch.equal(ours, same)
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+        ours, same, theirs = (zero.safe_get_full_fp32_param(param) for param in (one, two, three))
+        assert torch.equal(ours, same)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    state = next(iter(straight.optimizer.state.values()))
+    assert state["exp_avg"].untyped_storage().nbytes() > state["exp_avg"].nbytes  # is flat
 
 
 # Who steps --------------------------------------------------------------------------------------
