@@ -173,11 +173,11 @@ def compare(one: Any, other: Any, what: str) -> None:
     """Master weights and state of two engines agree up to rounding."""
     for ours, theirs in zip(one.runtime.units, other.runtime.units, strict=True):
         # Weights in a half precision may fall on either side of a rounding.
-        atol = 1e-5 if ours.compute_shard is None else 5e-5
+        atol = 1e-5 if ours.shard_to_write() is None else 5e-5
         torch.testing.assert_close(
             ours.master, theirs.master, rtol=1e-5, atol=atol, msg=lambda m: f"{what}: {m}"
         )
-        out = ours.compute_shard
+        out = ours.shard_to_write()
         if out is not None:
             check_cast(out, ours.master)
 

@@ -407,6 +407,51 @@ def check_overlap(ctx: Context) -> dict[str, Any]:
     return result
 
 
+def check_steady(ctx: Context) -> dict[str, Any]:
+    """A step that repeats others neither waits for the GPU nor asks it for memory."""
+    if not ctx.on_gpu:
+        return {"ok": True, "skipped": "only on GPUs"}
+    result: dict[str, Any] = {}
+    for stage in (1, 2, 3):
+        model = seeded(lambda: Llama(ctx.large))
+        engine = make_engine(model, stage, bf16={"enabled": True})
+        x = ctx.tokens(0, 0, ctx.rank, ctx.large)
+
+        def step(engine: zeroshard.Engine = engine, x: Tensor = x) -> None:
+            engine.backward(loss_of(engine(x), x))
+            engine.step()
+
+        for _ in range(4):
+            step()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["num_device_alloc"]
+        waited = ""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                step()
+        except RuntimeError:
+            waited = traceback.format_exc()[-1000:]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        stats = torch.cuda.memory_stats()
+        result[f"stage {stage}"] = {
+            "waited": waited,
+            "allocations": stats["num_device_alloc"] - before,
+            "reserved_over_allocated": round(
+                stats["reserved_bytes.all.peak"] / stats["allocated_bytes.all.peak"], 3
+            ),
+        }
+        engine.destroy()
+        del engine, model, step
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    result["ok"] = not any(each["waited"] or each["allocations"] for each in result.values())
+    return result
+
+
 def check_access(ctx: Context) -> dict[str, Any]:
     """State goes to the host and back bit by bit, and the GPU's memory with it; edits last."""
     result: dict[str, Any] = {}
@@ -532,6 +577,7 @@ CHECKS = {
         check_resume,
         check_compile,
         check_overlap,
+        check_steady,
     )
 }
 

@@ -17,6 +17,7 @@ from zeroshard.core.freed import FreedParameter, freed_class
 from zeroshard.core.layout import Layout, Range
 from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
+from zeroshard.core.pending import PendingParameter
 from zeroshard.core.slots import disown, enrol, full_shape, is_waiting, slot_of, strike
 from zeroshard.core.store import DeviceStore
 from zeroshard.core.unit import Companion, Keeper, Member, Precision, Unit, plain
@@ -201,6 +202,7 @@ def build_unit(
         precision=precision,
         companions=pieces.companions,
         freed_class=freed_class,
+        pending_class=PendingParameter,
     )
     enrol(unit)
     if lifetime.params_stay:

@@ -8,6 +8,9 @@ far, and the compute stream goes on at once. Waiting on the returned ticket make
 between two events on the compute stream; no ``record_stream`` is needed and no block of memory can
 be handed out while a collective still touches it. Gathers and reductions have process groups, and
 therefore streams, of their own and overlap each other and the computation.
+
+Gradients are copied into the buffer that is reduced on a stream beside the computation's, from
+which the reduction is started. What is copied stays alive until the reduction is waited for.
 """
 
 from __future__ import annotations

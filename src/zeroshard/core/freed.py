@@ -25,6 +25,7 @@ __all__ = [
     "attribute",
     "freed_class",
     "freed_read",
+    "shows_no_values",
     "shows_shape",
     "stand_in",
 ]
@@ -93,15 +94,19 @@ def stand_in(tensor: Tensor) -> Tensor:
 
 def _is_harmless(func: Callable[..., Any], args: Sequence[Any]) -> bool:
     """Whether a function of freed parameters neither shows values nor changes them."""
-    if func in _HARMLESS:
-        return True
-    name = attribute(func)
-    if name == "data" and func.__name__ == "__set__":
+    if attribute(func) == "data" and func.__name__ == "__set__":
         # As when a module is moved. Anything else, a cast included, would be lost.
         with torch._C.DisableTorchFunctionSubclass():
             is_same = args[-1].numel() == 0 and args[-1].dtype == args[0].dtype
             return is_same and isinstance(args[0], FreedParameter)
-    return name not in {None, "H", "T", "data", "imag", "mH", "mT", "real"}
+    return func in _HARMLESS or shows_no_values(func)
+
+
+def shows_no_values(func: Callable[..., Any]) -> bool:
+    """Whether a function of tensors neither shows values, or where they are, nor changes them."""
+    if func in _HARMLESS:
+        return func not in _ADDRESSES
+    return attribute(func) not in {None, "H", "T", "data", "imag", "mH", "mT", "real"}
 
 
 def attribute(func: Callable[..., Any]) -> str | None:

@@ -194,6 +194,7 @@ class Runtime:
         watch(self._watched, self._on_read)
         self._handles += guard_state_dict(self.root, self._edited.add)
         for unit in self.units:
+            unit.note_users()
             unit.add_use = partial(self.add_use, unit=unit)
             unit.drop_use = partial(self._drop_use, unit=unit)
             unit.use_here = partial(self._use_here, unit)
@@ -510,7 +511,8 @@ class Runtime:
         self._free_unused(use.site)
         for unit in use.site.units:
             counts = self._counts[unit]
-            if counts.uses <= 0 and unit.is_trained and unit.collect() and self._reduces(unit):
+            reduces = self._reduces(unit)
+            if counts.uses <= 0 and unit.is_trained and unit.collect(behind=reduces) and reduces:
                 self.schedule.ready(unit)
 
     def _reduces(self, unit: Unit) -> bool:
@@ -524,7 +526,7 @@ class Runtime:
             return  # inside forward; the backward that follows forward ends the pass
         for unit in self.units:
             if unit.is_trained:
-                unit.collect()
+                unit.collect(behind=self._reduces(unit))
             unit.free()
         for param in self._stray:
             param.grad = None

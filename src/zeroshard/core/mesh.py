@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import atexit
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ import torch.distributed as dist
 
 from zeroshard.errors import UsageError
 
-__all__ = ["Axis", "Mesh", "build_mesh", "default_mesh"]
+__all__ = ["Aside", "Axis", "Mesh", "build_mesh", "default_mesh"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,37 @@ class Axis:
     reduce: dist.ProcessGroup | None = None
 
 
+class Aside:
+    """A stream beside the computation's; without a GPU, the computation itself."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device if device is not None and device.type == "cuda" else None
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
+
+    @property
+    def exists(self) -> bool:
+        """Whether work inside runs beside the computation."""
+        return self._device is not None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Work inside starts after what the computation was given so far, which goes on at once."""
+        if self._device is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Let the computation wait for all that was started inside."""
+        if self._device is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
 class Mesh:
     """The ranks that share one model, and the process groups between them."""
 
@@ -40,6 +74,7 @@ class Mesh:
     ) -> None:
         self.shard, self.replicate, self.control, self.device = shard, replicate, control, device
         self.world = shard.size * replicate.size
+        self.aside = Aside(device if self.world > 1 else None)  # else nothing is sent from there
         self.rank = replicate.rank * shard.size + shard.rank
         self.is_destroyed = False
 

@@ -162,6 +162,7 @@ class Unit:
         precision: Precision,
         companions: Sequence[tuple[Companion, int]],
         freed_class: Callable[[type[nn.Parameter]], type[nn.Parameter]],
+        pending_class: type[nn.Parameter],
     ) -> None:
         self.members = tuple(members)
         self.layout, self.lifetime, self.mesh = full.layout, lifetime, mesh
@@ -169,7 +170,7 @@ class Unit:
         self._full, self._store, self._gradient = full, store, gradient
         self._params = [member.param for member in members]
         self._classes = [type(param) for param in self._params]
-        self._freed_class = freed_class
+        self._freed_class, self._pending_class = freed_class, pending_class
         self._require_grad = [param.requires_grad for param in self._params]
         self.shapes = [view.shape for view in full.views[: len(members)]]
         self._cut_sizes, self._cut_at = full.layout.cuts(mesh.shard.rank)
@@ -184,7 +185,9 @@ class Unit:
         self._gathering: Ticket = DONE
         self._num_users = 0  # of the full buffer's memory, before it was gathered
         self._is_readable = self._is_outlined = False
+        self._own_users = 0  # of that memory; see `note_users`
         self._reducing: _Reduction | None = None
+        self._sources: list[Tensor] = []  # of copies behind the computation, alive until they end
         self.has_gradient = False
         self.grad_shard: Tensor | None = None
         # Set by the runtime, for modules that use the unit without holding its parameters.
@@ -368,6 +371,7 @@ class Unit:
     def holdings(self) -> Holdings:
         """The tensors whose memory may be moved between two passes, after :meth:`park`."""
         self.settle()
+        self._rejoin()
         self._end_gather()
         full = (self._full.tensor,) if self.is_full else ()
         has_buffer = self._gradient is not None and self._gradient.is_allocated
@@ -454,30 +458,56 @@ class Unit:
             param.__class__ = own_class
             param.data = tensor
 
-    @property
-    def compute_shard(self) -> Tensor | None:
-        """Where gathers read, for a step that writes it; None where that is the master weights."""
+    def shard_to_write(self) -> Tensor | None:
+        """Where gathers read, now that none does, for a step that writes it and the master weights.
+
+        Returns:
+            None where it is the master weights themselves.
+        """
         assert self.master is not None, f"{self.name} is frozen and has no master weights"
+        self._end_gather()
         (shard,) = self._store.tensors
         return None if shard.data_ptr() == self.master.data_ptr() else shard
 
     def publish(self, *, is_written: bool = False) -> None:
         """Put the stepped master weights where gathers read; start one where parameters stay.
 
-        ``is_written``: the step has put them there itself.
+        The gather may run on under the next forward: whoever reads a parameter waits for it.
+
+        Args:
+            is_written: the step has put them there itself.
         """
         if is_written:
             self._note_edit()
         else:
             self.write_master()
-        if self.lifetime.params_stay or self._num_holds:
-            self.gather()
-        else:
+        if not (self.lifetime.params_stay or self._num_holds):
             self.free()
+            return
+        num_users = self._full.num_users
+        self.gather()
+        # Who kept a view of the memory reads it without a word; a class of its own has its ways.
+        self._own_users = min(self._own_users, num_users)
+        is_ours = num_users == self._own_users and set(self._classes) == {nn.Parameter}
+        if is_ours and not self._num_holds and self._gathering is not DONE:
+            self._defer()
+        else:
+            self.wait()
+
+    def _defer(self) -> None:
+        """Let whoever touches a parameter wait for the gather under way."""
+        for param in self._params:
+            param.__class__ = self._pending_class
+        self._is_readable = False
+
+    def note_users(self) -> None:
+        """Take whoever refers to the full parameters' memory now for a part of the engine."""
+        self._own_users = self._full.num_users
 
     def write_master(self) -> None:
         """Put the master weights where gathers read."""
         assert self.master is not None, f"{self.name} is frozen and has no master weights"
+        self._end_gather()
         self._store.write(self.master)
         self._note_edit()
 
@@ -602,8 +632,12 @@ class Unit:
 
     # Gradients
 
-    def collect(self) -> bool:
-        """Add the gradients that arrived to the full gradient; say whether there were any."""
+    def collect(self, behind: bool = False) -> bool:
+        """Add the gradients that arrived to the full gradient; say whether there were any.
+
+        Args:
+            behind: do it behind the computation; for gradients that are reduced at once.
+        """
         with torch._C.DisableTorchFunctionSubclass():
             grads = [param.grad for param in self._params]
         arrived = [index for index, grad in enumerate(grads) if grad is not None]
@@ -613,20 +647,35 @@ class Unit:
         with torch._C.DisableTorchFunctionSubclass():
             for index in arrived:
                 self._params[index].grad = None
-        if self.has_gradient:
-            torch._foreach_add_([self._buffer.views[index] for index in arrived], given)
-            return True
-        buffer = self._fresh_gradient()
-        zeroed = buffer.gaps
-        if len(arrived) < len(grads):
-            zeroed = zeroed + [
-                view for view, grad in zip(buffer.views, grads, strict=True) if grad is None
-            ]
-        if zeroed:
-            torch._foreach_zero_(zeroed)
-        torch._foreach_copy_([buffer.views[index] for index in arrived], given)
+        if not self.has_gradient:
+            self._fresh_gradient()
+        if behind and self.mesh.aside.exists:
+            with self.mesh.aside.entered():
+                self._fill(arrived, given)
+            self._sources += given
+        else:
+            self._rejoin()
+            self._fill(arrived, given)
         self.has_gradient = True
         return True
+
+    def _fill(self, arrived: list[int], given: list[Tensor]) -> None:
+        """Copy gradients into the full gradient, or add them to what it has."""
+        views = [self._buffer.views[index] for index in arrived]
+        if self.has_gradient:
+            torch._foreach_add_(views, given)
+            return
+        others = set(range(len(self._params))).difference(arrived)
+        zeroed = [*self._buffer.gaps, *(self._buffer.views[index] for index in sorted(others))]
+        if zeroed:
+            torch._foreach_zero_(zeroed)
+        torch._foreach_copy_(views, given)
+
+    def _rejoin(self) -> None:
+        """Let the computation wait for gradients that are copied behind it."""
+        if self._sources:
+            self.mesh.aside.join()
+            self._sources.clear()
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -635,6 +684,7 @@ class Unit:
 
     def unreduced(self, index: int) -> Tensor | None:
         """What this rank alone has of a parameter's gradient since the last reduction, if any."""
+        self._rejoin()
         return self._buffer.views[index] if self.has_gradient else None
 
     def _checked(self, index: int, grad: Tensor) -> Tensor:
@@ -664,13 +714,15 @@ class Unit:
             if not self.has_gradient:
                 self._fresh_gradient().tensor.zero_()
             self.settle()
-            full = self._buffer.tensor
-            wire = full.to(self._wide(self.precision.reduce))
+            full, dtype = self._buffer.tensor, self._wide(self.precision.reduce)
+            if full.dtype != dtype:
+                self._rejoin()
+            wire = full.to(dtype)
             mine = wire[self.layout.shard(self.mesh.shard.rank).slice()]
             # A gradient that stays is reduced in place; one that goes leaves its shard behind.
             in_place = wire is full and self.lifetime.grads_stay
             out = mine if in_place else torch.empty_like(mine)
-            with Answered(self.mesh.rank, self._wants_reduce):
+            with Answered(self.mesh.rank, self._wants_reduce), self.mesh.aside.entered():
                 ticket = reduce_mean(out, wire, self.mesh, self.precision.averaging)
             self._reducing = _Reduction(ticket, out, wire)
         self.has_gradient = False
@@ -686,6 +738,7 @@ class Unit:
         reduction, self._reducing = self._reducing, None
         with Answered(self.mesh.rank, self._wants_reduce):
             reduction.ticket.wait()
+        self._sources.clear()  # copied before the reduction began
         out, wide = reduction.out, self._wide(self.precision.accumulate)
         if self.grad_shard is not None:
             self.grad_shard = self.grad_shard.to(wide).add_(out)
@@ -703,6 +756,7 @@ class Unit:
     def clear_gradients(self) -> None:
         """Forget everything accumulated since the last optimizer step."""
         self.settle()
+        self._rejoin()
         self.grad_shard = None
         self.has_gradient = False
         for piece in self.slices:
@@ -714,7 +768,8 @@ class Unit:
             self._gradient.release()
 
     def expose_gradients(self) -> None:
-        """Show the optimizer each slice's part of the grad shard."""
+        """Show the optimizer, which is about to step, each slice's part of the grad shard."""
+        self._end_gather()  # it may read the master weights
         assert self.grad_shard is not None and self.master is not None, f"{self.name}: no gradient"
         self.grad_shard = self.grad_shard.to(self.master.dtype)
         for piece, grad in zip(self.slices, self._cut(self.grad_shard), strict=True):

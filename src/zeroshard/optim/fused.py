@@ -155,7 +155,7 @@ class FusedAdam:
     def update(self, unit: Unit, factor: Tensor, found_inf: Tensor | None) -> None:
         """Step a unit with its gradient times ``factor``, unless ``found_inf`` is not 0."""
         assert unit.grad_shard is not None and unit.master is not None, f"{unit.name}: no gradient"
-        home, out = self._homes[unit], unit.compute_shard
+        home, out = self._homes[unit], unit.shard_to_write()
         update = adam.update_ if self._triton is None else self._triton
         grad = unit.grad_shard
         for run in self._runs[unit]:

@@ -388,9 +388,6 @@ class ShardedOptimizer:
             is_inside = _takes_scaling(self.inner, _SCALING)
             for units in self._parts:
                 self._step_units(units, scaling, is_inside=is_inside)
-        for unit in self.units:
-            if unit.is_full:
-                unit.wait()
 
     def _check_groups(self) -> None:
         if sum(len(group["params"]) for group in self.inner.param_groups) != self._num_slices:
