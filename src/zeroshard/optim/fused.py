@@ -141,6 +141,7 @@ class FusedAdam:
         self._steps: Tensor | None = None
         self._steps_version = -1
         self._count: int | None = None  # of steps made; None where slices do not agree
+        self._is_open = False  # whether a step is to be confirmed
         self._rules: list[Rule] = []
         self._reason: str | None = None
 
@@ -168,12 +169,22 @@ class FusedAdam:
             )
             update(shards, self._rules[run.group], factor, found_inf)
 
-    def advance(self) -> None:
-        """Count a step that was made."""
+    def advance(self, found_inf: Tensor | None) -> None:
+        """Count a step; with a flag, `confirm` says later whether it was made."""
         assert self._steps is not None and self._count is not None, "a step was prepared"
-        self._steps.add_(1)
-        self._count += 1
+        if found_inf is None:
+            self._steps.add_(1)
+            self._count += 1
+        else:
+            self._steps.add_(1 - found_inf.to(self._steps.device))
+            self._is_open = True
         self._steps_version = self._steps._version
+
+    def confirm(self, is_made: bool) -> None:
+        """Learn whether the last step was made, if it is open."""
+        if self._is_open and self._count is not None:
+            self._count += is_made
+        self._is_open = False
 
     def let_go(self) -> None:
         """Hold on to no state: its memory is about to be moved, or no longer wanted."""

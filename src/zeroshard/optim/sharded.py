@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
@@ -251,7 +251,9 @@ class ShardedOptimizer:
         self.inner, self.mesh, self.policy, self.scaler = inner, mesh, policy, scaler
         self.units = tuple(unit for unit in units if unit.is_trained)
         self.norm: Tensor | None = None
-        self.overflow = False  # whether the last step was skipped for it
+        self._overflow = False  # whether the last step was skipped for it
+        self._num_skipped = 0
+        self._pending: _OnItsWay | None = None  # the norm that decides about the last step
         self._square = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._stepping = False
         self._given = [list(group["params"]) for group in inner.param_groups]
@@ -348,6 +350,12 @@ class ShardedOptimizer:
         Returns:
             False if the gradients overflowed and the step was skipped.
         """
+        self.queue_step(divide_by)
+        return not self.overflow
+
+    def queue_step(self, divide_by: float) -> None:
+        """As ``step``, but where the host need not know whether it is skipped, it does not wait."""
+        self._conclude()
         for unit in self.units:
             unit.settle()
         divisor = divide_by * (self.scaler.scale if self.scaler else 1.0)
@@ -357,28 +365,44 @@ class ShardedOptimizer:
         if self.policy.clip > 0:
             # torch.nn.utils.clip_grad_norm_ has the same epsilon.
             clip = (self.policy.clip / (norm + 1e-6)).clamp(max=1.0)
-        scaling = _Scaling(divisor, clip)
         fused = self._fused if self._fused is not None and self._fused.prepare() else None
-        self.overflow = False
-        if not self.policy.skip_on_overflow:
-            self._update(fused, scaling)
-        elif fused is not None or _takes_scaling(self.inner, _SKIPPING):
-            reading = _OnItsWay(norm)
-            found_inf = norm.isfinite().logical_not().float()
-            self._update(fused, replace(scaling, found_inf=found_inf))
-            self.overflow = not isfinite(reading.get())
-        else:
-            # The host waits for backward, and the device for the host.
-            self.overflow = not isfinite(norm)
-            if self.overflow:
-                self.clear_gradients()
+        found_inf: Tensor | None = None
+        self._overflow = False
+        if self.policy.skip_on_overflow:
+            self._pending = _OnItsWay(norm)
+            if fused is None and not _takes_scaling(self.inner, _SKIPPING):
+                # The host waits for backward, and the device for the host.
+                self._conclude()
             else:
-                self._update(None, scaling)
-        if fused is not None and not self.overflow:
-            fused.advance()
+                found_inf = norm.isfinite().logical_not().float()
+        if self._overflow:
+            self.clear_gradients()
+        else:
+            self._update(fused, _Scaling(divisor, clip, found_inf))
         if self.scaler is not None:
-            self.scaler.update(self.overflow)
-        return not self.overflow
+            self._conclude()
+            self.scaler.update(self._overflow)
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last step was skipped for it; who asks may have to wait for backward."""
+        self._conclude()
+        return self._overflow
+
+    @property
+    def num_skipped(self) -> int:
+        """How many steps were skipped."""
+        self._conclude()
+        return self._num_skipped
+
+    def _conclude(self) -> None:
+        """Learn whether the last step was skipped, if that is not known yet."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._overflow = not isfinite(pending.get())
+            self._num_skipped += self._overflow
+            if self._fused is not None:
+                self._fused.confirm(not self._overflow)
 
     def _update(self, fused: FusedAdam | None, scaling: _Scaling) -> None:
         """Step all units and publish them."""
@@ -408,6 +432,7 @@ class ShardedOptimizer:
                 fused.update(unit, factor, scaling.found_inf)
                 unit.clear_gradients()
                 unit.publish(is_written=True)
+        fused.advance(scaling.found_inf)
 
     def _step_units(self, units: Sequence[Unit], scaling: _Scaling, *, is_inside: bool) -> None:
         """Step the slices of some units; torch's optimizers pass over those without gradients.

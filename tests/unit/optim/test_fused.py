@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from forked import run_ranks
 from unit.engine.small import batch, make, on_ranks
@@ -210,6 +211,81 @@ def test_clipping_inside_torchs_fused_kernels_is_clipping_before_them(kind: str)
         step(*before, number)
     assert not hasattr(inside[0].inner, "grad_scale")
     assert_same(inside, before)
+
+
+class Operations(TorchDispatchMode):
+    """Notes what is computed inside, by name; reading a number is ``_local_scalar_dense``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@on_ranks(2, (1, 3))
+def test_the_host_reads_the_norm_after_the_update_in_fp16_and_a_step_later_in_bf16(
+    stage: int,
+) -> None:
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for kernels, (precision, dtype) in itertools.product(("fused", "torch"), dtypes.items()):
+        engine = make(
+            stage,
+            gradient_clipping=1.0,
+            optimizer={"type": "AdamW", "params": {"lr": 0.01}},
+            zeroshard={"optimizer_step": kernels},
+            **({} if precision == "fp32" else {precision: {"enabled": True}}),
+        )
+        operations = Operations()
+        for number in range(4):
+            engine.backward((engine(batch(number, dtype)).float() - 1).square().mean())
+            with operations:
+                operations.names.clear()
+                engine.step()
+        names = operations.names
+        reads = [index for index, name in enumerate(names) if name == "_local_scalar_dense"]
+        norm, update = names.index("linalg_vector_norm"), names.index("_fused_adamw_")
+        assert len(reads) == (precision != "fp32"), (kernels, precision, names)
+        if precision == "bf16":
+            assert reads[0] < norm, (kernels, names)  # it is the norm of the step before
+        if precision == "fp16":
+            assert reads[0] > update, (kernels, names)
+
+
+def test_what_became_of_a_step_is_known_to_whoever_asks_and_counted_by_all() -> None:
+    def run(*askers: str) -> tuple[list[Any], float]:
+        made = []
+        engine = make(
+            2,
+            optimizer={"type": "AdamW", "params": {"lr": 0.01}},
+            zeroshard={"optimizer_step": "fused"},
+            bf16={"enabled": True},
+        )
+        for number in range(4):
+            scale = torch.inf if number in (1, 3) else 1.0
+            loss = (engine(batch(number, torch.bfloat16)).float() - 1).square().mean()
+            engine.backward(loss * scale)
+            engine.step()
+            if "applied" in askers:
+                made.append(engine.was_step_applied())
+            if "overflow" in askers:
+                made.append(engine.optimizer.overflow)
+            if "skipped" in askers:
+                made.append(engine.skipped_steps)
+        state = next(iter(engine.optimizer.state.values()))
+        return [*made, engine.skipped_steps, engine.was_step_applied()], float(state["step"])
+
+    def work(rank: int, world: int) -> None:
+        assert run() == ([2, False], 2)
+        assert run("applied") == ([True, False, True, False, 2, False], 2)
+        assert run("overflow") == ([False, True, False, True, 2, False], 2)
+        assert run("skipped") == ([0, 1, 1, 2, 2, False], 2)
+
+    run_ranks(work, 2)
 
 
 # State ------------------------------------------------------------------------------------------
