@@ -9,7 +9,7 @@ between two events on the compute stream; no ``record_stream`` is needed and no 
 be handed out while a collective still touches it. Gathers and reductions have process groups, and
 therefore streams, of their own and overlap each other and the computation.
 
-Gradients are copied into the buffer that is reduced on a stream beside the computation's, from
+Gradients may be copied into the buffer that is reduced on a stream beside the computation's, from
 which the reduction is started. What is copied stays alive until the reduction is waited for.
 """
 

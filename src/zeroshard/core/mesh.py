@@ -15,14 +15,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 
 from zeroshard.errors import UsageError
 
-__all__ = ["Aside", "Axis", "Mesh", "build_mesh", "default_mesh"]
+__all__ = ["COPIES_BESIDE", "Aside", "Axis", "Mesh", "build_mesh", "default_mesh"]
+
+
+COPIES_BESIDE: Final = False
+"""Whether gradients are copied for their reduction beside the computation.
+
+Off until it has been measured: it costs the memory of one unit's gradients.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +81,8 @@ class Mesh:
     ) -> None:
         self.shard, self.replicate, self.control, self.device = shard, replicate, control, device
         self.world = shard.size * replicate.size
-        self.aside = Aside(device if self.world > 1 else None)  # else nothing is sent from there
+        # A world of one sends nothing from there.
+        self.aside = Aside(device if COPIES_BESIDE and self.world > 1 else None)
         self.rank = replicate.rank * shard.size + shard.rank
         self.is_destroyed = False
 
