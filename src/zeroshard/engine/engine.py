@@ -32,7 +32,7 @@ from zeroshard.engine.diagnose import explain_backward, explain_memory
 from zeroshard.engine.export import load_weights, save_weights, weights_of
 from zeroshard.engine.getters import Getters
 from zeroshard.engine.misuse import ScheduleWatch, check_members, refuse_foreign_steps
-from zeroshard.engine.offload import Offloaded, offload, states_named
+from zeroshard.engine.offload import Offloaded, OffloadStateTypeEnum, offload, states_named
 from zeroshard.engine.optimizer import ZeroOptimizer
 from zeroshard.errors import Error, UsageError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
@@ -745,7 +745,7 @@ class Engine(Getters):
         self._offloaded = offload(
             units, optimizer, kinds, pin=pin_memory, non_blocking=non_blocking
         )
-        if self._sharded is not None:
+        if self._sharded is not None and OffloadStateTypeEnum.optim_states in kinds:
             self._sharded.let_go_of_state()
 
     def reload_states(self, non_blocking: bool = False) -> None:

@@ -176,6 +176,7 @@ class FusedAdam:
             self._steps.add_(1)
             self._count += 1
         else:
+            # Counts on the host make it wait; by now the whole step is queued.
             self._steps.add_(1 - found_inf.to(self._steps.device))
             self._is_open = True
         self._steps_version = self._steps._version
@@ -209,10 +210,11 @@ class FusedAdam:
 
     def _foreign(self) -> str | None:
         """What the optimizer is beside plain Adam with known numbers."""
+        if type(self._inner) not in _KINDS:
+            return "it is not torch's Adam or AdamW"
         groups = self._inner.param_groups
-        numbers = [number for group in groups for number in (group["lr"], *group.get("betas", ()))]
+        numbers = [number for group in groups for number in (group["lr"], *group["betas"])]
         reasons = {
-            "it is not torch's Adam or AdamW": type(self._inner) not in _KINDS,
             "hooks or a wrapper of its step may want each slice's gradient": is_watched(
                 self._inner
             ),
@@ -252,7 +254,8 @@ class FusedAdam:
     def _bring_home(self, device: torch.device) -> str | None:
         """Let the state of all slices be views of flat tensors, with the values it has."""
         numel = sum(map(len, self._groups))
-        if self._steps is None or self._steps.device != device or self._steps.numel() != numel:
+        is_fit = self._steps is not None and self._steps.device.type == device.type
+        if self._steps is None or not is_fit or self._steps.numel() != numel:
             self._steps = torch.zeros(numel, dtype=torch.float32, device=device)
             self._homes.clear()
         at = 0

@@ -425,11 +425,25 @@ class MyAdam(torch.optim.Adam):
     """A subclass may do anything."""
 
 
+class Descent(torch.optim.Optimizer):
+    """Has none of the usual hyper-parameters."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"size": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(param.grad, alpha=group["size"])
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "reason"),
     [
         (torch.optim.SGD, {"momentum": 0.9}, "is not torch's Adam or AdamW"),
         (MyAdam, {}, "is not torch's Adam or AdamW"),
+        (Descent, {}, "is not torch's Adam or AdamW"),
         (torch.optim.AdamW, {"amsgrad": True}, "amsgrad"),
         (torch.optim.Adam, {"maximize": True}, "maximize"),
     ],
