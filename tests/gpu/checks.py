@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import zeroshard
 from zeroshard.core.lifetime import state_bytes
+from zeroshard.core.pulled import BatchedCopies
 from zeroshard.core.slots import full_nbytes
 from zeroshard.zero import state
 
@@ -136,13 +137,17 @@ def reference(
 
 
 def parity(
-    ctx: Context, build: Callable[[], nn.Module], call: Callable[..., Tensor]
+    ctx: Context,
+    build: Callable[[], nn.Module],
+    call: Callable[..., Tensor],
+    stages: Sequence[int] = STAGES,
+    **config: Any,
 ) -> dict[str, Any]:
     steps, micros = 4, 2
     want = reference(seeded(build), ctx, call, steps, micros)
     difference: dict[str, float] = {}
-    for stage in STAGES:
-        engine = make_engine(seeded(build), stage, gradient_accumulation_steps=micros)
+    for stage in stages:
+        engine = make_engine(seeded(build), stage, gradient_accumulation_steps=micros, **config)
         for step in range(steps):
             for micro in range(micros):
                 engine.backward(call(engine, step, micro, ctx.rank))
@@ -164,12 +169,15 @@ def check_parity(ctx: Context) -> dict[str, Any]:
 
 def check_routed(ctx: Context) -> dict[str, Any]:
     """The same where every rank runs other blocks in another order."""
+    return parity(ctx, Routed, routed_call(ctx))
 
+
+def routed_call(ctx: Context) -> Callable[..., Tensor]:
     def call(model: Callable[..., Tensor], step: int, micro: int, rank: int) -> Tensor:
         x = ctx.tokens(step, micro, rank) % 64
         return loss_of(model(x, route_of(2 * step + micro, rank)), x)
 
-    return parity(ctx, Routed, call)
+    return call
 
 
 def train(ctx: Context, stage: int, steps: int = 4, **config: Any) -> dict[str, Tensor]:
@@ -202,6 +210,64 @@ def check_bits(ctx: Context) -> dict[str, Any]:
         result[name]["losses"] = [round(v, 5) for v in again["losses"].tolist()]
         result["ok"] &= same and across
     return result
+
+
+def check_pulls(ctx: Context) -> dict[str, Any]:
+    """Gathers out of other ranks' memory train to the bits of NCCL's, and need no collective."""
+    if ctx.world == 1:
+        return {"ok": True, "skipped": "one rank gathers nothing"}
+    result: dict[str, Any] = {"ok": True}
+    pulls = {"zeroshard": {"gather": "copy_engine", "lookahead_bytes": 1 << 20}}
+    for name, config in {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}.items():
+        sent, pulled = train(ctx, 3, **config), train(ctx, 3, **config, **pulls)
+        result[name] = all(torch.equal(sent[key], pulled[key]) for key in sent)
+    engine = make_engine(seeded(lambda: Llama(ctx.config)), 3, bf16={"enabled": True}, **pulls)
+    units = engine.runtime.units
+    result["pulled"] = all(unit.gathers_alone for unit in units)
+    if not result["pulled"]:
+        engine.destroy()
+        return {**result, "ok": False}
+
+    def steps(number: int) -> list[Tensor]:
+        losses: list[Tensor] = []
+        for step in range(number):
+            x = ctx.tokens(step, 0, ctx.rank)
+            losses.append(loss_of(engine(x), x))
+            engine.backward(losses[-1])
+            engine.step()
+        return losses
+
+    steps(2)
+    engine.offload_states()
+    engine.reload_states()
+    result["pulled_after_reload"] = all(unit.gathers_alone for unit in units)
+    steps(1)
+    if ctx.on_gpu:
+        slab: Any = units[0].transport.memory
+        result["multicast"] = slab._owner[1].multicast_ptr != 0
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            steps(1)
+            torch.cuda.synchronize()
+        events = [
+            e for e in profile.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        result["nccl_gathers"] = sum("AllGather" in event.name for event in events)
+        result["peer_copies"] = sum("PtoP" in event.name for event in events)
+        result["ok"] &= not result["multicast"] and not result["nccl_gathers"]
+        result["ok"] &= result["peer_copies"] > 0
+        try:
+            slab.copy = BatchedCopies(torch.device(ctx.device))
+            steps(1)
+            torch.cuda.synchronize()
+            result["one_call"] = all(bool(loss.isfinite()) for loss in steps(1))
+        except Exception as error:  # which a torch without the bindings may raise
+            result["one_call"] = f"{type(error).__name__}: {error}"[:200]
+    engine.destroy()
+    orders = parity(ctx, Routed, routed_call(ctx), stages=(3,), **pulls)
+    result["routed"] = orders["difference"]
+    result["ok"] &= result["fp32"] and result["bf16"] and result["pulled_after_reload"]
+    return {**result, "ok": result["ok"] and orders["ok"]}
 
 
 def check_memory(ctx: Context) -> dict[str, Any]:
@@ -569,6 +635,7 @@ CHECKS = {
         check_parity,
         check_routed,
         check_bits,
+        check_pulls,
         check_memory,
         check_init,
         check_settings,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import zeroshard
 from forked import run_ranks
 from reference import Setting, batch_of, make_engine, reference_run, relative_difference, train
-from zeroshard.core import collectives, unit
+from zeroshard.core import collectives, transport, unit
 from zeroshard.core.collectives import Ticket
 from zeroshard.core.mesh import Aside, Axis
 from zoo import ZOO
@@ -46,7 +46,7 @@ def late_gathers() -> Iterator[None]:
     def start(full: Tensor, shard: Tensor, axis: Axis) -> Ticket:
         return Late(full, shard, axis)
 
-    with mock.patch.object(unit, "all_gather", start):
+    with mock.patch.object(transport, "all_gather", start):
         yield
 
 

@@ -26,6 +26,7 @@ from zeroshard.checkpoint.together import agreed, check_equal, from_rank_0
 from zeroshard.checkpoint.training import Place, Progress, Training, present
 from zeroshard.checkpoint.writing import PRIVATE
 from zeroshard.core.access import companions_on_host, reshow
+from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
 from zeroshard.errors import CheckpointError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
@@ -181,11 +182,12 @@ def _read_model(training: Training, found: Match, reader: Reader) -> list[Unit]:
     by_unit: dict[Unit, list[tuple[Place, str]]] = {}
     for place, name in found.parameters:
         by_unit.setdefault(place.unit, []).append((place, name))
-    for unit, members in by_unit.items():
-        kept = unit.read_kept()
-        for place, name in members:
-            _read_slice(reader, WEIGHTS, name, place, place.of(kept))
-        unit.load_kept(kept)
+    with rewriting(unit.transport for unit in by_unit):
+        for unit, members in by_unit.items():
+            kept = unit.read_kept()
+            for place, name in members:
+                _read_slice(reader, WEIGHTS, name, place, place.of(kept))
+            unit.load_kept(kept)
     rank = _same_rank(training, reader)
     for name, buffer in found.buffers.items():
         buffer.copy_(_buffer(reader, name, rank))

@@ -226,6 +226,14 @@ def _kernels(value: object) -> object:
     return value
 
 
+def _gather(value: object) -> object:
+    if value is None:
+        return "auto"
+    if value not in ("auto", "nccl", "copy_engine"):
+        raise expected('"auto", "nccl" or "copy_engine"')
+    return value
+
+
 def _path(value: object) -> object:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if path is not None and not _is_name(path):
@@ -261,6 +269,7 @@ Flag = Annotated[bool, _flag()]
 FlagOrNone = Annotated[bool | None, _flag(nullable=True)]
 Fraction = Annotated[float, _number("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 Kernels = Annotated[Literal["auto", "fused", "torch"], BeforeValidator(_kernels)]
+Gather = Annotated[Literal["auto", "nccl", "copy_engine"], BeforeValidator(_gather)]
 LargestNumel = Annotated[int | None, _bound(0)]
 LargestNumelFromOne = Annotated[int | None, _bound(1)]
 Name = Annotated[str, BeforeValidator(_name)]

@@ -26,6 +26,7 @@ from zeroshard.config.kinds import (
     Flag,
     FlagOrNone,
     Fraction,
+    Gather,
     Kernels,
     LargestNumel,
     LargestNumelFromOne,
@@ -353,6 +354,9 @@ class ExtensionConfig(_Block):
     """What steps Adam and AdamW: "fused" is one pass over each unit's shard that also unscales,
     clips and casts, with torch's optimizer where that does not fit; "torch" is torch's optimizer
     always; "auto" is "torch"."""
+
+    gather: Gather = "auto"
+    """How stage 3 gathers: by collectives, or by reading shards in the memory of other ranks."""
 
 
 class Config(_Block):

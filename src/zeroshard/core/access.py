@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from zeroshard.core.collectives import Answered, all_gather, broadcast_
 from zeroshard.core.hook import Hook
 from zeroshard.core.slots import Slot, slot_of
+from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
 from zeroshard.core.waiting import waiting_of
 from zeroshard.errors import UsageError, compose
@@ -25,8 +26,8 @@ __all__ = [
     "gathered",
     "guard_state_dict",
     "parameters_in",
-    "refresh",
     "reshow",
+    "rewrite",
     "stacked",
 ]
 
@@ -188,15 +189,17 @@ def _check_access(unit: Unit, modifier_rank: int | None) -> None:
 @torch.no_grad()
 def _adopt(units: Iterable[Unit], src: int) -> None:
     """Keep the edits of rank ``src`` on all ranks."""
+    units = list(units)
     for unit in units:
         unit.modifier_rank = None
     errors: list[UsageError] = []
-    for unit in units:
-        with Answered(unit.mesh.rank, f"to share the edits of {unit.name}"):
-            try:
-                unit.adopt(partial(broadcast_, mesh=unit.mesh, src=src))
-            except UsageError as error:  # the other ranks go on to the next unit
-                errors.append(error)
+    with rewriting(unit.transport for unit in units):
+        for unit in units:
+            with Answered(unit.mesh.rank, f"to share the edits of {unit.name}"):
+                try:
+                    unit.adopt(partial(broadcast_, mesh=unit.mesh, src=src))
+                except UsageError as error:  # the other ranks go on to the next unit
+                    errors.append(error)
     if errors:
         raise errors[0]
 
@@ -242,17 +245,20 @@ def companions_on_host(units: Iterable[Unit], *, wanted: bool) -> dict[Tensor, T
     return copies
 
 
-def refresh(unit: Unit) -> None:
-    """Show edited master weights to whoever reads parameters from now on; a collective."""
-    with torch.no_grad():
+def rewrite(unit: Unit, edit: Callable[[], object]) -> None:
+    """Edit master weights and show them to whoever reads parameters from now on; a collective."""
+    with torch.no_grad(), rewriting([unit.transport]):
+        edit()
         unit.write_master()
     reshow(unit)
 
 
 def reshow(unit: Unit) -> None:
     """Let full parameters be what their shards are now; a collective."""
+    was_full = unit.is_full
+    if unit.gathers_alone and not was_full:
+        return
     with torch.no_grad():
-        was_full = unit.is_full
         unit.gather()  # also where it is not full here: between two passes it may be on other ranks
         unit.wait()
         if not was_full:

@@ -53,6 +53,7 @@ from zeroshard.core.mesh import default_mesh
 from zeroshard.core.scaling import ScaledLoss, rescale
 from zeroshard.core.schedule import Schedule
 from zeroshard.core.slots import slot_of
+from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
 from zeroshard.core.waiting import Waiting
 from zeroshard.errors import UsageError, compose
@@ -332,11 +333,13 @@ class Runtime:
 
     def keep_edits(self) -> None:
         """Take over weights that were loaded into full parameters since the last pass."""
-        while self._edited:
-            unit = self._edited.pop()
-            if unit.is_full:
-                with torch.no_grad():
-                    unit.adopt(lambda full: full)
+        if not self._edited:
+            return
+        edited = [unit for unit in self._edited if unit.is_full]
+        self._edited.clear()
+        with torch.no_grad(), rewriting(unit.transport for unit in edited):
+            for unit in edited:
+                unit.adopt(lambda full: full)
 
     def _kind(self) -> str:
         if not self._training:

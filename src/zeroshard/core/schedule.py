@@ -22,6 +22,11 @@ lose nothing.
 
 Expectations are only hints. An order that changes costs the rest of a window in unused prefetches,
 and windows start short again after that.
+
+Gathers that a rank makes alone, by reading the memory of others, have no order to agree on. They
+are in no window: each is issued when it is needed, or ahead of that as far as the budget goes and
+by what this rank needed before. Where all gathers are of that kind only reductions are agreed on,
+and forward ends without the others.
 """
 
 from __future__ import annotations
@@ -210,13 +215,16 @@ class Schedule:
         self._kind = ""
         self._cursor: int | None = None
         self._gathers = any(not unit.lifetime.params_stay for unit in units)
+        self._has_own = False  # whether this rank gathers some units alone
         self._in_forward = self._is_aborting = self._is_cut_off = False
 
     # What happened before, and what to expect from it
 
     def begin(self, kind: str) -> None:
         """The outermost forward starts, and a pass of this kind unless one is still open."""
-        self._in_forward = self._gathers
+        gathered = [unit for unit in self._units if not unit.lifetime.params_stay]
+        self._has_own = any(unit.gathers_alone for unit in gathered)
+        self._in_forward = not all(unit.gathers_alone for unit in gathered)
         if not self._record:
             self._kind, self._num_backwards, self._cursor = kind, 0, 0
 
@@ -350,7 +358,13 @@ class Schedule:
         self._trust = min(2 * self._trust, _WINDOW)
 
     def _look_ahead(self, due: Iterable[Op]) -> Iterator[Op]:
-        return look_ahead(due, self._sizes, self._ahead, self._budget, self._limits.live)
+        """What is to be agreed on, in the order in which it may start."""
+        ops = look_ahead(due, self._sizes, self._ahead, self._budget, self._limits.live)
+        return (op for op in ops if not self._is_own(op))
+
+    def _is_own(self, op: Op) -> bool:
+        """Whether this rank issues an operation without the others."""
+        return op.kind == "gather" and self._units[op.unit].gathers_alone
 
     def _exchange(self, wish: Sequence[Op]) -> list[Op]:
         """The window that follows from the wishes of all ranks."""
@@ -457,8 +471,21 @@ class Schedule:
                     and self._is_room_for(self._sizes[op.unit])
                 )
             if not may_start:
-                return
+                break
             self._issue(self._window.popleft())
+        self._gather_ahead()
+
+    def _gather_ahead(self) -> None:
+        """Start what this rank gathers alone and is about to need, within the budget."""
+        if not self._has_own or (self._budget is None and self._ahead):
+            return
+        for op in self._expected():
+            if not self._is_own(op) or op.unit in self._ahead:
+                continue
+            is_in_use = self._units[op.unit].is_full  # and freed before it is needed again
+            if is_in_use or not self._fits(op.unit) or not self._is_room_for(self._sizes[op.unit]):
+                return
+            self._issue(op)
 
     # What hooks call
 
@@ -491,6 +518,10 @@ class Schedule:
 
     def _fetch(self, op: Op) -> None:
         """Issue operations up to this gather, agreeing on a new window if it is not in this one."""
+        if self._is_own(op):
+            self._issue(op)
+            self._ahead.remove(op.unit)
+            return
         while True:
             if self._window and op not in self._window:
                 self._trust = _WINDOW_AFTER_A_MISS
@@ -543,10 +574,10 @@ class Schedule:
         """
         is_own = self._kind == kind  # else this forward runs inside a pass of another kind
         expects_backward = is_own and kind != "forward"
+        if self._gathers and expects_backward and not self._is_cut_off:
+            self._note(END_FORWARD)
+            self._expect_backward()
         if self._in_forward and not self._is_cut_off:
-            if expects_backward:
-                self._note(END_FORWARD)
-                self._expect_backward()
             due = self._expected() if expects_backward else ()
             wish = self._look_ahead(due)
             # No reductions: a rank that gives its batch up would lose what others contribute.

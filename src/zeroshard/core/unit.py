@@ -52,14 +52,14 @@ from zeroshard.core.collectives import (
     Answered,
     Averaging,
     Ticket,
-    all_gather,
     reduce_mean,
 )
 from zeroshard.core.flat import FlatBuffer
 from zeroshard.core.layout import Range
 from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.store import Store
+from zeroshard.core.store import DeviceStore, Store
+from zeroshard.core.transport import COLLECTIVE, Transport
 from zeroshard.errors import UsageError, compose
 
 __all__ = ["Companion", "Holdings", "Keeper", "Member", "Precision", "Unit", "plain"]
@@ -146,7 +146,8 @@ class Unit:
     """Parameters that are gathered, reduced and freed together. See [Note: flat units].
 
     All verbs but ``gather`` and ``reduce`` are local. Those two are collectives: every rank of the
-    mesh issues them in the same order, which is the schedule's business.
+    mesh issues them in the same order, which is the schedule's business. With a transport that
+    gathers alone, ``gather`` is local, too.
     """
 
     def __init__(  # noqa: PLR0913 - tensors, and what describes them
@@ -168,6 +169,7 @@ class Unit:
         self.layout, self.lifetime, self.mesh = full.layout, lifetime, mesh
         self.master, self.precision = master, precision
         self._full, self._store, self._gradient = full, store, gradient
+        self.transport: Transport = COLLECTIVE
         self._params = [member.param for member in members]
         self._classes = [type(param) for param in self._params]
         self._freed_class, self._pending_class = freed_class, pending_class
@@ -283,8 +285,32 @@ class Unit:
         size = self._placeholders[index].element_size() if self._is_bytes else 1
         return Range(start // size, stop // size)
 
+    @property
+    def gathers_alone(self) -> bool:
+        """Whether a gather asks nothing of the other ranks."""
+        return self.transport.memory is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the shard and of the full buffer: the one computed in, or bytes."""
+        return self._full.tensor.dtype
+
+    def rehouse(self, memory: Tensor, transport: Transport) -> None:
+        """Keep the shard in other memory from now on, and gather it in another way.
+
+        For units that are freed after use: the shard of others is a part of their full parameters.
+        """
+        self._end_gather()
+        shard = self._store.read(memory)
+        if shard.data_ptr() != memory.data_ptr():
+            memory.copy_(shard)
+        if self.master is not None and self.master.data_ptr() == shard.data_ptr():
+            self.master = memory
+            self.show_slices(memory)
+        self._store, self.transport = DeviceStore(memory), transport
+
     def gather(self) -> None:
-        """Start making the parameters full. A collective over the shard axis."""
+        """Start making the parameters full. A collective over the shard axis, or a pull."""
         self.check_present()
         self._end_gather()
         with record_function(f"zeroshard::gather ({self.name})"):
@@ -292,7 +318,7 @@ class Unit:
             self._num_users = self._full.num_users
             shard = self._store.read(self._mine)
             with Answered(self.mesh.rank, self._wants_gather):
-                self._gathering = all_gather(self._full.tensor, shard, self.mesh.shard)
+                self._gathering = self.transport.gather(self._full.tensor, shard, self.mesh.shard)
 
     def _end_gather(self) -> None:
         if self._gathering is not DONE:
@@ -472,7 +498,8 @@ class Unit:
     def publish(self, *, is_written: bool = False) -> None:
         """Put the stepped master weights where gathers read; start one where parameters stay.
 
-        The gather may run on under the next forward: whoever reads a parameter waits for it.
+        The gather may run on under the next forward: whoever reads a parameter waits for it. Where
+        this rank gathers alone it does not start, as others may not have published: see `catch_up`.
 
         Args:
             is_written: the step has put them there itself.
@@ -481,7 +508,7 @@ class Unit:
             self._note_edit()
         else:
             self.write_master()
-        if not (self.lifetime.params_stay or self._num_holds):
+        if self.gathers_alone or not (self.lifetime.params_stay or self._num_holds):
             self.free()
             return
         num_users = self._full.num_users
@@ -503,6 +530,12 @@ class Unit:
     def note_users(self) -> None:
         """Take whoever refers to the full parameters' memory now for a part of the engine."""
         self._own_users = self._full.num_users
+
+    def catch_up(self) -> None:
+        """After every rank has published, let what this rank holds full be what was published."""
+        if self.gathers_alone and self.is_full:
+            self.gather()
+            self.wait()
 
     def write_master(self) -> None:
         """Put the master weights where gathers read."""

@@ -26,6 +26,7 @@ from zeroshard.core.init import suspended
 from zeroshard.core.leaves import CONTAINERS, marked
 from zeroshard.core.lifetime import Lifetime, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh, default_mesh
+from zeroshard.core.pulled import FASTER_FROM_BYTES, UnavailableError, share
 from zeroshard.core.schedule import Limits, Schedule
 from zeroshard.core.slots import is_waiting, slot_of
 from zeroshard.core.unit import Unit
@@ -536,10 +537,36 @@ def _shard(
         )
         units.append(unit)
         trim()
+    _share(units, mesh, settings.zeroshard.gather)
     schedule = Schedule(units, mesh, _limits(units, settings))
     runtime = Runtime(model, _make_sites(model, groups, units), units, schedule)
     runtime.attach()
     return runtime
+
+
+def _share(units: Sequence[Unit], mesh: Mesh, how: str) -> None:
+    """Let units be gathered by reads of other ranks' memory, where that is wanted and possible."""
+    if how == "nccl":
+        return
+    pulled = [unit for unit in units if not unit.lifetime.params_stay]
+    if how == "auto":
+        least = FASTER_FROM_BYTES if mesh.device.type == "cuda" else None
+        pulled = [unit for unit in pulled if least is not None and unit.nbytes_full >= least]
+    elif not pulled:
+        _log.info(
+            'zeroshard.gather: "copy_engine" has no effect: no parameters are freed after use.'
+        )
+    if not pulled:
+        return
+    try:
+        share(pulled, mesh)
+    except UnavailableError as reason:
+        _log.log(
+            logging.INFO if how == "auto" else logging.WARNING,
+            "zeroshard.gather: parameters are gathered by collectives, as ranks cannot read each "
+            "other's memory: %s",
+            reason,
+        )
 
 
 def _place_buffers(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None) -> None:

@@ -749,10 +749,18 @@ class Engine(Getters):
             self._sharded.let_go_of_state()
 
     def reload_states(self, non_blocking: bool = False) -> None:
-        """Bring back what ``offload_states`` moved; nothing if nothing is offloaded."""
-        if self._offloaded is not None:
-            self._offloaded.reload(non_blocking)
-            self._offloaded = None
+        """Bring back what ``offload_states`` moved; nothing if nothing is offloaded.
+
+        A collective where ranks read each other's shards.
+        """
+        if (offloaded := self._bring_back(non_blocking)) is not None:
+            offloaded.share()
+
+    def _bring_back(self, non_blocking: bool = False) -> Offloaded | None:
+        offloaded, self._offloaded = self._offloaded, None
+        if offloaded is not None:
+            offloaded.reload(non_blocking)
+        return offloaded
 
     def check_present(self, call: str) -> None:
         """Refuse a call that needs state which is offloaded, or given back.
@@ -859,7 +867,7 @@ class Engine(Getters):
         """
         if self._is_destroyed:
             return
-        self.reload_states()
+        self._bring_back()
         self.zero_grad()
         self.runtime.let_go()
         self._allow_foreign_steps()

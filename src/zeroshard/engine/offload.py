@@ -11,6 +11,7 @@ whatever state one of them is, the others go with it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -18,10 +19,13 @@ from enum import Enum
 import torch
 from torch import Tensor, UntypedStorage
 
+from zeroshard.core.pulled import UnavailableError, share, withdraw
 from zeroshard.core.unit import Unit
 from zeroshard.errors import UsageError, compose
 
 __all__ = ["OffloadStateTypeEnum", "Offloaded", "offload", "states_named"]
+
+_log = logging.getLogger(__name__)
 
 
 class OffloadStateTypeEnum(str, Enum):
@@ -131,9 +135,11 @@ class Offloaded:
 
     units: Sequence[Unit]
     moved: Sequence[_Moved | _MovedState]
+    shared: Sequence[Unit]
+    """Units whose shards other ranks read before, for which they had to be withdrawn."""
 
     def reload(self, non_blocking: bool = False) -> None:
-        """Bring everything back to where it was."""
+        """Bring everything back, to memory of this rank alone."""
         for each in self.moved:
             each.back(non_blocking)
         for unit in self.units:
@@ -141,6 +147,15 @@ class Offloaded:
                 unit.unpark()
             if unit.master is not None:
                 unit.show_slices(unit.master)
+
+    def share(self) -> None:
+        """After :meth:`reload`, let other ranks read shards as before. A collective."""
+        if not self.shared:
+            return
+        try:
+            share(self.shared, self.shared[0].mesh)
+        except UnavailableError as reason:
+            _log.warning("parameters are gathered by collectives from now on: %s", reason)
 
 
 def offload(
@@ -164,6 +179,8 @@ def offload(
                     hint="leave the gathered(...) block first.",
                 )
             )
+    # Memory that other ranks have mapped is not given back by this one.
+    shared = withdraw(units) if kinds & {_Kind.lp_params, _Kind.hp_params} else []
     mover = _Mover(pin, non_blocking)
     for unit in units:
         _copy_unit(unit, kinds, mover)
@@ -173,7 +190,7 @@ def offload(
         moved += _move_state(optimizer, units, pin, non_blocking)
     if any(each.storage.device.type == "cuda" for each in mover.moved.values()):
         torch.cuda.empty_cache()
-    return Offloaded(units, moved)
+    return Offloaded(units, moved, shared)
 
 
 def _copy_unit(unit: Unit, kinds: frozenset[OffloadStateTypeEnum], mover: _Mover) -> None:

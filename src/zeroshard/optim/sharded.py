@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from zeroshard.core.collectives import Answered, all_reduce_
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.slots import slot_of
+from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
 from zeroshard.errors import UsageError, compose
 from zeroshard.optim.factory import ELEMENTWISE
@@ -375,10 +376,7 @@ class ShardedOptimizer:
                 self._conclude()
             else:
                 found_inf = norm.isfinite().logical_not().float()
-        if self._overflow:
-            self.clear_gradients()
-        else:
-            self._update(fused, _Scaling(divisor, clip, found_inf))
+        self._update(fused, _Scaling(divisor, clip, found_inf))
         if self.scaler is not None:
             self._conclude()
             self.scaler.update(self._overflow)
@@ -405,13 +403,22 @@ class ShardedOptimizer:
                 self._fused.confirm(not self._overflow)
 
     def _update(self, fused: FusedAdam | None, scaling: _Scaling) -> None:
-        """Step all units and publish them."""
-        if fused is not None:
-            self._step_shards(fused, scaling)
-        else:
-            is_inside = _takes_scaling(self.inner, _SCALING)
-            for units in self._parts:
-                self._step_units(units, scaling, is_inside=is_inside)
+        """Step all units, unless it is known that they are skipped, and publish them.
+
+        A skipped step publishes, too: other ranks may not know of it yet.
+        """
+        # Master weights may be the very shards that other ranks read.
+        with rewriting(unit.transport for unit in self.units):
+            if self._overflow:
+                self._publish(self.units)
+            elif fused is not None:
+                self._step_shards(fused, scaling)
+            else:
+                is_inside = _takes_scaling(self.inner, _SCALING)
+                for units in self._parts:
+                    self._step_units(units, scaling, is_inside=is_inside)
+        for unit in self.units:
+            unit.catch_up()
 
     def _check_groups(self) -> None:
         if sum(len(group["params"]) for group in self.inner.param_groups) != self._num_slices:
@@ -451,6 +458,10 @@ class ShardedOptimizer:
             else:
                 scaling.apply_(shards)
                 self.inner.step()
+        self._publish(units)
+
+    def _publish(self, units: Sequence[Unit]) -> None:
+        """Forget the gradients of units, and let gathers read their master weights."""
         for unit in units:
             unit.clear_gradients()
         with torch.no_grad():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zeroshard.core.access import assemble, refresh, stacked
+from zeroshard.core.access import assemble, rewrite, stacked
 from zeroshard.core.collectives import broadcast_, mean_
 from zeroshard.core.slots import Slot, slot_of
 from zeroshard.engine.engine import Engine
@@ -156,8 +156,7 @@ def safe_set_local_fp32_param(param: Tensor, value: Tensor) -> None:
 
 
 def _set_weights(place: _Place, mine: Tensor) -> None:
-    place.slice.copy_(mine.view(place.slice.shape))
-    refresh(place.slot.unit)
+    rewrite(place.slot.unit, lambda: place.slice.copy_(mine.view(place.slice.shape)))
 
 
 # Optimizer state

@@ -278,6 +278,12 @@ def test_the_extension_block_names_units() -> None:
     assert load({"zeroshard": {"lookahead_bytes": 0}}).zeroshard.lookahead_bytes == 0
 
 
+def test_the_extension_block_chooses_how_to_gather() -> None:
+    assert load({}).zeroshard.gather == load({"zeroshard": {"gather": None}}).zeroshard.gather
+    for how in ("auto", "nccl", "copy_engine"):
+        assert load({"zeroshard": {"gather": how}}).zeroshard.gather == how
+
+
 @pytest.mark.parametrize(
     ("values", "path"),
     [
@@ -287,6 +293,7 @@ def test_the_extension_block_names_units() -> None:
         ({"units": [""]}, "zeroshard.units.0 must be a name"),
         ({"lookahead_bytes": -1}, "zeroshard.lookahead_bytes must be a whole number"),
         ({"lookahead_bytes": True}, "zeroshard.lookahead_bytes must be a whole number"),
+        ({"gather": "nvls"}, 'zeroshard.gather must be "auto", "nccl" or "copy_engine"'),
     ],
 )
 def test_the_extension_block_is_checked(values: dict[str, object], path: str) -> None:

@@ -293,6 +293,7 @@ class FakeUnit:
     rank: int
     lifetime: Lifetime
     on_gather: Callable[[], None] = lambda: None
+    gathers_alone: bool = False
     is_full: bool = False
     has_gradient: bool = False
     gradient: int = 0
@@ -310,7 +311,8 @@ class FakeUnit:
         self._finish(self._gathering)
         self.is_full = True
         self.num_gathers += 1
-        self._gathering.append(self.world.issue(self.rank, gather(self.index)))
+        if not self.gathers_alone:
+            self._gathering.append(self.world.issue(self.rank, gather(self.index)))
         self.on_gather()
 
     def wait(self) -> None:
@@ -387,6 +389,8 @@ class Model:
     overlap: bool = True
     frozen: frozenset[int] = frozenset()
     stays: bool = False
+    alone: frozenset[int] = frozenset()
+    """Units that a rank gathers without the others."""
 
 
 @dataclass
@@ -407,6 +411,8 @@ class Rank:
             FakeUnit(index, size, world, rank, STAGES[1 if model.stays else 3], self.check_memory)
             for index, size in enumerate(model.sizes)
         ]
+        for index in model.alone:
+            self.units[index].gathers_alone = True
         self.trained = [unit for unit in self.units if unit.index not in model.frozen]
         limits = Limits(model.budget, model.live, model.reuse, model.overlap)
         self.schedule = Schedule(self.units, Mesh(rank, world), limits)  # type: ignore[arg-type]
@@ -551,6 +557,8 @@ def passes_over(num_units: int, max_size: int) -> st.SearchStrategy[Pass]:
 @st.composite
 def models(draw: st.DrawFn) -> Model:
     all_sizes = draw(st.lists(st.integers(0, 9), min_size=1, max_size=5))
+    none, every = frozenset[int](), frozenset(range(len(all_sizes)))
+    some = draw(st.frozensets(st.sampled_from(sorted(every))))
     return Model(
         sizes=all_sizes,
         budget=draw(budgets),
@@ -559,6 +567,7 @@ def models(draw: st.DrawFn) -> Model:
         overlap=draw(st.integers(0, 3)) > 0,
         frozen=draw(st.frozensets(st.integers(0, len(all_sizes) - 1), max_size=1)),
         stays=draw(st.integers(0, 5)) == 0,
+        alone=draw(st.sampled_from((none, none, every, some))),
     )
 
 
@@ -669,6 +678,40 @@ def assert_seldom_talks(log: Log, passes: Sequence[Pass], num_first: int) -> Non
 def num_gathers(log: Log) -> int:
     """In the last pass."""
     return sum(op.kind == "gather" for op in log.issued[-1])
+
+
+def test_ranks_that_gather_alone_agree_on_reductions_and_on_nothing_in_forward() -> None:
+    model = Model([10] * 5, budget=20, alone=frozenset(range(5)))
+    orders = [(0, 1, 2, 3, 4), (4, 2, 0), (1,)]
+    ranks = [
+        [chain(5, order), evaluation(use(rank) + use(4)), chain(5, order)]
+        for rank, order in enumerate(orders)
+    ]
+    world = World(3)
+    with mock.patch(f"{__name__}.World", lambda _: world):
+        logs = simulate(model, ranks)
+    for log in logs:
+        assert num_gathers(log) == 0
+        assert log.num_exchanges[1] == 0
+    # A wish is a count, then units to gather, units to reduce (from 5 on), and marks below 0.
+    shown = [op for rank in world.shown for wish in rank for op in wish[1 : 1 + wish[0]]]
+    assert shown and not any(0 <= op < 5 for op in shown)
+
+
+def test_a_rank_that_gathers_alone_looks_ahead_of_each_use_by_its_own_past() -> None:
+    model = Model([10] * 5, budget=20, alone=frozenset(range(5)))
+    rank = Rank(0, model, World(1))
+    rank.run([chain(5)])
+    was_ahead: list[bool] = []
+    need = rank.schedule.need
+
+    def watched(unit: Any) -> None:
+        was_ahead.append(unit.is_full)
+        need(unit)
+
+    with mock.patch.object(rank.schedule, "need", watched):
+        rank.run([chain(5)])
+    assert was_ahead == [False, *[True] * 9]
 
 
 @pytest.mark.parametrize(

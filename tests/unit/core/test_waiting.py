@@ -16,7 +16,7 @@ from torch.nn import functional
 import zeroshard
 from forked import run_ranks
 from zeroshard import UsageError
-from zeroshard.core import collectives, unit
+from zeroshard.core import collectives, transport
 from zeroshard.core.slots import slot_of
 
 CONFIG: dict[str, Any] = {
@@ -147,7 +147,9 @@ def test_a_collective_that_lets_go_late_hides_no_view(monkeypatch: pytest.Monkey
     def work(rank: int) -> None:
         model = build()
         real = collectives.all_gather
-        monkeypatch.setattr(unit, "all_gather", lambda full, *rest: Late(full, real(full, *rest)))
+        monkeypatch.setattr(
+            transport, "all_gather", lambda full, *rest: Late(full, real(full, *rest))
+        )
         with zeroshard.gathered(model.first):
             kept = model.first.bias.detach()
             users[-1].join()
