@@ -257,7 +257,7 @@ def test_the_host_reads_the_norm_after_the_update_in_fp16_and_a_step_later_in_bf
 
 
 def test_what_became_of_a_step_is_known_to_whoever_asks_and_counted_by_all() -> None:
-    def run(*askers: str) -> tuple[list[Any], float]:
+    def run(*askers: str, is_watched: bool = False) -> tuple[list[Any], float]:
         made = []
         engine = make(
             2,
@@ -265,6 +265,8 @@ def test_what_became_of_a_step_is_known_to_whoever_asks_and_counted_by_all() -> 
             zeroshard={"optimizer_step": "fused"},
             bf16={"enabled": True},
         )
+        if is_watched:  # which makes the host wait before it steps
+            engine.optimizer.register_step_pre_hook(lambda *_: None)
         for number in range(4):
             scale = torch.inf if number in (1, 3) else 1.0
             loss = (engine(batch(number, torch.bfloat16)).float() - 1).square().mean()
@@ -284,6 +286,7 @@ def test_what_became_of_a_step_is_known_to_whoever_asks_and_counted_by_all() -> 
         assert run("applied") == ([True, False, True, False, 2, False], 2)
         assert run("overflow") == ([False, True, False, True, 2, False], 2)
         assert run("skipped") == ([0, 1, 1, 2, 2, False], 2)
+        assert run(is_watched=rank == 0) == ([2, False], 2)
 
     run_ranks(work, 2)
 
@@ -342,10 +345,14 @@ def test_training_goes_on_from_a_checkpoint_and_from_the_host_as_if_nothing_had_
             engine.backward((engine(half).float() - 1).square().mean())
             engine.step()
 
-    def make_one(kernels: Kernels) -> Any:
-        return make(stage, **config, zeroshard={"optimizer_step": kernels})
+    def make_one(kernels: Kernels, gather: str = "nccl") -> Any:
+        return make(stage, **config, zeroshard={"optimizer_step": kernels, "gather": gather})
 
-    straight, resumed, other = make_one("fused"), make_one("fused"), make_one("torch")
+    straight, resumed, other = (
+        make_one("fused", "copy_engine"),
+        make_one("fused"),
+        make_one("torch"),
+    )
     run(straight, range(4))
     run(resumed, range(2))
     flat = next(iter(resumed.optimizer.state.values()))["exp_avg"].untyped_storage()
