@@ -1,12 +1,14 @@
 # make demo    train the example for some steps and watch it learn
 # make test    run every test this machine can run
 # make lint    format check, lint, types, layers, spelling
-# make bench   time the engines against plain torch and FSDP2
+# make bench   time the engines side by side: all claims, or those named in CLAIM
+# make tables  rewrite the README's tables from benchmarks/results
 #
 # PYTHON       the interpreter the environment is made from
 # VENV_ARGS    arguments for `python -m venv`; --system-site-packages reuses an installed torch
 # CONSTRAINTS  the file of pinned versions; empty to take whatever satisfies pyproject.toml
 # WORKERS      test processes
+# CLAIM        names that `benchmarks/claims.py --help` lists; without a GPU, toy sizes
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +16,7 @@ VENV_ARGS ?=
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 PYTEST_ARGS ?=
+CLAIM ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix -c ,$(CONSTRAINTS))
@@ -21,7 +24,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(addpre
 RANKS := $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--num_gpus 2')"
 SOURCES := $(wildcard src shim tests tools examples benchmarks)
 
-.PHONY: demo test lint format bench reference clean
+.PHONY: demo test lint format bench tables reference clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -44,9 +47,11 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/overhead.py
-	@ranks=$$($(RANKS)) && set -x && $(BIN)/zeroshard $$ranks benchmarks/against_fsdp2.py
+bench: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/claims.py $(CLAIM)
+
+tables: $(VENV)/.installed
+	$(BIN)/python benchmarks/tables.py
 
 reference: $(VENV)/.installed
 	$(BIN)/python tools/make_reference.py
@@ -67,5 +72,11 @@ $(VENV)/.installed: pyproject.toml shim/pyproject.toml $(CONSTRAINTS) | $(BIN)/p
 
 $(VENV)/.installed-test: pyproject.toml shim/pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
 	$(PIP) hatchling
-	$(PIP) --no-build-isolation -e '.[test,compat]' -e ./shim
-	touch $@ $(VENV)/.installed
+	$(PIP) --no-build-isolation -e '.[test,compat,bench]' -e ./shim
+	touch $@ $(VENV)/.installed $(VENV)/.installed-bench
+
+# Without the stand-in for DeepSpeed, so that DeepSpeed itself may be installed beside it.
+$(VENV)/.installed-bench: pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
+	$(PIP) hatchling
+	$(PIP) --no-build-isolation -e '.[bench]'
+	touch $@

@@ -12,14 +12,14 @@ into memory is left out. Figures:
 * reserved: on a GPU, the peak of memory taken from the driver over weights and gradients, which
   shows fragmentation;
 * time: the median over turns of (step of this way / step without checkpointing of the same turn).
+
+A line of JSON for each way is appended to DIR/activation_memory.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import statistics
 import sys
 import time
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from side_by_side import records
 from zeroshard import checkpointing
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps in a turn")
+    records.add_out(parser)
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -178,37 +180,36 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, measured: dict[str, Way]) -> None:
-    fits = {name: way for name, way in measured.items() if not way.is_too_large}
-    first = next(iter(fits.values()))
-    result = {
-        "benchmark": "activation_memory",
-        **vars(args),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU ({platform.machine()})",
-        "compared_with": next(iter(fits)),
-        "too_large": [name for name in measured if name not in fits],
-        "activation_mib": {n: round(w.activation_bytes / 2**20, 2) for n, w in fits.items()},
-        "reserved_mib": {n: round(w.reserved_bytes / 2**20, 2) for n, w in fits.items()},
-        "step_ms": {n: round(1e3 * statistics.median(w.seconds), 2) for n, w in fits.items()},
-        "time_ratio": {
-            name: round(
-                statistics.median(a / b for a, b in zip(way.seconds, first.seconds, strict=True)), 3
+    """Print a line for each way, and write its record."""
+    source = records.origin(args.commit)
+    first = next(way for way in measured.values() if not way.is_too_large)
+    names = ("layers", "hidden", "context", "batch", "turns", "steps")
+    workload = {name: getattr(args, name) for name in names}
+    for name, way in measured.items():
+        if way.is_too_large:
+            print(f"{name:16} does not fit")
+            one = records.record(
+                source, "activation_memory", 1, workload, name, None, status="out of memory"
             )
-            for name, way in fits.items()
-        },
-    }
-    for name, way in fits.items():
+            records.write(args.out, [one])
+            continue
+        ratios = [a / b for a, b in zip(way.seconds, first.seconds, strict=True)]
+        result: dict[str, Any] = {
+            "median_s": round(statistics.median(way.seconds), 6),
+            "min_s": round(min(way.seconds), 6),
+            "max_s": round(max(way.seconds), 6),
+            "time_ratio": round(statistics.median(ratios), 3),
+            "activation_mib": round(way.activation_bytes / 2**20, 2),
+            "reserved_mib": round(way.reserved_bytes / 2**20, 2),
+        }
         share = way.activation_bytes / first.activation_bytes
         print(
-            f"{name:16} {result['activation_mib'][name]:10.2f} MiB x {share:.3f}"
-            f"   {result['step_ms'][name]:8.2f} ms x {result['time_ratio'][name]:.3f}"
-            f"   {result['reserved_mib'][name]:10.2f} MiB reserved"
+            f"{name:16} {result['activation_mib']:10.2f} MiB x {share:.3f}"
+            f"   {1e3 * result['median_s']:8.2f} ms x {result['time_ratio']:.3f}"
+            f"   {result['reserved_mib']:10.2f} MiB reserved"
         )
-    for name in result["too_large"]:
-        print(f"{name:16} does not fit")
-    print(json.dumps(result))
+        one = records.record(source, "activation_memory", 1, workload, name, result)
+        records.write(args.out, [one])
 
 
 if __name__ == "__main__":

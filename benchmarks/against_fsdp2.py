@@ -5,19 +5,21 @@
 Same model, data, optimizer kernel, clipping and dtypes (fp32 on CPU; on GPUs bf16 with fp32 master
 weights and fp32 reduction). The engines take turns, one step each per round; a figure is the median
 over rounds of (engine's step / FSDP2's step of the same round), each step timed until the slowest
-rank has finished it.
+rank has finished it. A line of JSON for each engine is appended to DIR/against_fsdp2.jsonl.
+
+Unlike train_step.py it needs no other library, and the engines share one run of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import zeroshard
+from side_by_side import records
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from llama import Llama, LlamaConfig
@@ -105,6 +108,7 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch", type=int, default=4)
+    records.add_out(parser)
     args = parser.parse_args()
     zeroshard.init_distributed()
     on_gpu = torch.cuda.is_available()
@@ -113,9 +117,9 @@ def main() -> None:
     config = SIZES[args.size]
     with device:
         model = Llama(config)
-    steps = {"FSDP2": fsdp2_step(copy.deepcopy(model), on_gpu)}
+    steps = {"fsdp2": fsdp2_step(copy.deepcopy(model), on_gpu)}
     for stage in (1, 2, 3):
-        steps[f"stage {stage}"] = zero_step(copy.deepcopy(model), stage, on_gpu, args.batch)
+        steps[f"zeroshard-{stage}"] = zero_step(copy.deepcopy(model), stage, on_gpu, args.batch)
     numel = sum(p.numel() for p in model.parameters())
     del model
     x = torch.randint(0, config.vocab_size, (args.batch, config.context), device=device)
@@ -126,29 +130,42 @@ def main() -> None:
             elapsed, peaks[name] = timed(step, x, on_gpu)
             if number >= 3:  # the first rounds warm up
                 seconds[name].append(elapsed)
-    result = {
-        "benchmark": "against_fsdp2",
-        "size": args.size,
-        "parameters": numel,
-        "tokens_per_rank": x.numel(),
-        "ranks": dist.get_world_size(),
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "torch": torch.__version__,
-        "step_ms": {name: round(1e3 * statistics.median(s), 2) for name, s in seconds.items()},
-        "ratio": {
-            name: round(
-                statistics.median(a / b for a, b in zip(s, seconds["FSDP2"], strict=True)), 4
-            )
-            for name, s in seconds.items()
-        },
-        "step_peak_gib": {name: round(peak, 3) for name, peak in peaks.items()},
-    }
     if dist.get_rank() == 0:
-        for name, ratio in result["ratio"].items():
-            peak = f"   {peaks[name]:6.2f} GiB" if on_gpu else ""
-            print(f"{name:8} {result['step_ms'][name]:8.2f} ms   x {ratio:.3f}{peak}")
-        print(json.dumps(result))
+        workload = {
+            "size": args.size,
+            "parameters": numel,
+            "tokens": x.numel(),
+            "rounds": args.rounds,
+        }
+        report(args, workload, seconds, peaks if on_gpu else {})
     dist.destroy_process_group()
+
+
+def report(
+    args: argparse.Namespace,
+    workload: dict[str, Any],
+    seconds: dict[str, list[float]],
+    peaks: dict[str, float],
+) -> None:
+    """Print a line for each engine, and write its record."""
+    source = records.origin(args.commit)
+    for name, own in seconds.items():
+        ratios = [a / b for a, b in zip(own, seconds["fsdp2"], strict=True)]
+        result: dict[str, Any] = {
+            "median_s": round(statistics.median(own), 6),
+            "min_s": round(min(own), 6),
+            "max_s": round(max(own), 6),
+            "tokens_per_s_per_rank": round(workload["tokens"] / statistics.median(own), 1),
+            "time_ratio": round(statistics.median(ratios), 4),
+            **({"step_peak_gib": round(peaks[name], 3)} if peaks else {}),
+        }
+        peak = f"   {peaks[name]:6.2f} GiB" if peaks else ""
+        ratio = result["time_ratio"]
+        print(f"{name:12} {1e3 * result['median_s']:8.2f} ms   x {ratio:.3f}{peak}")
+        ranks = dist.get_world_size()
+        records.write(
+            args.out, [records.record(source, "against_fsdp2", ranks, workload, name, result)]
+        )
 
 
 if __name__ == "__main__":

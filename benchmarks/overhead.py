@@ -4,8 +4,8 @@
 
 The model has 1,000 small parameters, so per-parameter work shows. All engines take turns, one step
 each per round, so that a change of the machine's speed hits all alike; the figure is the median
-over rounds of (engine's step / plain step of the same round). Prints one line per engine and a JSON
-line.
+over rounds of (engine's step / plain step of the same round). Prints one line per engine and
+appends a line of JSON for each to DIR/overhead.jsonl.
 
 On one rank nothing is sharded, so all stages run alike. ``--as-sharded`` makes the units live as
 they do on several ranks, which frees, gathers and reduces them without anybody to communicate with.
@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import zeroshard
+from side_by_side import records
 from zeroshard.core.lifetime import STAGES
 from zeroshard.engine import build
 
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--as-sharded", action="store_true")
+    records.add_out(parser)
     args = parser.parse_args()
     if args.as_sharded:
         build.lifetime = lambda stage, world: STAGES[stage]
@@ -112,7 +113,7 @@ def main() -> None:
     model = MODELS[args.model](args.width).to(device)
     steps = {"plain": plain_step(copy.deepcopy(model))}
     for stage in range(4):
-        steps[f"stage {stage}"] = zero_step(copy.deepcopy(model), stage, args.batch)
+        steps[f"zeroshard-{stage}"] = zero_step(copy.deepcopy(model), stage, args.batch)
     x = torch.randn(args.batch, args.width, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(args.rounds + 3):
@@ -123,25 +124,41 @@ def main() -> None:
                 torch.cuda.synchronize()
             if number >= 3:  # the first rounds warm up
                 seconds[name].append(time.perf_counter() - start)
-    result = {
-        "benchmark": "overhead",
-        "model": args.model,
-        "as_sharded": args.as_sharded,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "step_ms": {name: round(1e3 * statistics.median(s), 2) for name, s in seconds.items()},
-        "ratio": {
-            name: round(
-                statistics.median(a / b for a, b in zip(s, seconds["plain"], strict=True)), 4
-            )
-            for name, s in seconds.items()
-        },
-    }
-    for name, ratio in result["ratio"].items():
-        print(f"{name:8} {result['step_ms'][name]:8.2f} ms   x {ratio:.3f}")
-    print(json.dumps(result))
+    report(args, seconds)
     dist.destroy_process_group()
+
+
+def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
+    """Print a line for each engine, and write its record."""
+    source = records.origin(args.commit)
+    workload = {
+        "model": args.model,
+        "width": args.width,
+        "batch": args.batch,
+        "as_sharded": args.as_sharded,
+        "threads": torch.get_num_threads(),
+        "rounds": args.rounds,
+    }
+    is_claimed = args.model == "small" and not args.as_sharded
+    for name, own in seconds.items():
+        ratios = [a / b for a, b in zip(own, seconds["plain"], strict=True)]
+        result: dict[str, Any] = {
+            "median_s": round(statistics.median(own), 6),
+            "min_s": round(min(own), 6),
+            "max_s": round(max(own), 6),
+            "time_ratio": round(statistics.median(ratios), 4),
+        }
+        print(f"{name:12} {1e3 * result['median_s']:8.2f} ms   x {result['time_ratio']:.3f}")
+        one = records.record(
+            source,
+            "overhead",
+            dist.get_world_size(),
+            workload,
+            name,
+            result,
+            claim="overhead" if is_claimed else None,
+        )
+        records.write(args.out, [one])
 
 
 if __name__ == "__main__":

@@ -1,33 +1,29 @@
 """Time and memory of a QLoRA step under stages 2 and 3 over plain DDP, on the ranks it is given.
 
-    zeroshard --num_gpus 2 benchmarks/qlora.py [--size toy|1b|8b] [--engines "stage 3"] [--steps 10]
+    zeroshard --num_gpus 2 benchmarks/qlora.py [--size toy|1b|8b] [--engines ddp zeroshard-3]
 
 A Hugging Face Llama whose linear layers are NF4 with double quantisation, LoRA of rank 16 on all of
 them, activation checkpointing, AdamW, clipping. Weights are random and are quantised on the device,
 one layer at a time. The engines run one after another, each with a model of its own. Needs
-transformers, peft and bitsandbytes.
+transformers, peft and bitsandbytes, and for the engines of its name DeepSpeed.
 
 Of each engine: the median step, timed until the slowest rank has finished it; the bytes of the
 frozen base that a rank holds after ``initialize``, weights and statistics; and the peak in a step.
-A line of JSON for each engine follows the table.
+A line of JSON for each engine is appended to DIR/qlora.jsonl as soon as it is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import bitsandbytes
-import peft
 import torch
 import torch.distributed as dist
-import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -35,6 +31,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import zeroshard
+from side_by_side import records, render
+from side_by_side.engines import deepspeed_configuration, unavailable
+from side_by_side.workload import Variant
 
 Step = Callable[[Tensor], Tensor]
 
@@ -58,19 +57,23 @@ SIZES = {
     "1b": Size(2048, 16, 32, 8, 8192, 128256, 4, 2048),
     "8b": Size(4096, 32, 32, 8, 14336, 128256, 4, 2048),
 }
-ENGINES = ("ddp", "stage 2", "stage 3")
+ENGINES = ("ddp", "zeroshard-2", "zeroshard-3", "deepspeed-2", "deepspeed-3")
+CLAIMED = ("ddp", "zeroshard-2", "zeroshard-3", "deepspeed-3")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one engine took."""
+    """What one engine took; memory is in GiB, and None on CPUs."""
 
-    engine: str
-    step_s: float
-    base_bytes: int  # of the frozen base, on this rank after initialize
+    median_s: float
+    min_s: float
+    max_s: float
+    tokens_per_s_per_rank: float
+    base_bytes: int | None  # of the frozen base, on this rank after initialize, where it is known
     whole_base_bytes: int
-    allocated_gib: float  # on this rank after initialize, all in all
-    peak_gib: float  # in a step
+    built_gib: float | None  # on this rank after initialize, all in all
+    allocated_gib: float | None  # at the peak of the timed steps, as the next
+    reserved_gib: float | None
     build_s: float
     losses: list[float]
 
@@ -191,6 +194,28 @@ def zero(model: nn.Module, stage: int, size: Size, on_gpu: bool) -> tuple[Any, S
     return engine, step
 
 
+def deepspeed(model: nn.Module, stage: int, size: Size, on_gpu: bool) -> tuple[Any, Step]:
+    from deepspeed import initialize  # noqa: PLC0415 - seconds to import, and it is optional
+
+    trained = [param for param in model.parameters() if param.requires_grad]
+    config = deepspeed_configuration(stage, size.batch, size.hidden)
+    config["zero_optimization"]["reduce_bucket_size"] = size.hidden**2
+    engine, _, _, _ = initialize(
+        model=model,
+        config=config | {"bf16": {"enabled": True}},
+        model_parameters=trained,
+        optimizer=adamw(model, on_gpu),
+    )
+
+    def step(x: Tensor) -> Tensor:
+        loss = engine(input_ids=x, labels=x).loss
+        engine.backward(loss)
+        engine.step()
+        return loss
+
+    return engine, step
+
+
 def timed(step: Step, x: Tensor, on_gpu: bool) -> tuple[float, float]:
     """Seconds until the slowest rank is done, and the loss."""
     if on_gpu:
@@ -204,24 +229,31 @@ def timed(step: Step, x: Tensor, on_gpu: bool) -> tuple[float, float]:
     return time.perf_counter() - start, round(float(loss.detach()), 4)
 
 
+def start(
+    name: str, model: nn.Module, size: Size, device: torch.device
+) -> tuple[Any, Step, int | None]:
+    """Return what has `destroy`, or None; a step; and the bytes of the base, where known."""
+    on_gpu = device.type == "cuda"
+    if name == "ddp":
+        return None, ddp(model, device), sum(tensor.nbytes for tensor in base_tensors(model))
+    if name.startswith("deepspeed"):
+        return *deepspeed(model, int(name[-1]), size, on_gpu), None
+    engine, step = zero(model, int(name[-1]), size, on_gpu)
+    frozen = (unit for unit in engine.runtime.units if not unit.is_trained)
+    return engine, step, sum(unit.parameter_bytes for unit in frozen)
+
+
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> Result:
     """Build, train and forget one model."""
     size, on_gpu = SIZES[args.size], device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     torch.manual_seed(0)
     model = build(size, getattr(torch, args.storage), device)
     whole = sum(tensor.nbytes for tensor in base_tensors(model))
-    if name == "ddp":
-        engine, step, base = None, ddp(model, device), whole
-    else:
-        engine, step = zero(model, int(name[-1]), size, on_gpu)
-        frozen = (unit for unit in engine.runtime.units if not unit.is_trained)
-        base = sum(unit.parameter_bytes for unit in frozen)
+    engine, step, base = start(name, model, size, device)
     gc.collect()
-    allocated = torch.cuda.memory_allocated() if on_gpu else 0
-    built = time.perf_counter() - began
+    built_gib = gib(torch.cuda.memory_allocated) if on_gpu else None
+    build_s = time.perf_counter() - began
     generator = torch.Generator(device=device).manual_seed(5 + dist.get_rank())
     shape = (size.batch, size.context)
     x = torch.randint(0, size.vocab, shape, device=device, generator=generator)
@@ -234,15 +266,18 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> Result
         losses.append(loss)
         if number >= args.warmup:
             seconds.append(elapsed)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    median = statistics.median(seconds)
     result = Result(
-        name,
-        round(statistics.median(seconds), 4),
+        round(median, 5),
+        round(min(seconds), 5),
+        round(max(seconds), 5),
+        round(x.numel() / median, 1),
         base,
         whole,
-        round(allocated / 2**30, 3),
-        round(peak / 2**30, 3),
-        round(built, 1),
+        built_gib,
+        gib(torch.cuda.max_memory_allocated) if on_gpu else None,
+        gib(torch.cuda.max_memory_reserved) if on_gpu else None,
+        round(build_s, 2),
         losses,
     )
     if engine is not None:
@@ -254,51 +289,75 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> Result
     return result
 
 
+def gib(nbytes: Callable[[], int]) -> float:
+    return round(nbytes() / 2**30, 3)
+
+
 def main() -> None:
-    """Measure and print on rank 0."""
+    """Measure, and write and print on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=sorted(SIZES), default="8b")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(CLAIMED))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--storage", default="bfloat16", help="dtype that 4-bit weights lie in")
+    records.add_out(parser)
     args = parser.parse_args()
     zeroshard.init_distributed()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    results = [measure(name, args, device) for name in args.engines]
+    source, found = records.origin(args.commit), []
+    for name in args.engines:
+        missing = None if name == "ddp" else unavailable(Variant.parse(name))
+        result = None if missing else asdict(measure(name, args, device))
+        one = as_record(source, args, name, result, missing or records.OK)
+        found.append(one)
+        if dist.get_rank() == 0:
+            records.write(args.out, [one])
     if dist.get_rank() == 0:
-        report(results, args, torch.cuda.get_device_name() if on_gpu else "CPU")
+        report(found)
     dist.destroy_process_group()
 
 
-def report(results: list[Result], args: argparse.Namespace, device: str) -> None:
-    """Print a table, and each result as a line of JSON."""
-    first = results[0]
-    print(
-        f"{'engine':9}{'s a step':>10}{'ratio':>7}{'base':>10}{'of all':>7}{'peak':>8}  last loss"
-    )
-    for each in results:
-        print(
-            f"{each.engine:9}{each.step_s:10.3f}{each.step_s / first.step_s:7.2f}"
-            f"{each.base_bytes / 2**20:6.0f} MiB{each.base_bytes / each.whole_base_bytes:7.2f}"
-            f"{each.peak_gib:8.2f}  {each.losses[-1]:.4f}"
-        )
+def as_record(
+    source: records.Origin,
+    args: argparse.Namespace,
+    engine: str,
+    result: dict[str, Any] | None,
+    status: str,
+) -> dict[str, Any]:
+    """Return the line of JSON of one engine."""
     size = SIZES[args.size]
-    common = {
-        "benchmark": "qlora",
+    workload = {
         "size": args.size,
-        "tokens_per_rank": size.batch * size.context,
+        "batch": size.batch,
+        "seq": size.context,
         "storage": args.storage,
-        "ranks": dist.get_world_size(),
-        "device": device,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "bitsandbytes": bitsandbytes.__version__,
+        "warmup": args.warmup,
+        "steps": args.steps,
     }
-    for each in results:
-        print(json.dumps(common | asdict(each)))
+    is_claimed = args.size == "8b" and args.steps >= 8
+    return records.record(
+        source,
+        "qlora",
+        dist.get_world_size(),
+        workload,
+        engine,
+        result,
+        status=status,
+        claim="qlora" if is_claimed else None,
+    )
+
+
+def report(found: list[dict[str, Any]]) -> None:
+    """Print a table, and how much of the base each engine holds."""
+    print(render.terminal(found))
+    for each in found:
+        result = each["result"]
+        if result is not None and result["base_bytes"] is not None:
+            share = result["base_bytes"] / result["whole_base_bytes"]
+            mib = result["base_bytes"] / 2**20
+            print(f"{each['engine']}: {mib:,.0f} MiB of the base, {share:.2f} of all of it")
 
 
 if __name__ == "__main__":

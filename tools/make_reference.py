@@ -31,7 +31,8 @@ INTRODUCTION = """\
 
 A configuration is DeepSpeed's JSON: a file, its path in `--deepspeed_config`, or a dictionary given
 to `zeroshard.initialize(config=...)`. A key not on this page is an error at every level, except in
-`optimizer.params` and `scheduler.params`, which go to the optimizer and the schedule.
+`optimizer.params`, `scheduler.params` and `compile.kwargs`, which go to the optimizer, the schedule
+and the compiler.
 
 Every key is in one class:
 

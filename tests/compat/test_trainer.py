@@ -413,15 +413,22 @@ def test_gradient_checkpointing_changes_no_number(reentrant: bool) -> None:
     assert log_freed == checkpointed_freed
 
 
-def test_a_compiled_model_trains_alike() -> None:
+def test_a_compiled_model_trains_alike_with_a_graph_for_layers_and_one_for_the_loss() -> None:
     def body(folder: Path) -> list[Log]:
         compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
-        return [
-            logged(train(folder, Recipe(3), max_steps=2, lr_scheduler_type="constant", **changes))
-            for changes in ({}, compiled)
-        ]
+        logs: list[Log] = []
+        counters = torch._dynamo.utils.counters
+        for changes in ({}, compiled):
+            counters.clear()
+            options = {"max_steps": 2, "lr_scheduler_type": "constant", **changes}
+            trainer = train(folder, Recipe(3), **options)
+            assert counters["stats"]["unique_graphs"] == (2 if changes else 0)
+            trainer.evaluate()
+            assert not counters["graph_break"]
+            logs.append(logged(trainer))
+        return logs
 
-    plain, compiled = each_rank(body, world=1)[0]
+    plain, compiled = each_rank(body)[0]
     assert close(plain, compiled)
 
 

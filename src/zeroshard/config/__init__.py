@@ -15,6 +15,7 @@ from zeroshard.config.parse import ConfigSource, load, peek
 from zeroshard.config.schema import (
     ActivationCheckpointing,
     Bf16Config,
+    CompileConfig,
     Config,
     DataTypes,
     ExtensionConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "ActivationCheckpointing",
     "Batch",
     "Bf16Config",
+    "CompileConfig",
     "Config",
     "ConfigSource",
     "DataTypes",

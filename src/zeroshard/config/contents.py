@@ -76,26 +76,6 @@ _AUTOTUNING = {
     },
 }
 
-_COMPILE = {
-    "deepcompile": Flag,
-    "free_activation": Flag,
-    "free_activation_threshold": Count,
-    "offload_activation": Flag,
-    "offload_activation_pin_memory": Flag,
-    "offload_opt_states": Flag,
-    "double_buffer": Flag,
-    "symmetric_memory": Flag,
-    "debug_log": Flag,
-    "offload_parameters": Flag,
-    "sync_before_reduce": Flag,
-    "sync_after_reduce": Flag,
-    "sync_before_allgather": Flag,
-    "sync_after_allgather": Flag,
-    "keep_int_input_tensors": Flag,
-    "keep_all_input_tensors": Flag,
-    "passes": Names,
-}
-
 _DATA_EFFICIENCY = {
     "enabled": Flag,
     "seed": Whole,
@@ -178,7 +158,6 @@ _TREE: _Tree = {
         "verbose": Flag,
         "debug": Flag,
     },
-    "compile": _COMPILE,
     "csv_monitor": _MONITOR,
     "data_efficiency": _DATA_EFFICIENCY,
     "elasticity": {

@@ -22,6 +22,7 @@ from zeroshard.config.kinds import (
     Flag,
     Kind,
     LargestNumel,
+    Names,
     Text,
 )
 from zeroshard.config.values import is_auto, is_block
@@ -208,6 +209,7 @@ _NO_OFFLOAD = "It tunes offloading, which is not built yet."
 _ONE_CHECKPOINT = "Checkpoints are written in one way, and fit any number of ranks."
 _WHOLE_UNITS = "Parameters are gathered, reduced and freed by units."
 _ALWAYS_FREE = "It guards a mechanism that this library does not have."
+_OUTSIDE = "Communication stays outside of compiled graphs, so no pass has to place it there."
 _AT_THE_TOP = 'Only the key inside the block "zero_optimization" counts, as in DeepSpeed.'
 
 _TOP: Mapping[str, NoEffect | Refused] = {
@@ -219,7 +221,6 @@ _TOP: Mapping[str, NoEffect | Refused] = {
     "checkpoint": _settings(_ONE_CHECKPOINT),
     "comet": _block(_UNOBSERVED),
     "comms_logger": _block(_UNOBSERVED),
-    "compile": _block("Compile the model's blocks with torch.compile.", switch="deepcompile"),
     "compression_training": _removed("compression training", _nothing_enabled),
     "csv_monitor": _block(_UNOBSERVED),
     "curriculum_learning": _removed("this form of curriculum learning"),
@@ -310,6 +311,32 @@ _BF16: Mapping[str, NoEffect | Refused] = {
     "immediate_grad_update": _without_effect("Gradients are always accumulated as they arrive."),
 }
 
+# What DeepSpeed's compiler passes do with graphs that hold the communication, too.
+_COMPILE: Mapping[str, NoEffect | Refused] = {
+    **dict.fromkeys(
+        (
+            "debug_log",
+            "double_buffer",
+            "free_activation",
+            "keep_all_input_tensors",
+            "keep_int_input_tensors",
+            "offload_activation",
+            "offload_activation_pin_memory",
+            "offload_opt_states",
+            "offload_parameters",
+            "symmetric_memory",
+            "sync_after_allgather",
+            "sync_after_reduce",
+            "sync_before_allgather",
+            "sync_before_reduce",
+        ),
+        _without_effect(_OUTSIDE),
+    ),
+    "deepcompile": _without_effect(f'{_OUTSIDE} "enabled" compiles the blocks.'),
+    "free_activation_threshold": NoEffect(_OUTSIDE, kind=Count),
+    "passes": NoEffect(_OUTSIDE, kind=Names),
+}
+
 _ZERO: Mapping[str, NoEffect | Refused] = {
     "compute_grad_norm": NoEffect(
         "The norm is always computed.", kind=Flag, asks_for_nothing=_only(True)
@@ -365,6 +392,7 @@ _BLOCKS: Mapping[Path, Mapping[str, NoEffect | Refused]] = {
     ("optimizer", "params"): _OPTIMIZER_PARAMS,
     ("fp16",): _FP16,
     ("bf16",): _BF16,
+    ("compile",): _COMPILE,
     ("zero_optimization",): _ZERO,
 }
 
@@ -393,6 +421,7 @@ DEVICE_SWITCHES: Mapping[Path, Path] = {
 
 ALIASES: Mapping[Path, Path] = {
     ("bfloat16",): ("bf16",),
+    ("compile", "compile_kwargs"): ("compile", "kwargs"),
     ("zero_optimization", "stage3_gather_fp16_weights_on_model_save"): (
         "zero_optimization",
         "stage3_gather_16bit_weights_on_model_save",

@@ -47,6 +47,7 @@ from zeroshard.config.kinds import (
 __all__ = [
     "ActivationCheckpointing",
     "Bf16Config",
+    "CompileConfig",
     "Config",
     "DataTypes",
     "ExtensionConfig",
@@ -192,6 +193,19 @@ class ActivationCheckpointing(_Block):
 
     cpu_checkpointing: Flag = False
     """Whether kept inputs are moved to the host."""
+
+
+class CompileConfig(_Block):
+    """Compiling the model's repeated blocks with torch.compile."""
+
+    enabled: Flag = False
+    """Whether the blocks are compiled, those of one class as one graph."""
+
+    backend: Name = "inductor"
+    """A backend that torch.compile knows by name."""
+
+    kwargs: dict[str, object] = Field(default_factory=dict[str, object])
+    """Further arguments of torch.compile."""
 
 
 class OffloadOptimizer(_Block):
@@ -407,6 +421,9 @@ class Config(_Block):
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     """How zeroshard.checkpointing keeps activations."""
 
+    compile: CompileConfig = CompileConfig()
+    """Compiling the model's repeated blocks."""
+
     zero_allow_untested_optimizer: Flag = False
     """Whether optimizers that are not known to be element-wise may step shards."""
 
@@ -443,6 +460,7 @@ BLOCKS: Mapping[tuple[str, ...], type[BaseModel]] = {
     ("torch_autocast",): TorchAutocast,
     ("data_types",): DataTypes,
     ("activation_checkpointing",): ActivationCheckpointing,
+    ("compile",): CompileConfig,
     ("zero_optimization",): ZeroConfig,
     ("zero_optimization", "leaf_module"): LeafModule,
     ("zero_optimization", "offload_optimizer"): OffloadOptimizer,
@@ -451,7 +469,7 @@ BLOCKS: Mapping[tuple[str, ...], type[BaseModel]] = {
 }
 """Every model by the place of its block."""
 
-OPEN_BLOCKS = frozenset({("optimizer", "params"), ("scheduler", "params")})
+OPEN_BLOCKS = frozenset({("optimizer", "params"), ("scheduler", "params"), ("compile", "kwargs")})
 """Blocks whose keys belong to somebody else."""
 
 AUTO_IS_A_VALUE = frozenset(

@@ -33,7 +33,7 @@ from zeroshard.core.unit import Unit
 from zeroshard.core.usage import GradientWatch
 from zeroshard.core.waiting import settle
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
-from zeroshard.engine import quantized
+from zeroshard.engine import compiled, quantized
 from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.engine import Engine, Settings
@@ -163,7 +163,14 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     quantized.settle(model, device)
     groups = _choose_groups(model, trained, life, settings, device)
 
+    wanted = settings.compile
+    if wanted.enabled:
+        problem = compiled.objection(wanted.backend, wanted.kwargs, frees=not life.params_stay)
+        if problem is not None:
+            raise ConfigError(f'"compile": {problem}')
+
     # From here on nothing is refused, and the model changes.
+    compiled.forget(model)
     mesh = build_mesh(shard_size, device, timeout=world.patience())
     runtime = _shard(model, groups, mesh, life, settings)
     sharded = None
@@ -203,6 +210,8 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         training_dataloader=loader,
         local_rank=world.local_rank(),
     )
+    if wanted.enabled:
+        engine.compile(wanted.backend, wanted.kwargs)
     return engine, engine.optimizer, loader, scheduler
 
 

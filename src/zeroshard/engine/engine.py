@@ -27,6 +27,7 @@ from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
 from zeroshard.core.usage import GradientWatch
+from zeroshard.engine.compiled import Compiled, advise, compile_blocks, objection
 from zeroshard.engine.data import ShardedLoader, make_loader
 from zeroshard.engine.diagnose import explain_backward, explain_memory
 from zeroshard.engine.export import load_weights, save_weights, weights_of
@@ -108,6 +109,7 @@ class Engine(Getters):
         self._is_step_due = False  # a coalesced group of micro-steps has ended
         self._is_in_no_sync = False
         self._offloaded: Offloaded | None = None
+        self._compiled: tuple[Compiled, ...] = ()
         self._num_backwards_seen = 0
         self._num_steps_taken = 0  # since the engine was made, whatever it resumed
         self._has_stepped = self._is_destroyed = False
@@ -300,6 +302,7 @@ class Engine(Getters):
         self._check_scaled()
         if self._num_steps_taken == 0:
             check_members(self.module)
+            advise(self.runtime.sites)
         self.runtime.check_replaced()
         self._check_untouched()
         self._num_backwards_seen = self.runtime.num_backwards
@@ -792,22 +795,46 @@ class Engine(Getters):
         backend: str | Callable[..., Any] = "inductor",
         compile_kwargs: Mapping[str, Any] | None = None,
         schedule: object = None,
+        compiled_autograd_enabled: bool = False,
     ) -> None:
-        """Compile the modules whose units are gathered at them, the model's blocks.
+        """Compile the model's blocks, those of one class as one graph, until ``destroy``.
+
+        The loss of a model of transformers is compiled with them.
 
         Args:
             backend: of ``torch.compile``.
             compile_kwargs: further arguments of ``torch.compile``.
             schedule: not supported; must be None.
+            compiled_autograd_enabled: not supported; must be false.
+
+        Raises:
+            UsageError: ``torch.compile`` has no such backend or argument.
         """
-        if schedule is not None:
+        if schedule is not None or compiled_autograd_enabled:
             raise UsageError(
-                compose("engine.compile() has no passes to schedule.", hint="leave schedule out.")
+                compose(
+                    "engine.compile() has no passes to schedule, and no graph of a whole backward: "
+                    "blocks are compiled, and communication stays outside of their graphs.",
+                    hint="leave schedule and compiled_autograd_enabled out.",
+                )
             )
-        blocks = [site.module for site in self.runtime.sites if site.module is not self.module]
-        inner = {module for block in blocks for module in block.modules() if module is not block}
-        for block in [block for block in blocks if block not in inner] or [self.module]:
-            block.compile(backend=backend, **(compile_kwargs or {}))
+        self.check_present("engine.compile()")
+        sites, options = self.runtime.sites, compile_kwargs or {}
+        frees = any(site.frees for site in sites)
+        if (problem := objection(backend, options, frees=frees)) is not None:
+            raise UsageError(problem)
+        self._uncompile()
+        self._compiled = compile_blocks(self.module, sites, backend, options)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether blocks are compiled."""
+        return bool(self._compiled)
+
+    def _uncompile(self) -> None:
+        for compiled in self._compiled:
+            compiled.remove()
+        self._compiled = ()
 
     def deepspeed_io(
         self,
@@ -869,6 +896,7 @@ class Engine(Getters):
             return
         self._bring_back()
         self.zero_grad()
+        self._uncompile()
         self.runtime.let_go()
         self._allow_foreign_steps()
         if self._watch is not None:

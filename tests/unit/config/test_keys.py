@@ -103,7 +103,8 @@ IGNORED: list[tuple[str, object]] = [
     ("comms_logger", {"enabled": True, "prof_ops": ["all_reduce"]}),
     ("aio", {"thread_count": 1}),
     ("checkpoint", {"tag_validation": "Warn", "writer": {"type": "fast"}}),
-    ("compile", {"deepcompile": True}),
+    ("compile.deepcompile", True),
+    ("compile.passes", ["z3"]),
     ("dump_state", True),
     ("timers", {"throughput": {"enabled": False}}),
     ("zero_optimization.contiguous_gradients", False),
@@ -173,6 +174,8 @@ def test_nothing_is_said_of_a_key_that_asks_for_what_happens_anyway(
         ("wall_clock_breakdown", "yes", "true or false"),
         ("tensorboard", True, "an object"),
         ("aio.block_size", 0, "a whole number of at least 1"),
+        ("compile.enabled", 1, "true or false"),
+        ("compile.free_activation_threshold", 0, "a whole number of at least 1"),
         ("aio.single_submit", 1, "true or false"),
         ("checkpoint.tag_validation", "Sometimes", '"Ignore", "Warn" or "Fail"'),
         ("checkpoint.writer.io_buffer_size", -1, "a whole number of at least 1"),
@@ -204,6 +207,7 @@ def test_keys_that_do_nothing_are_checked_too(path: str, value: object, wanted: 
         ("zero_optimization.zenflow.topk_ration", "topk_ratio"),
         ("elasticity.min_gpu", "min_gpus"),
         ("torch_autocast.dtyp", "dtype"),
+        ("compile.enable", "enabled"),
         ("activation_checkpointing.partition_activation", "partition_activations"),
     ],
 )
@@ -322,6 +326,14 @@ def test_older_and_shorter_names_are_aliases() -> None:
     assert '"stage3_max_live_parameters" are one key, and both are given' in text
 
 
+def test_arguments_of_the_compiler_have_two_names_and_are_its_own() -> None:
+    options = {"mode": "default", "options": {"max_autotune": True}}
+    for name in ("kwargs", "compile_kwargs"):
+        config = load({"compile": {"enabled": True, "backend": "eager", name: options}})
+        assert config.compile.kwargs == options
+    assert not load({"compile": {"deepcompile": True}}).compile.enabled
+
+
 def test_a_usual_framework_config_is_accepted() -> None:
     config = load(
         {
@@ -386,13 +398,12 @@ def deepspeed_keys() -> Iterator[str]:
 
 CANDIDATES: tuple[object, ...] = (
     *(True, False, 0, 3, 0.5, "bf16", "fp16", "cpu", "x", "auto", None, ["x"], {}),
-    *({"enabled": True}, {"tp_size": 2}, {"device": "cpu"}, {"deepcompile": True}),
+    *({"enabled": True}, {"tp_size": 2}, {"device": "cpu"}),
     *({"tag_validation": "Warn"}, {"block_size": 1}, {"stages": 2}, {"throughput": {}}),
     *("Warn", "fast", "throughput", "random", "step", "REPLICA", {"x": {"enabled": True}}),
 )
 # What has to be there for a key of a block to count.
 SETTINGS: dict[str, dict[str, object]] = {
-    "compile": {"deepcompile": True},
     "zero_optimization.offload_optimizer": {"device": "cpu"},
     "zero_optimization.offload_param": {"device": "cpu"},
     "optimizer": {"type": "AdamW"},

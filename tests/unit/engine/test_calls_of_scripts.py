@@ -158,20 +158,6 @@ def test_a_scaled_loss_may_run_backward_itself(more: dict[str, Any], stage: int)
     assert_equal_weights(weights_of(engine), weights_of(other))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@on_ranks(2, (1, 3))
-def test_a_compiled_engine_trains_as_before(stage: int) -> None:
-    engine, other = make(stage), make(stage)
-    engine.compile(backend="aot_eager")
-    train(engine, 3)
-    train(other, 3)
-    assert all(block._compiled_call_impl is not None for block in engine.module.blocks)
-    assert_equal_weights(weights_of(engine), weights_of(other))
-    with pytest.raises(UsageError, match="leave schedule out"):
-        engine.compile(schedule=[])
-    engine.empty_partition_cache()
-
-
 # Loaders ----------------------------------------------------------------------------------------
 
 

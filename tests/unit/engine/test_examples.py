@@ -34,6 +34,8 @@ def scripts() -> list[Any]:
     ]
 
 
+# The compiler looks at the gradient of every input, those that are no leaves included.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("script", scripts())
 @on_ranks(2)
 def test_a_script_in_the_documents_runs(script: str) -> None:

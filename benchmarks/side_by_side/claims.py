@@ -1,0 +1,238 @@
+"""The claims that a run can check: a workload, the engines, and the ratios that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from side_by_side.workload import Workload
+
+__all__ = ["ALL", "CLAIMS", "Claim", "Requirement", "Verdict", "judge"]
+
+ALL = 0  # as many ranks as there are GPUs
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A bound on a figure of one engine, alone or over that of a peer.
+
+    ``figure`` is ``speed``, ``allocated`` (peak), ``reserved`` (peak over the
+    peak allocated) or ``scaling`` (tokens per second and rank, on most ranks over on fewest).
+    ``at`` replaces the bound on so many ranks.
+    """
+
+    ours: str
+    figure: str
+    bound: float
+    peer: str | None = None
+    at: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def is_ceiling(self) -> bool:
+        """Whether less is better."""
+        return self.figure in ("allocated", "reserved")
+
+    def bound_on(self, ranks: int) -> float:
+        """Return what is asked for on so many ranks."""
+        return dict(self.at).get(ranks, self.bound)
+
+    def describe(self) -> str:
+        """Return what is compared, in words."""
+        words = {
+            "speed": f"speed of {self.ours} over {self.peer}",
+            "allocated": f"peak allocated of {self.ours} over {self.peer}",
+            "reserved": f"reserved over allocated of {self.ours}",
+            "scaling": f"tokens/s/GPU of {self.ours}, most over fewest ranks",
+        }
+        return words[self.figure]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the table of figures to reach, and the benchmark that measures it.
+
+    ``workload`` is None where the benchmark has a workload of its own.
+    """
+
+    title: str
+    workload: Workload | None
+    engines: tuple[str, ...]
+    requirements: tuple[Requirement, ...]
+    ranks: tuple[int, ...] = (ALL,)
+    benchmark: str = "train_step"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A requirement and what was measured; ``measured`` is None where an engine has no figure."""
+
+    requirement: Requirement
+    asked: float
+    measured: float | None
+    missing: str = ""
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the bound holds, None where nothing was measured."""
+        if self.measured is None:
+            return None
+        return (
+            self.measured <= self.asked
+            if self.requirement.is_ceiling
+            else (self.measured >= self.asked)
+        )
+
+    def describe(self) -> str:
+        """Return the verdict in words."""
+        sign = "at most" if self.requirement.is_ceiling else "at least"
+        asked = f"asked: {sign} {self.asked:g}"
+        if self.measured is None:
+            return f"{self.requirement.describe()}: not measured ({self.missing}; {asked})"
+        word = "ok" if self.is_met else "missed"
+        return f"{self.requirement.describe()}: x {self.measured:.3f} ({asked}): {word}"
+
+
+LONG = Workload("8b", 2, 4096, compile=True)
+SHORT = Workload("8b", 1, 1024, compile=True)
+EAGER_LONG = Workload("8b", 2, 4096, checkpointing="full")
+EAGER_SHORT = Workload("8b", 1, 1024, checkpointing="full")
+BUDGET = replace(EAGER_LONG, warmup=8)  # it measures in the first steps
+ONE_GPU = Workload("3b", 4, 4096, checkpointing="full")
+
+_AUTO = "zeroshard-3:checkpointing=none:zeroshard.activation_budget=auto"
+_MEMORY = (
+    Requirement("zeroshard-3", "allocated", 1.0, "fsdp2"),
+    Requirement("zeroshard-3", "reserved", 1.1),
+)
+
+CLAIMS = {
+    "long": Claim(
+        "ZeRO-3 against FSDP2, long batches",
+        LONG,
+        ("plain", "zeroshard-3", "fsdp2"),
+        (
+            Requirement("zeroshard-3", "speed", 1.07, "fsdp2"),
+            Requirement("zeroshard-3", "speed", 0.99, "plain"),
+            *_MEMORY,
+        ),
+    ),
+    "short": Claim(
+        "ZeRO-3 against FSDP2, short batches",
+        SHORT,
+        ("plain", "zeroshard-3", "fsdp2"),
+        (
+            Requirement("zeroshard-3", "speed", 1.35, "fsdp2", at=((4, 1.22),)),
+            Requirement("zeroshard-3", "speed", 0.88, "plain"),
+            *_MEMORY,
+        ),
+    ),
+    "eager-long": Claim(
+        "ZeRO-3 against DeepSpeed ZeRO-3, long batches",
+        EAGER_LONG,
+        ("plain", "zeroshard-3", "fsdp2", "deepspeed-3"),
+        (
+            Requirement("zeroshard-3", "speed", 1.18, "deepspeed-3", at=((4, 1.15),)),
+            *_MEMORY,
+        ),
+    ),
+    "eager-short": Claim(
+        "ZeRO-3 against DeepSpeed ZeRO-3, short batches",
+        EAGER_SHORT,
+        ("plain", "zeroshard-3", "fsdp2", "deepspeed-3"),
+        (Requirement("zeroshard-3", "speed", 3.5, "deepspeed-3"), *_MEMORY),
+    ),
+    "stage2": Claim(
+        "ZeRO-2 against DeepSpeed ZeRO-2 and FSDP2 kept gathered",
+        EAGER_LONG,
+        ("plain", "zeroshard-2", "fsdp2-kept", "deepspeed-2"),
+        (
+            Requirement("zeroshard-2", "speed", 1.05, "deepspeed-2"),
+            Requirement("zeroshard-2", "speed", 1.02, "fsdp2-kept"),
+            Requirement("zeroshard-2", "allocated", 1.0, "fsdp2-kept"),
+            Requirement("zeroshard-2", "reserved", 1.1),
+        ),
+    ),
+    "stage2-compiled": Claim(
+        "ZeRO-2 against FSDP2 kept gathered, blocks compiled",
+        LONG,
+        ("plain", "zeroshard-2", "fsdp2-kept"),
+        (
+            Requirement("zeroshard-2", "speed", 1.02, "fsdp2-kept"),
+            Requirement("zeroshard-2", "reserved", 1.1),
+        ),
+    ),
+    "budget": Claim(
+        "an activation budget of auto against full checkpointing",
+        BUDGET,
+        ("zeroshard-3", _AUTO),
+        (Requirement(_AUTO, "speed", 1.2, "zeroshard-3"),),
+    ),
+    "one-gpu": Claim(
+        "one GPU against plain PyTorch",
+        ONE_GPU,
+        ("plain", "plain-master", "zeroshard-3"),
+        (Requirement("zeroshard-3", "speed", 0.99, "plain"),),
+        ranks=(1,),
+    ),
+    "weak-scaling": Claim(
+        "weak scaling from two GPUs to all",
+        LONG,
+        ("zeroshard-3",),
+        (Requirement("zeroshard-3", "scaling", 0.97),),
+        ranks=(2, ALL),
+    ),
+    "qlora": Claim(
+        "QLoRA against DDP and DeepSpeed ZeRO-3",
+        None,
+        ("ddp", "zeroshard-2", "zeroshard-3", "deepspeed-3"),
+        (
+            Requirement("zeroshard-3", "speed", 0.9, "ddp"),
+            Requirement("zeroshard-3", "speed", 2.2, "deepspeed-3"),
+        ),
+        ranks=(2,),
+        benchmark="qlora",
+    ),
+    "overhead": Claim(
+        "hooks over 1,000 small parameters against plain PyTorch",
+        None,
+        ("plain", "zeroshard-0", "zeroshard-1", "zeroshard-2", "zeroshard-3"),
+        tuple(Requirement(f"zeroshard-{stage}", "speed", 0.9, "plain") for stage in (1, 2, 3)),
+        ranks=(1,),
+        benchmark="overhead",
+    ),
+}
+
+
+def judge(requirement: Requirement, records: Sequence[Record]) -> Verdict:
+    """Compare a requirement with the records of one run."""
+    ours = [each for each in records if each["engine"] == requirement.ours]
+    peers = [each for each in records if each["engine"] == requirement.peer]
+    most = max((each["ranks"] for each in records), default=0)
+    asked = requirement.bound_on(most)
+    for label, found in ((requirement.ours, ours), (requirement.peer, peers)):
+        failed = [each for each in found if each["status"] != "ok"]
+        if label is not None and (failed or not found):
+            why = failed[0]["status"] if failed else "not run"
+            return Verdict(requirement, asked, None, f"{label}: {why}")
+    if requirement.figure == "scaling" and len({each["ranks"] for each in ours}) < 2:
+        return Verdict(requirement, asked, None, "one number of ranks only")
+    figures = [each["result"] for each in (*ours, *peers)]
+    if requirement.is_ceiling and any(each["allocated_gib"] is None for each in figures):
+        return Verdict(requirement, asked, None, "no GPU")
+    return Verdict(requirement, asked, _measured(requirement, ours, peers))
+
+
+def _measured(requirement: Requirement, ours: list[Record], peers: list[Record]) -> float:
+    mine = max(ours, key=lambda each: each["ranks"])["result"]
+    if requirement.figure == "reserved":
+        return mine["reserved_gib"] / mine["allocated_gib"]
+    if requirement.figure == "scaling":
+        fewest = min(ours, key=lambda each: each["ranks"])["result"]
+        return fewest["median_s"] / mine["median_s"]
+    theirs = peers[0]["result"]
+    if requirement.figure == "speed":
+        return theirs["median_s"] / mine["median_s"]
+    return mine["allocated_gib"] / theirs["allocated_gib"]

@@ -1,0 +1,284 @@
+"""Each engine as a trainer: the same model from the same seed, the same optimizer and clipping."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import zeroshard
+from side_by_side.workload import SHAPES, Variant, Workload
+
+__all__ = ["Trainer", "adamw", "build", "deepspeed_configuration", "unavailable"]
+
+SEED = 0
+CLIP = 1.0
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+Step = Callable[[Tensor], Tensor]
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass
+class Trainer:
+    """An engine ready to train: a step from tokens to the loss, and what gives its memory back.
+
+    ``warm_step`` takes the place of ``step`` before the measurement.
+    """
+
+    parameters: int
+    step: Step
+    close: Callable[[], None] = _nothing
+    warm_step: Step | None = None
+
+    def warm(self, x: Tensor) -> Tensor:
+        """Take a step before the measurement."""
+        return (self.warm_step or self.step)(x)
+
+    def release(self) -> None:
+        """Let go of the model and all that trains it, which only the functions hold."""
+        self.step, self.close, self.warm_step = torch.Tensor.detach, _nothing, None
+
+
+def unavailable(variant: Variant) -> str | None:
+    """Return why an engine cannot run here, or None. Imports nothing."""
+    if variant.family != "deepspeed":
+        return None
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        return "not installed"
+    # Our stand-in of the same name has no such file.
+    if not (Path(spec.origin).parent / "git_version_info.py").exists():
+        return "not installed (the deepspeed found is zeroshard's stand-in)"
+    return None
+
+
+def build(variant: Variant, workload: Workload, device: torch.device) -> Trainer:
+    """Build a model on the device and the engine that trains it. A collective."""
+    model = _model(workload, device)
+    if variant.family == "zeroshard":
+        return _zeroshard(model, variant, workload)
+    if variant.family == "deepspeed":
+        return _deepspeed(model, variant, workload)
+    if workload.compile:
+        for block in model.model.layers:
+            block.compile()
+    if variant.family == "plain":
+        return _plain(model)
+    if variant.family == "plain-master":
+        return _plain_master(model)
+    return _fsdp2(model, workload, reshard=variant.family == "fsdp2")
+
+
+def adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer of every engine."""
+    return torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def _model(workload: Workload, device: torch.device) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - seconds to import
+
+    shape = SHAPES[workload.model]
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.intermediate,
+        vocab_size=shape.vocab,
+        max_position_embeddings=8192,
+        use_cache=False,
+        attn_implementation="sdpa",
+        tie_word_embeddings=False,
+    )
+    before = torch.get_default_dtype()
+    torch.manual_seed(SEED)
+    torch.set_default_dtype(DTYPES[workload.dtype])
+    try:
+        with device:
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    if workload.checkpointing == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _loss(model: Callable[..., Any], x: Tensor) -> Tensor:
+    return model(input_ids=x, labels=x).loss
+
+
+def _numel(model: nn.Module) -> int:
+    return sum(param.numel() for param in model.parameters())
+
+
+def _average(grads: Iterable[Tensor | None]) -> None:
+    ranks = dist.get_world_size()
+    if ranks > 1:
+        for grad in grads:
+            if grad is not None:
+                dist.all_reduce(grad.div_(ranks))
+
+
+def _plain(model: nn.Module) -> Trainer:
+    """PyTorch alone, all state in the dtype of the weights; ranks meet only before measuring.
+
+    The warm-up averages gradients, so that its losses are those of training on all ranks' tokens.
+    """
+    optimizer = adamw(model.parameters())
+
+    def train(x: Tensor, *, alone: bool) -> Tensor:
+        loss = _loss(model, x)
+        loss.backward()
+        if not alone:
+            _average(param.grad for param in model.parameters())
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return Trainer(
+        _numel(model),
+        lambda x: train(x, alone=True),
+        warm_step=lambda x: train(x, alone=False),
+    )
+
+
+def _plain_master(model: nn.Module) -> Trainer:
+    """PyTorch alone with fp32 master weights and moments, as the sharded engines have them."""
+    params = list(model.parameters())
+    masters = [nn.Parameter(param.detach().float().clone()) for param in params]
+    optimizer = adamw(masters)
+
+    def train(x: Tensor, *, alone: bool) -> Tensor:
+        loss = _loss(model, x)
+        loss.backward()
+        for param, master in zip(params, masters, strict=True):
+            master.grad = None if param.grad is None else param.grad.float()
+            param.grad = None
+        if not alone:
+            _average(master.grad for master in masters)
+        nn.utils.clip_grad_norm_(masters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_copy_(params, masters)
+        return loss.detach()
+
+    return Trainer(
+        _numel(model),
+        lambda x: train(x, alone=True),
+        warm_step=lambda x: train(x, alone=False),
+    )
+
+
+def _fsdp2(model: Any, workload: Workload, *, reshard: bool) -> Trainer:
+    numel = _numel(model)
+    model.float()  # the master weights
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if workload.dtype == "fp32" else DTYPES[workload.dtype],
+        reduce_dtype=None if workload.dtype == "fp32" else DTYPES[workload.reduce],
+    )
+    for module in (*model.model.layers, model):
+        fully_shard(module, mp_policy=policy, reshard_after_forward=reshard)
+    optimizer = adamw(model.parameters())
+
+    def step(x: Tensor) -> Tensor:
+        loss = _loss(model, x)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return Trainer(numel, step)
+
+
+def _zeroshard(model: nn.Module, variant: Variant, workload: Workload) -> Trainer:
+    numel = _numel(model)
+    engine, _, _, _ = zeroshard.initialize(
+        model=model,
+        optimizer=adamw(model.parameters()),
+        config=variant.configuration(
+            {
+                "train_micro_batch_size_per_gpu": workload.batch,
+                "gradient_clipping": CLIP,
+                "bf16": {"enabled": workload.dtype == "bf16"},
+                "communication_data_type": workload.reduce if workload.dtype == "bf16" else "fp32",
+                "zero_optimization": {"stage": variant.stage},
+            }
+        ),
+    )
+    if workload.compile:
+        engine.compile()
+
+    def step(x: Tensor) -> Tensor:
+        loss = _loss(engine, x)
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return Trainer(numel, step, engine.destroy)
+
+
+def deepspeed_configuration(stage: int, batch: int, hidden: int) -> dict[str, Any]:
+    """Return DeepSpeed's JSON as Hugging Face's documents and Trainer fill it in."""
+    return {
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": CLIP,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "allgather_partitions": True,
+            "allgather_bucket_size": int(5e8),
+            "reduce_bucket_size": hidden * hidden if stage == 3 else int(5e8),
+            "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+            "stage3_param_persistence_threshold": 10 * hidden,
+            "sub_group_size": int(1e9),
+            "stage3_max_live_parameters": int(1e9),
+            "stage3_max_reuse_distance": int(1e9),
+        },
+    }
+
+
+def _deepspeed(model: nn.Module, variant: Variant, workload: Workload) -> Trainer:
+    import deepspeed  # noqa: PLC0415 - seconds to import, and it is optional
+
+    numel = _numel(model)
+    base = deepspeed_configuration(
+        variant.stage or 0, workload.batch, SHAPES[workload.model].hidden
+    )
+    if workload.dtype == "bf16":
+        base |= {"bf16": {"enabled": True}, "communication_data_type": workload.reduce}
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        config=variant.configuration(base),
+        model_parameters=model.parameters(),
+        optimizer=adamw(model.parameters()),
+    )
+    if workload.compile:
+        engine.compile()
+
+    def step(x: Tensor) -> Tensor:
+        loss = _loss(engine, x)
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return Trainer(numel, step, engine.destroy)
