@@ -28,6 +28,7 @@ __all__ = [
     "Flag",
     "FlagOrNone",
     "Fraction",
+    "Kernels",
     "Kind",
     "LargestNumel",
     "LargestNumelFromOne",
@@ -227,6 +228,14 @@ def _device(value: object) -> object:
     return value
 
 
+def _kernels(value: object) -> object:
+    if value is None:
+        return "auto"
+    if value not in ("auto", "fused", "torch"):
+        raise expected('"auto", "fused" or "torch"')
+    return value
+
+
 def _gather(value: object) -> object:
     if value is None:
         return "auto"
@@ -270,6 +279,7 @@ DtypeName = Annotated[Literal["fp32", "fp16", "bf16"] | None, BeforeValidator(_d
 Flag = Annotated[bool, _flag()]
 FlagOrNone = Annotated[bool | None, _flag(nullable=True)]
 Fraction = Annotated[float, _number("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+Kernels = Annotated[Literal["auto", "fused", "torch"], BeforeValidator(_kernels)]
 Gather = Annotated[Literal["auto", "nccl", "copy_engine"], BeforeValidator(_gather)]
 LargestNumel = Annotated[int | None, _bound(0)]
 LargestNumelFromOne = Annotated[int | None, _bound(1)]

@@ -28,6 +28,7 @@ from zeroshard.config.kinds import (
     FlagOrNone,
     Fraction,
     Gather,
+    Kernels,
     LargestNumel,
     LargestNumelFromOne,
     Name,
@@ -364,6 +365,11 @@ class ExtensionConfig(_Block):
     lookahead_bytes: SizeOrNone = None
     """Bytes gathered ahead of their use at stage 3; null leaves the choice to the engine."""
 
+    optimizer_step: Kernels = "auto"
+    """What steps Adam and AdamW: "fused" is one pass over each unit's shard that also unscales,
+    clips and casts, with torch's optimizer where that does not fit; "torch" is torch's optimizer
+    always; "auto" is "torch"."""
+
     gather: Gather = "auto"
     """How stage 3 gathers: by collectives, or by reading shards in the memory of other ranks."""
 
@@ -471,7 +477,11 @@ OPEN_BLOCKS = frozenset({("optimizer", "params"), ("scheduler", "params"), ("com
 """Blocks whose keys belong to somebody else."""
 
 AUTO_IS_A_VALUE = frozenset(
-    {("data_types", "keep_in_fp32_modules"), ("zeroshard", "activation_budget")}
+    {
+        ("data_types", "keep_in_fp32_modules"),
+        ("zeroshard", "activation_budget"),
+        ("zeroshard", "optimizer_step"),
+    }
 )
 """Fields that take "auto" themselves."""
 

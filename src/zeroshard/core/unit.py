@@ -484,13 +484,30 @@ class Unit:
             param.__class__ = own_class
             param.data = tensor
 
-    def publish(self) -> None:
+    def shard_to_write(self) -> Tensor | None:
+        """Where gathers read, now that none does, for a step that writes it and the master weights.
+
+        Returns:
+            None where it is the master weights themselves.
+        """
+        assert self.master is not None, f"{self.name} is frozen and has no master weights"
+        self._end_gather()
+        (shard,) = self._store.tensors
+        return None if shard.data_ptr() == self.master.data_ptr() else shard
+
+    def publish(self, *, is_written: bool = False) -> None:
         """Put the stepped master weights where gathers read; start one where parameters stay.
 
         The gather may run on under the next forward: whoever reads a parameter waits for it. Where
         this rank gathers alone it does not start, as others may not have published: see `catch_up`.
+
+        Args:
+            is_written: the step has put them there itself.
         """
-        self.write_master()
+        if is_written:
+            self._note_edit()
+        else:
+            self.write_master()
         if self.gathers_alone or not (self.lifetime.params_stay or self._num_holds):
             self.free()
             return
@@ -525,6 +542,9 @@ class Unit:
         assert self.master is not None, f"{self.name} is frozen and has no master weights"
         self._end_gather()
         self._store.write(self.master)
+        self._note_edit()
+
+    def _note_edit(self) -> None:
         # A graph from before the step must not be run backward with the weights after it.
         increment_version(self._params)
         self._versions = self._count_edits()
@@ -752,10 +772,19 @@ class Unit:
         with Answered(self.mesh.rank, self._wants_reduce):
             reduction.ticket.wait()
         self._sources.clear()  # copied before the reduction began
-        out = reduction.out.to(self._wide(self.precision.accumulate))
-        self.grad_shard = out if self.grad_shard is None else self.grad_shard.add_(out)
+        out, wide = reduction.out, self._wide(self.precision.accumulate)
+        if self.grad_shard is not None:
+            self.grad_shard = self.grad_shard.to(wide).add_(out)
+        else:
+            # A single addend loses nothing in a narrower dtype, and whoever steps reads less.
+            self.grad_shard = out if out.dtype.itemsize < wide.itemsize else out.to(wide)
         if not self.lifetime.grads_stay:
             self._buffer.release()
+
+    def widen_gradient(self) -> None:
+        """Let the grad shard hold values of the accumulation's dtype, for one that edits it."""
+        if self.grad_shard is not None:
+            self.grad_shard = self.grad_shard.to(self._wide(self.precision.accumulate))
 
     def clear_gradients(self) -> None:
         """Forget everything accumulated since the last optimizer step."""
@@ -772,7 +801,8 @@ class Unit:
             self._gradient.release()
 
     def expose_gradients(self) -> None:
-        """Show the optimizer each slice's part of the grad shard."""
+        """Show the optimizer, which is about to step, each slice's part of the grad shard."""
+        self._end_gather()  # it may read the master weights
         assert self.grad_shard is not None and self.master is not None, f"{self.name}: no gradient"
         self.grad_shard = self.grad_shard.to(self.master.dtype)
         for piece, grad in zip(self.slices, self._cut(self.grad_shard), strict=True):

@@ -191,6 +191,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
                 skip_on_overflow=scaler is not None
                 or (settings.bf16.enabled and settings.bf16.check_grad_overflow),
                 most_numel=settings.zero_optimization.sub_group_size,
+                kernels=settings.zeroshard.optimizer_step,
             ),
             scaler=scaler,
         )

@@ -34,7 +34,7 @@ from zeroshard.engine.diagnose import explain_backward, explain_memory
 from zeroshard.engine.export import load_weights, save_weights, weights_of
 from zeroshard.engine.getters import Getters
 from zeroshard.engine.misuse import ScheduleWatch, check_members, refuse_foreign_steps
-from zeroshard.engine.offload import Offloaded, offload, states_named
+from zeroshard.engine.offload import Offloaded, OffloadStateTypeEnum, offload, states_named
 from zeroshard.engine.optimizer import ZeroOptimizer
 from zeroshard.errors import Error, UsageError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
@@ -101,7 +101,8 @@ class Engine(Getters):
         self.lr_scheduler, self.training_dataloader = lr_scheduler, training_dataloader
         self.local_rank, self.global_rank, self.world_size = local_rank, mesh.rank, mesh.world
         self.device = mesh.device
-        self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
+        self.micro_steps = self.global_steps = self.global_samples = 0
+        self._num_skipped_before = 0  # steps, by the engine whose training this one resumed
         self.batch, self.configuration = settings.batch, settings.config
         self._sharded, self._watch = sharded, watch
         self._activations: Activations | None = None
@@ -113,7 +114,7 @@ class Engine(Getters):
         self._compiled: tuple[Compiled, ...] = ()
         self._num_backwards_seen = 0
         self._num_steps_taken = 0  # since the engine was made, whatever it resumed
-        self._was_step_applied = self._is_destroyed = False
+        self._has_stepped = self._is_destroyed = False
         for unit in runtime.units:
             unit.engine = weakref.ref(self)
         self._optimizer: ZeroOptimizer | None = None
@@ -263,7 +264,7 @@ class Engine(Getters):
             )
         num_before = self.global_steps
         self._end_micro_step()
-        if self._was_step_applied and self.lr_scheduler is not None:
+        if self.lr_scheduler is not None and self.was_step_applied():
             self._schedule_watch.check(self.lr_scheduler)
             self.lr_scheduler.step(**(lr_kwargs or {}))
             self._schedule_watch.note(self.lr_scheduler)
@@ -307,7 +308,7 @@ class Engine(Getters):
         self.runtime.check_replaced()
         self._check_untouched()
         self._num_backwards_seen = self.runtime.num_backwards
-        self._was_step_applied = False
+        self._has_stepped = False
         if self.is_gradient_accumulation_boundary():
             self._take_step(self._sharded)
         self.micro_steps += 1
@@ -326,13 +327,13 @@ class Engine(Getters):
         if self._watch is not None:
             self._watch.check()
         try:
-            self._was_step_applied = sharded.step(divide_by=self.gradient_accumulation_steps())
+            sharded.queue_step(divide_by=self.gradient_accumulation_steps())
         except torch.OutOfMemoryError as error:
             explain_memory(error, self.batch, self.runtime.units)
             raise
         # Torch's schedules look for it on the optimizer they were made from.
         vars(self._optimizer)["_opt_called"] = True
-        self.skipped_steps += not self._was_step_applied
+        self._has_stepped = True
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
         if self._activations is not None:
@@ -364,7 +365,8 @@ class Engine(Getters):
         """Tell the runtime what the next backward is."""
         self.runtime.boundary = self.is_gradient_accumulation_boundary()
         if self._sharded is not None and (scaler := self._sharded.scaler) is not None:
-            self.runtime.loss_scale = torch.tensor(scaler.scale, device=self.device)
+            # A copy from the host would make it wait for the device.
+            self.runtime.loss_scale = torch.full((), scaler.scale, device=self.device)
             self.runtime.scaled = False
 
     def _note_shortage(self, error: Exception) -> None:
@@ -502,8 +504,21 @@ class Engine(Getters):
         return None if self._activations is None else self._activations.plan
 
     def was_step_applied(self) -> bool:
-        """Whether the last call of ``step`` changed the weights."""
-        return self._was_step_applied
+        """Whether the last call of ``step`` changed the weights.
+
+        Where gradients may overflow, the host waits until it knows.
+        """
+        return self._has_stepped and self._sharded is not None and not self._sharded.overflow
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many optimizer steps were skipped because gradients overflowed."""
+        own = self._sharded.num_skipped if self._sharded is not None else 0
+        return self._num_skipped_before + own
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self._num_skipped_before += count - self.skipped_steps
 
     def memory(self) -> MemoryReport:
         """Bytes of model state on this rank."""
@@ -756,6 +771,8 @@ class Engine(Getters):
         self._offloaded = offload(
             units, optimizer, kinds, pin=pin_memory, non_blocking=non_blocking
         )
+        if self._sharded is not None and OffloadStateTypeEnum.optim_states in kinds:
+            self._sharded.let_go_of_state()
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what ``offload_states`` moved; nothing if nothing is offloaded.

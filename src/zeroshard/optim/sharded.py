@@ -4,8 +4,11 @@ The user's optimizer object is kept, with its classes, groups, hyper-parameters 
 the tensors it steps are exchanged: each parameter for the slice of its fp32 master weights that
 this rank owns. One step is
 
-    norm of the averaged gradients -> skip on overflow -> unscale and clip in one pass -> step ->
-    publish
+    norm of the averaged gradients -> unscale, clip and step -> publish, unit by unit
+
+The factor by which gradients are unscaled and clipped stays on the device, and kernels that take it
+apply it themselves. Where a step may be skipped, kernels that take a flag are queued before the
+host reads the norm, so the device has work while the host waits for it.
 """
 
 # Torch's list operations have no public name.
@@ -14,11 +17,14 @@ this rank owns. One step is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from math import isfinite
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -29,16 +35,24 @@ from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
 from zeroshard.errors import UsageError, compose
 from zeroshard.optim.factory import ELEMENTWISE
+from zeroshard.optim.fused import FusedAdam, is_watched, triton_update
 from zeroshard.optim.lamb import Lamb
 from zeroshard.optim.muon import Muon
 from zeroshard.optim.packages import is_quantized_elementwise
 from zeroshard.optim.scaler import LossScaler
 from zeroshard.optim.whole import ALONE, Sharded, WholeOptimizer
 
-__all__ = ["ShardedOptimizer", "StepPolicy", "check_optimizer", "optimizer_parameters"]
+__all__ = ["Kernels", "ShardedOptimizer", "StepPolicy", "check_optimizer", "optimizer_parameters"]
+
+Kernels = Literal["auto", "fused", "torch"]
+"""Who steps the slices: one pass over each shard, or the optimizer's own step."""
 
 _log = logging.getLogger(__name__)
 _ROW = 4096  # elements that are summed in the dtype of the gradient
+# Whose fused kernels take scalars of the device. A first step of SGD that is skipped leaves its
+# momentum undefined.
+_SKIPPING: Set[type] = {torch.optim.Adam, torch.optim.AdamW}
+_SCALING: Set[type] = {*_SKIPPING, torch.optim.SGD, torch.optim.Adagrad}
 _SHARDABLE = ELEMENTWISE | {Lamb, Muon}
 _TORCH_MUON = getattr(torch.optim, "Muon", None)  # since torch 2.9
 _UNFIT: Mapping[type, str] = {
@@ -61,12 +75,66 @@ class StepPolicy:
     """What happens between backward and the optimizer: ``clip`` 0 does not clip.
 
     ``most_numel``: elements of this rank's master weights that are stepped at once, at least those
-    of one unit; None steps all at once.
+    of one unit; None steps all at once. ``kernels``: "auto" is "torch".
     """
 
     clip: float = 0.0
     skip_on_overflow: bool = False
     most_numel: int | None = None
+    kernels: Kernels = "auto"
+
+
+class _OnItsWay:
+    """A scalar that is copied to the host while the device goes on with other work."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = value
+        if value.is_cuda:
+            self._host = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._host.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self) -> float:
+        """The value, once it has arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._host)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaling:
+    """What becomes of the gradients before they are stepped with; scalars in fp32 on the device.
+
+    They are divided by ``divisor`` and multiplied by ``clip``, where that is not None; nothing is
+    stepped if ``found_inf`` is not 0.
+    """
+
+    divisor: float
+    clip: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def factor(self, device: torch.device) -> Tensor:
+        """What gradients are multiplied by, for kernels that do it themselves."""
+        if self.clip is not None:
+            return self.clip / self.divisor
+        return torch.full((), 1.0 / self.divisor, device=device)
+
+    def inverse(self, device: torch.device) -> Tensor | None:
+        """What gradients are divided by, for kernels of torch's; None to leave them."""
+        if self.clip is not None:
+            return self.divisor / self.clip
+        return None if self.divisor == 1.0 else torch.full((), self.divisor, device=device)
+
+    def apply_(self, shards: list[Tensor]) -> None:
+        """Multiply gradients before a step that knows nothing of it."""
+        if self.clip is not None:
+            factor = self.clip / self.divisor
+            for shard in shards:
+                shard.mul_(factor)
+        elif self.divisor != 1.0:
+            torch._foreach_mul_(shards, 1.0 / self.divisor)
 
 
 def check_optimizer(
@@ -131,14 +199,31 @@ def steps_in_parts(kind: type[torch.optim.Optimizer]) -> bool:
     return kind in ELEMENTWISE or is_quantized_elementwise(kind)
 
 
-def _square(shard: Tensor) -> Tensor:
+def _square(shards: Sequence[Tensor]) -> Tensor:
     """The squared L2 norm in fp64, in two levels: a long sum in fp32 loses its last addends."""
-    rows = shard.numel() // _ROW
-    norms = [
-        torch.linalg.vector_norm(shard[: rows * _ROW].view(rows, _ROW), dim=1),
-        torch.linalg.vector_norm(shard[rows * _ROW :]).view(1),
-    ]
+    norms: list[Tensor] = []
+    for shard in shards:
+        dtype = torch.promote_types(shard.dtype, torch.float32)
+        end = shard.numel() - shard.numel() % _ROW
+        if end:
+            rows = shard[:end].view(-1, _ROW)
+            norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype))
+        if end < shard.numel():
+            norms.append(torch.linalg.vector_norm(shard[end:], dtype=dtype).view(1))
     return torch.cat(norms).double().square().sum()
+
+
+def _takes_scaling(inner: torch.optim.Optimizer, kinds: Set[type]) -> bool:
+    """Whether the optimizer's kernels divide gradients by a scalar on the device, or skip by one.
+
+    It is how torch's own GradScaler talks to the fused optimizers.
+    """
+    return (
+        type(inner) in kinds
+        and getattr(inner, "_step_supports_amp_scaling", False)
+        and all(group.get("fused") for group in inner.param_groups)
+        and not is_watched(inner)
+    )
 
 
 def _bytes_of(tensor: Tensor) -> int:
@@ -167,7 +252,9 @@ class ShardedOptimizer:
         self.inner, self.mesh, self.policy, self.scaler = inner, mesh, policy, scaler
         self.units = tuple(unit for unit in units if unit.is_trained)
         self.norm: Tensor | None = None
-        self.overflow = False  # whether the last step was skipped for it
+        self._overflow = False  # whether the last step was skipped for it
+        self._num_skipped = 0
+        self._pending: _OnItsWay | None = None  # the norm that decides about the last step
         self._square = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._stepping = False
         self._given = [list(group["params"]) for group in inner.param_groups]
@@ -175,6 +262,13 @@ class ShardedOptimizer:
         self._parts = self._divide()
         self._num_slices = sum(len(group["params"]) for group in inner.param_groups)
         self._guard = inner.register_step_pre_hook(self._refuse_direct_step)
+        self._fused: FusedAdam | None = None
+        if policy.kernels == "fused" and self.units:
+            update = triton_update(mesh.device)
+            can = torch.tensor(float(update is not None), device=mesh.device)
+            for axis in (mesh.shard, mesh.replicate):  # replicas must round alike
+                all_reduce_(can, axis, dist.ReduceOp.MIN)
+            self._fused = FusedAdam(inner, self.units, mesh.device, update if can.item() else None)
 
     def _adopt(self) -> None:
         """Exchange parameters for slices in every group, and slice the state they already have."""
@@ -257,22 +351,76 @@ class ShardedOptimizer:
         Returns:
             False if the gradients overflowed and the step was skipped.
         """
+        self.queue_step(divide_by)
+        return not self.overflow
+
+    def queue_step(self, divide_by: float) -> None:
+        """As ``step``, but where the host need not know whether it is skipped, it does not wait."""
+        self._conclude()
         for unit in self.units:
             unit.settle()
         divisor = divide_by * (self.scaler.scale if self.scaler else 1.0)
-        norm = self._global_norm() / divisor
-        self.norm = norm
-        # Reading the norm makes the host wait for backward: only where a step may be skipped.
-        self.overflow = self.policy.skip_on_overflow and not bool(torch.isfinite(norm))
-        if self.overflow:
-            self.clear_gradients()
-        else:
-            self._apply(norm, divisor)
+        self.norm = norm = self._global_norm() / divisor
+        self._check_groups()
+        clip: Tensor | None = None
+        if self.policy.clip > 0:
+            # torch.nn.utils.clip_grad_norm_ has the same epsilon.
+            clip = (self.policy.clip / (norm + 1e-6)).clamp(max=1.0)
+        fused = self._fused if self._fused is not None and self._fused.prepare() else None
+        found_inf: Tensor | None = None
+        self._overflow = False
+        if self.policy.skip_on_overflow:
+            self._pending = _OnItsWay(norm)
+            if fused is None and not _takes_scaling(self.inner, _SKIPPING):
+                # The host waits for backward, and the device for the host.
+                self._conclude()
+            else:
+                found_inf = norm.isfinite().logical_not().float()
+        self._update(fused, _Scaling(divisor, clip, found_inf))
         if self.scaler is not None:
-            self.scaler.update(self.overflow)
-        return not self.overflow
+            self._conclude()
+            self.scaler.update(self._overflow)
 
-    def _apply(self, norm: Tensor, divisor: float) -> None:
+    @property
+    def overflow(self) -> bool:
+        """Whether the last step was skipped for it; who asks may have to wait for backward."""
+        self._conclude()
+        return self._overflow
+
+    @property
+    def num_skipped(self) -> int:
+        """How many steps were skipped."""
+        self._conclude()
+        return self._num_skipped
+
+    def _conclude(self) -> None:
+        """Learn whether the last step was skipped, if that is not known yet."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._overflow = not isfinite(pending.get())
+            self._num_skipped += self._overflow
+            if self._fused is not None:
+                self._fused.confirm(not self._overflow)
+
+    def _update(self, fused: FusedAdam | None, scaling: _Scaling) -> None:
+        """Step all units, unless it is known that they are skipped, and publish them.
+
+        A skipped step publishes, too: other ranks may not know of it yet.
+        """
+        # Master weights may be the very shards that other ranks read.
+        with rewriting(unit.transport for unit in self.units):
+            if self._overflow:
+                self._publish(self.units)
+            elif fused is not None:
+                self._step_shards(fused, scaling)
+            else:
+                is_inside = _takes_scaling(self.inner, _SCALING)
+                for units in self._parts:
+                    self._step_units(units, scaling, is_inside=is_inside)
+        for unit in self.units:
+            unit.catch_up()
+
+    def _check_groups(self) -> None:
         if sum(len(group["params"]) for group in self.inner.param_groups) != self._num_slices:
             raise UsageError(
                 compose(
@@ -280,46 +428,73 @@ class ShardedOptimizer:
                     hint="add parameters to the optimizer before initialize().",
                 )
             )
-        factor: Tensor | None = None
-        if self.policy.clip > 0:
-            # torch.nn.utils.clip_grad_norm_ has the same epsilon.
-            factor = (self.policy.clip / (norm + 1e-6)).clamp(max=1.0) / divisor
-        # Master weights may be the very shards that other ranks read.
-        with rewriting(unit.transport for unit in self.units):
-            for units in self._parts:
-                self._step_units(units, factor, divisor)
-        for unit in self.units:
-            unit.catch_up()
 
-    def _step_units(self, units: Sequence[Unit], factor: Tensor | None, divisor: float) -> None:
-        """Step the slices of some units; torch's optimizers pass over those without gradients."""
+    def _step_shards(self, fused: FusedAdam, scaling: _Scaling) -> None:
+        """Step each unit in one pass and publish it, before the next one is stepped."""
+        with self._stepping_inside():
+            self.inner.step()  # finds no gradients; whoever wraps it knows that there was a step
+        factor = scaling.factor(self.mesh.device)
+        with torch.no_grad():
+            for unit in self.units:
+                fused.update(unit, factor, scaling.found_inf)
+                unit.clear_gradients()
+                unit.publish(is_written=True)
+        fused.advance(scaling.found_inf)
+
+    def _step_units(self, units: Sequence[Unit], scaling: _Scaling, *, is_inside: bool) -> None:
+        """Step the slices of some units; torch's optimizers pass over those without gradients.
+
+        ``is_inside``: the optimizer's own kernels scale the gradients.
+        """
         shards: list[Tensor] = []
         for unit in units:
             unit.expose_gradients()
             assert unit.grad_shard is not None, f"{unit.name} has no gradient after backward"
             shards.append(unit.grad_shard)
-        if factor is not None:
-            for shard in shards:
-                shard.mul_(factor)
-        elif divisor != 1.0:
-            torch._foreach_mul_(shards, 1.0 / divisor)
-        self._stepping = True
-        try:
-            self.inner.step()
-        finally:
-            self._stepping = False
+        with self._stepping_inside():
+            if is_inside:
+                with self._scaling_inside(scaling):
+                    self.inner.step()
+            else:
+                scaling.apply_(shards)
+                self.inner.step()
+        self._publish(units)
+
+    def _publish(self, units: Sequence[Unit]) -> None:
+        """Forget the gradients of units, and let gathers read their master weights."""
         for unit in units:
             unit.clear_gradients()
         with torch.no_grad():
             for unit in units:
                 unit.publish()
 
+    @contextmanager
+    def _stepping_inside(self) -> Iterator[None]:
+        """Let the optimizer step inside."""
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    @contextmanager
+    def _scaling_inside(self, scaling: _Scaling) -> Iterator[None]:
+        """Let the optimizer's kernels scale and skip inside."""
+        inner: Any = self.inner
+        inner.grad_scale = scaling.inverse(self.mesh.device)
+        inner.found_inf = scaling.found_inf
+        try:
+            yield
+        finally:
+            del inner.grad_scale, inner.found_inf
+
     def _global_norm(self) -> Tensor:
         """L2 norm over all gradients of all ranks, before unscaling and clipping."""
-        squares = [_square(unit.grad_shard) for unit in self.units if unit.grad_shard is not None]
-        self._square.zero_()
-        if squares:
-            self._square.copy_(torch.stack(squares).sum())
+        shards = [unit.grad_shard for unit in self.units if unit.grad_shard is not None]
+        if shards:
+            self._square.copy_(_square(shards))
+        else:
+            self._square.zero_()
         with Answered(self.mesh.rank, "the gradients' norm for its step"):
             all_reduce_(self._square, self.mesh.shard)
         return self._square.sqrt().float()
@@ -333,10 +508,16 @@ class ShardedOptimizer:
         """Give the optimizer its parameters back; state, which is of slices, is dropped."""
         self._guard.remove()
         self.inner.state.clear()
+        self.let_go_of_state()
         for group, params in zip(self.inner.param_groups, self._given, strict=True):
             group["params"] = params
         if isinstance(self.inner, WholeOptimizer):
             self.inner.whole = ALONE
+
+    def let_go_of_state(self) -> None:
+        """Hold on to no memory of the optimizer's state, so that it can be moved."""
+        if self._fused is not None:
+            self._fused.let_go()
 
     def state_bytes(self) -> int:
         """Bytes of state on this rank: moments, and master weights kept beside parameters."""

@@ -400,6 +400,8 @@ def safe_set_local_grad(param: Tensor, value: Tensor) -> None:
 
 
 def _set_gradient(place: _Place, mine: Callable[[], Tensor]) -> None:
+    place.slot.unit.settle()
+    place.slot.unit.widen_gradient()
     gradient = place.gradient
     if gradient is None:
         raise UsageError(
