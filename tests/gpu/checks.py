@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch._dynamo.utils
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.utils.checkpoint import checkpoint
 
 import zeroshard
@@ -678,19 +680,35 @@ CHECKS = {
         check_parity,
         check_routed,
         check_bits,
-        check_pulls,
         check_memory,
         check_init,
         check_settings,
         check_access,
         check_checkpointing,
-        check_budget,
         check_resume,
-        check_compile,
         check_overlap,
         check_steady,
+        check_budget,
+        check_compile,
+        check_pulls,  # last: what it asks of the driver may break the process
     )
 }
+
+
+def have_ended(ctx: Context, name: str, is_fine: bool) -> bool:
+    """Whether every rank has ended a check soon after this one, all of them well or all badly.
+
+    Over the store, because collectives are of no use if a rank has left them.
+    """
+    store = dist.PrefixStore("checks", _get_default_store())
+    keys = [f"{name}/{rank}" for rank in range(ctx.world)]
+    store.set(keys[ctx.rank], str(is_fine))
+    try:
+        # Of those that wait in a collective for one that has failed, nobody comes.
+        store.wait(keys, timedelta(seconds=300 if is_fine else 30))
+    except Exception:
+        return False
+    return len({store.get(key) for key in keys}) == 1
 
 
 def main() -> None:
@@ -711,8 +729,9 @@ def main() -> None:
         if ctx.rank == 0 or "error" in result:
             line = {"check": name, "world": ctx.world, "rank": ctx.rank, **result}
             print(json.dumps(line), flush=True)
-        if "error" in result:
-            break  # the ranks are out of step
+        if not have_ended(ctx, name, "error" not in result):
+            os._exit(1)  # the ranks are out of step, and the interpreter's exit would wait for them
+        gc.collect()
     dist.destroy_process_group()
 
 
