@@ -18,6 +18,7 @@ Record = Mapping[str, Any]
 # fp32 master weights; plain PyTorch in bf16 rounds its updates, so it comes last.
 _REFERENCES = ("plain-master", "fsdp2", "fsdp2-kept", "ddp", "plain")
 _EMPTY = "-"
+_NOTABLE_GIB = 0.1
 
 
 def reference_of(records: Sequence[Record]) -> Record | None:
@@ -144,7 +145,12 @@ def _subject(records: Sequence[Record]) -> str:
 def _notes(records: Sequence[Record]) -> list[str]:
     details = [f"{e['engine']}: {e['detail']}" for e in records if e.get("detail")]
     shares = [line for each in records for line in _profile(each)]
-    return [*details, *shares, *(verdict.describe() for verdict in verdicts(records))]
+    left = [
+        f"{each['engine']}: {before:.2f} GiB of an engine before it were still allocated"
+        for each in records
+        if (before := (each["result"] or {}).get("before_gib") or 0) >= _NOTABLE_GIB
+    ]
+    return [*details, *left, *shares, *(verdict.describe() for verdict in verdicts(records))]
 
 
 def _profile(one: Record) -> list[str]:

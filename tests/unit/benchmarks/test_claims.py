@@ -148,6 +148,8 @@ def test_communication_is_judged_where_it_was_profiled() -> None:
         render.terminal(run)
     )
     assert judge(requirement, [measured("zeroshard-3", 1.0)]).measured is None
+    left = render.terminal([measured("fsdp2", 1.0, before_gib=2.5)])
+    assert "fsdp2: 2.50 GiB of an engine before it were still allocated" in left
     broken = [measured("zeroshard-3", 1.0, profile={"error": "OSError: disk full"})]
     assert judge(requirement, broken).measured is None
     assert "no profile: OSError: disk full" in render.terminal(broken)
