@@ -252,6 +252,8 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> Result
     whole = sum(tensor.nbytes for tensor in base_tensors(model))
     engine, step, base = start(name, model, size, device)
     gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
     built_gib = gib(torch.cuda.memory_allocated) if on_gpu else None
     build_s = time.perf_counter() - began
     generator = torch.Generator(device=device).manual_seed(5 + dist.get_rank())
