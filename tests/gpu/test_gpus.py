@@ -34,7 +34,7 @@ def run_checks(
     return {line["check"]: line for line in lines}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_the_checks_for_gpus_pass_at_toy_size_on_two_cpu_ranks() -> None:
     names = ("parity", "pulls", "memory", "init", "access", "budget", "resume", "compile")
     results = run_checks(2, "--toy", "--only", *names)
