@@ -2,7 +2,7 @@
 
 Each claim is a workload, engines side by side, and the ratios that are asked for, which are printed
 beside the measured ones. Options after `--` go to the benchmark, as in `claims.py long -- --profile
-all`. On a host without GPUs, no name means the engines at toy size.
+all`. On a host without GPUs, they run at toy size, and no name means the engines only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from side_by_side.claims import ALL, CLAIMS
 from zeroshard.launch.gpus import visible_gpus
 
 FOLDER = Path(__file__).resolve().parent
+TOYS = {
+    "train_step": ("--model", "tiny", "--batch", "2", "--seq", "64", "--no-compile"),
+    "qlora": ("--size", "toy"),
+    "overhead": (),
+}
 
 
 def commands(names: Sequence[str], gpus: int) -> list[list[str]]:
@@ -26,17 +31,20 @@ def commands(names: Sequence[str], gpus: int) -> list[list[str]]:
     Those about training steps share one, because ranks take long to start.
     """
     steps = [name for name in names if CLAIMS[name].workload is not None]
+    toys = {} if gpus else TOYS
     script = str(FOLDER / "train_step.py")
-    found = [[sys.executable, script, "--claim", ",".join(steps)]] if steps else []
+    together = [sys.executable, script, "--claim", ",".join(steps), *toys.get("train_step", ())]
+    found = [together] if steps else []
     for claim in (CLAIMS[name] for name in names if name not in steps):
         ranks = (gpus or 2) if claim.ranks[0] == ALL else claim.ranks[0]
         launcher = [sys.executable, "-m", "zeroshard", "--quiet", "--num_gpus", str(ranks)]
-        found.append([*launcher, str(FOLDER / f"{claim.benchmark}.py")])
+        options = toys.get(claim.benchmark, ())
+        found.append([*launcher, str(FOLDER / f"{claim.benchmark}.py"), *options])
     return found
 
 
-def toys() -> list[list[str]]:
-    """Return the command lines of a host without GPUs."""
+def engines_only() -> list[list[str]]:
+    """Return the command lines of no claim, for a host without GPUs."""
     scripts = ("train_step.py", "overhead.py")
     return [[sys.executable, str(FOLDER / script)] for script in scripts]
 
@@ -53,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = args.names or (list(CLAIMS) if gpus else [])
     env = os.environ | {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
     statuses: list[int] = []
-    for each in commands(wanted, gpus) or toys():
+    for each in commands(wanted, gpus) or engines_only():
         print("+", " ".join([*each, *rest]), flush=True)
         statuses.append(subprocess.run([*each, *rest], env=env, check=False).returncode)
     return next((status for status in statuses if status), 0)

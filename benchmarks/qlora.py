@@ -252,6 +252,8 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> Result
     whole = sum(tensor.nbytes for tensor in base_tensors(model))
     engine, step, base = start(name, model, size, device)
     gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
     built_gib = gib(torch.cuda.memory_allocated) if on_gpu else None
     build_s = time.perf_counter() - began
     generator = torch.Generator(device=device).manual_seed(5 + dist.get_rank())
@@ -309,14 +311,25 @@ def main() -> None:
     source, found = records.origin(args.commit), []
     for name in args.engines:
         missing = None if name == "ddp" else unavailable(Variant.parse(name))
-        result = None if missing else asdict(measure(name, args, device))
-        one = as_record(source, args, name, result, missing or records.OK)
+        result, failure = None, None
+        try:
+            result = None if missing else asdict(measure(name, args, device))
+        except Exception as error:
+            failure = error
+        status = records.OK if failure is None else status_of(failure)
+        one = as_record(source, args, name, result, missing or status, str(failure or "")[:400])
         found.append(one)
         if dist.get_rank() == 0:
             records.write(args.out, [one])
-    if dist.get_rank() == 0:
-        report(found)
+        if failure is not None:  # the ranks may be out of step
+            report(found)
+            raise failure
+    report(found)
     dist.destroy_process_group()
+
+
+def status_of(error: Exception) -> str:
+    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
 
 
 def as_record(
@@ -325,6 +338,7 @@ def as_record(
     engine: str,
     result: dict[str, Any] | None,
     status: str,
+    detail: str,
 ) -> dict[str, Any]:
     """Return the line of JSON of one engine."""
     size = SIZES[args.size]
@@ -345,12 +359,15 @@ def as_record(
         engine,
         result,
         status=status,
+        detail=detail,
         claim="qlora" if is_claimed else None,
     )
 
 
 def report(found: list[dict[str, Any]]) -> None:
-    """Print a table, and how much of the base each engine holds."""
+    """Print a table, and how much of the base each engine holds, on rank 0."""
+    if dist.get_rank() != 0:
+        return
     print(render.terminal(found))
     for each in found:
         result = each["result"]

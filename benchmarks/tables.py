@@ -3,6 +3,7 @@
     python benchmarks/tables.py            # rewrite the marked part of README.md
     python benchmarks/tables.py --check    # fail if it is not what the results say
     python benchmarks/tables.py --show DIR # print every run in a folder
+    python benchmarks/tables.py --draw DIR # and draw the training steps into it
 
 A run is shown if it was made for a claim, as the claim asks for it, on GPUs: of several, the last
 one for each number of GPUs.
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from side_by_side import records, render
+from side_by_side import plots, records, render
 from side_by_side.claims import CLAIMS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,8 @@ BEGIN = "<!-- Written by `python benchmarks/tables.py`; do not edit. -->"
 END = "<!-- End of what is written. -->"
 NOTHING = "There are none yet: nothing has been measured with it so far."
 LEGEND = (
-    "`plain` is PyTorch with bf16 weights and moments and no communication, `fsdp2-kept` FSDP2 "
+    "`plain` is PyTorch with bf16 weights and moments and no communication, `plain-master` the "
+    "same with fp32 ones beside the weights, as the sharded engines have them, `fsdp2-kept` FSDP2 "
     "with `reshard_after_forward=False`. A step is the median of those timed, until the slowest "
     "rank is done; ratios are over the first engine of a table. Memory is GiB on the fullest GPU: "
     "peaks of allocated and reserved in the timed steps, and what is in use on the device, NCCL "
@@ -75,9 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--show", type=Path, metavar="DIR")
+    parser.add_argument("--draw", type=Path, metavar="DIR")
     args = parser.parse_args(argv)
-    if args.show:
-        print("\n\n".join(render.terminal(run) for run in by_run(records.read(args.show))))
+    if folder := args.show or args.draw:
+        for run in by_run(records.read(folder)):
+            print(f"{render.terminal(run)}\n")
+            if args.draw and run[0]["benchmark"] == "train_step":
+                plots.draw(run, folder)
         return 0
     old = README.read_text(encoding="utf-8")
     new = rewritten(old, written(records.read(RESULTS)))

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import zeroshard
 from side_by_side.workload import SHAPES, Variant, Workload
+from zeroshard.core.pulled import Slab
 
 __all__ = ["Trainer", "adamw", "build", "deepspeed_configuration", "unavailable"]
 
@@ -33,13 +34,15 @@ def _nothing() -> None:
 class Trainer:
     """An engine ready to train: a step from tokens to the loss, and what gives its memory back.
 
-    ``warm_step`` takes the place of ``step`` before the measurement.
+    ``warm_step`` takes the place of ``step`` before the measurement. ``bytes_beside`` are those on
+    the device that torch's allocator does not count.
     """
 
     parameters: int
     step: Step
     close: Callable[[], None] = _nothing
     warm_step: Step | None = None
+    bytes_beside: Callable[[], int] = int
 
     def warm(self, x: Tensor) -> Tensor:
         """Take a step before the measurement."""
@@ -48,6 +51,7 @@ class Trainer:
     def release(self) -> None:
         """Let go of the model and all that trains it, which only the functions hold."""
         self.step, self.close, self.warm_step = torch.Tensor.detach, _nothing, None
+        self.bytes_beside = int
 
 
 def unavailable(variant: Variant) -> str | None:
@@ -228,7 +232,11 @@ def _zeroshard(model: nn.Module, variant: Variant, workload: Workload) -> Traine
         engine.step()
         return loss.detach()
 
-    return Trainer(numel, step, engine.destroy)
+    def bytes_of_slabs() -> int:
+        slabs = {unit.transport.memory for unit in engine.runtime.units}
+        return sum(slab.rows[0].nbytes for slab in slabs if isinstance(slab, Slab))
+
+    return Trainer(numel, step, engine.destroy, bytes_beside=bytes_of_slabs)
 
 
 def deepspeed_configuration(stage: int, batch: int, hidden: int) -> dict[str, Any]:

@@ -112,6 +112,8 @@ def summarize(found: Sequence[Activity]) -> dict[str, Any]:
         if computes(each.name):
             busy[each.stream].append(each.span)
     computing = union(max(busy.values(), key=length, default=[]))
+    traffic = {kind: by_kind[kind] for kind in (GATHER, REDUCE)}
+    traffic["both"] = [*traffic[GATHER], *traffic[REDUCE]]
     first, last = min(each.start for each in found), max(each.end for each in found)
     return {
         "kernels": len(found),
@@ -121,8 +123,8 @@ def summarize(found: Sequence[Activity]) -> dict[str, Any]:
         "ms": {kind: _ms(length(spans)) for kind, spans in sorted(by_kind.items())},
         "count": {kind: len(spans) for kind, spans in sorted(by_kind.items())},
         "hidden": {
-            kind: None if (share := hidden(by_kind[kind], computing)) is None else round(share, 4)
-            for kind in (GATHER, REDUCE)
+            kind: None if (share := hidden(spans, computing)) is None else round(share, 4)
+            for kind, spans in traffic.items()
         },
         "ms_by_stream": _by_stream(found),
         "longest": _longest(found),

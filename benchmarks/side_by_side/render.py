@@ -18,6 +18,7 @@ Record = Mapping[str, Any]
 # fp32 master weights; plain PyTorch in bf16 rounds its updates, so it comes last.
 _REFERENCES = ("plain-master", "fsdp2", "fsdp2-kept", "ddp", "plain")
 _EMPTY = "-"
+_NOTABLE_GIB = 0.1
 
 
 def reference_of(records: Sequence[Record]) -> Record | None:
@@ -45,9 +46,11 @@ def verdicts(records: Sequence[Record]) -> list[Verdict]:
 
 
 def is_as_claimed(records: Sequence[Record]) -> bool:
-    """Whether a run is what its claim asks for, on GPUs."""
+    """Whether a run is what its claim asks for, with all of its engines, on GPUs."""
     claim = CLAIMS.get(records[0].get("claim") or "") if records else None
-    return claim is not None and all(
+    if claim is None or not {*claim.engines} <= {each["engine"] for each in records}:
+        return False
+    return all(
         each["hardware"]["device"] != "CPU"
         and (claim.workload is None or claim.workload == _shortened(claim.workload, each))
         for each in records
@@ -141,7 +144,27 @@ def _subject(records: Sequence[Record]) -> str:
 
 def _notes(records: Sequence[Record]) -> list[str]:
     details = [f"{e['engine']}: {e['detail']}" for e in records if e.get("detail")]
-    return [*details, *(verdict.describe() for verdict in verdicts(records))]
+    shares = [line for each in records for line in _profile(each)]
+    left = [
+        f"{each['engine']}: {before:.2f} GiB of an engine before it were still allocated"
+        for each in records
+        if (before := (each["result"] or {}).get("before_gib") or 0) >= _NOTABLE_GIB
+    ]
+    return [*details, *left, *shares, *(verdict.describe() for verdict in verdicts(records))]
+
+
+def _profile(one: Record) -> list[str]:
+    profile = (one["result"] or {}).get("profile", {})
+    if "error" in profile:
+        return [f"{one['engine']}: no profile: {profile['error']}"]
+    if "hidden" not in profile:
+        return []
+    shares = ", ".join(
+        f"{kind} {_EMPTY if share is None else f'{share:.0%}'}"
+        for kind, share in profile["hidden"].items()
+    )
+    idle = f"{profile['idle_of_compute_stream_ms']:.1f} of {profile['span_ms']:.1f} ms"
+    return [f"{one['engine']}, profiled: under computation {shares}; computes nothing in {idle}"]
 
 
 def markdown(records: Sequence[Record]) -> str:

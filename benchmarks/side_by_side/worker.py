@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 import zeroshard
+from side_by_side.claims import CLAIMS
 from side_by_side.engines import Trainer, build, unavailable
 from side_by_side.plan import Entry, Plan
 from side_by_side.profiles import profiled, summarize
@@ -98,6 +99,12 @@ class _Rank:
     def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
+
+    def trim(self) -> None:
+        """Give back memory that nothing uses."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
 
     def barrier(self) -> None:
         """Wait for all ranks on their devices, so that they leave at nearly the same time."""
@@ -198,6 +205,7 @@ def _measure(rank: _Rank, entry: Entry) -> dict[str, Any]:
     rank.together("build", lambda: built.append(build(entry.variant, workload, rank.device)))
     build_s = time.perf_counter() - began
     trainer = built.pop()
+    rank.together("build", rank.trim)  # else an engine's reserved memory shows how it was built
     x = _tokens(rank, workload)
     losses: list[Tensor] = []
     for number in range(workload.warmup):
@@ -209,9 +217,10 @@ def _measure(rank: _Rank, entry: Entry) -> dict[str, Any]:
     for number in range(workload.steps):
         rank.barrier()
         timed.append(rank.together(f"step {number}", lambda: _timed(rank, trainer, x, losses)))
-    memory = rank.together("memory", lambda: _memory(rank))
+    memory = rank.together("memory", lambda: _memory(rank, trainer))
     heard = rank.together("losses", lambda: torch.stack(losses).double().tolist())
-    wanted = {entry.variant.label, "all"} & {*rank.plan.profile}
+    asked = CLAIMS[entry.claim].profiled if entry.claim else set[str]()
+    wanted = {entry.variant.label, "all"} & {*rank.plan.profile, *asked}
     profile = _profile(rank, entry, trainer, x) if wanted else None
     left = rank.together("end", lambda: _forget(rank, trainer))
     seconds = [max(whole for whole, _ in ranks) for ranks in timed]  # until the slowest is done
@@ -253,15 +262,18 @@ def _timed(rank: _Rank, trainer: Trainer, x: Tensor, losses: list[Tensor]) -> tu
     return time.perf_counter() - start, issued - start
 
 
-def _memory(rank: _Rank) -> tuple[float | None, float | None, float | None]:
+def _memory(rank: _Rank, trainer: Trainer) -> tuple[float | None, float | None, float | None]:
     """Peaks of allocated and reserved memory, and all that is in use on the device, in GiB.
 
-    The last has what torch's allocator does not see: NCCL's buffers and symmetric memory.
+    The first two have what the engine holds beside torch's allocator, and the last what only the
+    device knows of, such as NCCL's buffers.
     """
     if not rank.on_gpu:
         return None, None, None
     free, total = torch.cuda.mem_get_info()
-    found = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), total - free
+    beside = trainer.bytes_beside()
+    allocated_bytes = torch.cuda.max_memory_allocated() + beside
+    found = allocated_bytes, torch.cuda.max_memory_reserved() + beside, total - free
     allocated, reserved, used = (round(each / _GIB, 3) for each in found)
     return allocated, reserved, used
 
@@ -279,11 +291,19 @@ def _profile(rank: _Rank, entry: Entry, trainer: Trainer, x: Tensor) -> dict[str
     name = re.sub(r"[^\w.-]+", "-", f"{entry.claim or entry.workload.model}-{entry.variant.label}")
     path = rank.plan.traces / f"trace-{name}-on-{rank.world}.json.gz"
 
+    steps: list[Tensor] = []
+
     def action() -> dict[str, Any] | None:
         if rank.number != 0:
             trainer.step(x)
             return None
-        return summarize(profiled(lambda: trainer.step(x), path))
+        try:
+            return summarize(profiled(lambda: steps.append(trainer.step(x)), path))
+        except Exception as error:
+            if not steps:
+                raise
+            # The engine has its figures; it is the profiler that failed.
+            return {"error": f"{type(error).__name__}: {error}"[:400]}
 
     return rank.together("profile", action)[0]
 
@@ -294,9 +314,7 @@ def _forget(rank: _Rank, trainer: Trainer) -> float | None:
     trainer.release()
     gc.collect()
     torch._dynamo.reset()
-    gc.collect()
-    if rank.on_gpu:
-        torch.cuda.empty_cache()
+    rank.trim()
     return _allocated_gib(rank)
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM  # noqa: F401 - here once, or each rank takes seconds
 
 from forked import RankError, run_ranks
@@ -16,8 +17,9 @@ from forked import RankError, run_ranks
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import train_step
-from side_by_side import driver, render, worker
+from side_by_side import driver, engines, render, worker
 from side_by_side.plan import Plan
+from side_by_side.workload import Variant, Workload
 
 
 @pytest.fixture
@@ -79,3 +81,18 @@ def test_bf16_engines_agree_as_far_as_bf16_goes(tmp_path: Path) -> None:
     for each in others:
         first, most = render.loss_differences(each, fsdp2)
         assert first == 0 and most < 2**-9, each["engine"]
+
+
+def test_memory_that_ranks_read_from_each_other_counts_as_an_engine_s() -> None:
+    def check(rank: int, world: int) -> None:
+        tiny = Workload("tiny", 1, 8, dtype="fp32")
+        for setting, least, most in (("nccl", 0, 0), ("copy_engine", 1.0, 1.1)):
+            variant = Variant.parse(f"zeroshard-3:zeroshard.gather={setting}")
+            trainer = engines.build(variant, tiny, torch.device("cpu"))
+            shard_bytes = 4 * trainer.parameters / world
+            assert least * shard_bytes <= trainer.bytes_beside() <= most * shard_bytes
+            trainer.close()
+            trainer.release()
+            assert trainer.bytes_beside() == 0
+
+    run_ranks(check, 2)

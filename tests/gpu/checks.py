@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch._dynamo.utils
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.utils.checkpoint import checkpoint
 
 import zeroshard
@@ -117,10 +119,12 @@ def loss_of(logits: Tensor, x: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), x.flatten())
 
 
-def make_engine(model: nn.Module, stage: int, **config: Any) -> zeroshard.Engine:
+def make_engine(
+    model: nn.Module, stage: int, *, fused: bool = False, **config: Any
+) -> zeroshard.Engine:
     engine, _, _, _ = zeroshard.initialize(
         model=model,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=fused or None),
         config={
             "train_micro_batch_size_per_gpu": 2,
             "gradient_clipping": 1.0,
@@ -535,9 +539,9 @@ def check_steady(ctx: Context) -> dict[str, Any]:
     if not ctx.on_gpu:
         return {"ok": True, "skipped": "only on GPUs"}
     result: dict[str, Any] = {}
-    for stage in (1, 2, 3):
+    for stage, fused in ((1, True), (2, True), (3, True), (3, False)):
         model = seeded(lambda: Llama(ctx.large))
-        engine = make_engine(model, stage, bf16={"enabled": True})
+        engine = make_engine(model, stage, fused=fused, bf16={"enabled": True})
         x = ctx.tokens(0, 0, ctx.rank, ctx.large)
 
         def step(engine: zeroshard.Engine = engine, x: Tensor = x) -> None:
@@ -559,7 +563,7 @@ def check_steady(ctx: Context) -> dict[str, Any]:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         stats = torch.cuda.memory_stats()
-        result[f"stage {stage}"] = {
+        result[f"stage {stage}{', fused' if fused else ''}"] = {
             "waited": waited,
             "allocations": stats["num_device_alloc"] - before,
             "reserved_over_allocated": round(
@@ -678,19 +682,35 @@ CHECKS = {
         check_parity,
         check_routed,
         check_bits,
-        check_pulls,
         check_memory,
         check_init,
         check_settings,
         check_access,
         check_checkpointing,
-        check_budget,
         check_resume,
-        check_compile,
         check_overlap,
         check_steady,
+        check_budget,
+        check_compile,
+        check_pulls,  # last: what it asks of the driver may break the process
     )
 }
+
+
+def have_ended(ctx: Context, name: str, is_fine: bool) -> bool:
+    """Whether every rank has ended a check soon after this one, all of them well or all badly.
+
+    Over the store, because collectives are of no use if a rank has left them.
+    """
+    store = dist.PrefixStore("checks", _get_default_store())
+    keys = [f"{name}/{rank}" for rank in range(ctx.world)]
+    store.set(keys[ctx.rank], str(is_fine))
+    try:
+        # Of those that wait in a collective for one that has failed, nobody comes.
+        store.wait(keys, timedelta(seconds=300 if is_fine else 30))
+    except Exception:
+        return False
+    return len({store.get(key) for key in keys}) == 1
 
 
 def main() -> None:
@@ -704,15 +724,18 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     ctx = Context(args.toy)
     for name in args.only:
+        began = time.perf_counter()
         try:
             result = CHECKS[name](ctx)
         except Exception:
             result = {"ok": False, "error": traceback.format_exc()[-1500:]}
         if ctx.rank == 0 or "error" in result:
-            line = {"check": name, "world": ctx.world, "rank": ctx.rank, **result}
+            seconds = round(time.perf_counter() - began, 1)
+            line = {"check": name, "world": ctx.world, "rank": ctx.rank, "s": seconds, **result}
             print(json.dumps(line), flush=True)
-        if "error" in result:
-            break  # the ranks are out of step
+        if not have_ended(ctx, name, "error" not in result):
+            os._exit(1)  # the ranks are out of step, and the interpreter's exit would wait for them
+        gc.collect()
     dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 CHECKS = Path(__file__).with_name("checks.py")
+TRAIN_STEP = Path(__file__).resolve().parents[2] / "benchmarks" / "train_step.py"
 
 
 def with_gpus() -> dict[str, str]:
@@ -32,7 +34,7 @@ def run_checks(
     return {line["check"]: line for line in lines}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_the_checks_for_gpus_pass_at_toy_size_on_two_cpu_ranks() -> None:
     names = ("parity", "pulls", "memory", "init", "access", "budget", "resume", "compile")
     results = run_checks(2, "--toy", "--only", *names)
@@ -47,3 +49,18 @@ def test_gpus_match_plain_torch_repeat_their_bits_and_keep_to_the_formulas() -> 
     for ranks in range(1, min(int(os.environ["TEST_GPUS"]), 2) + 1):
         results = run_checks(ranks, env=with_gpus())
         assert {name: line for name, line in results.items() if not line["ok"]} == {}, ranks
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(420)
+@pytest.mark.skipif(int(os.environ["TEST_GPUS"]) < 2, reason="one GPU gathers nothing")
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="no transformers")
+def test_gathers_and_reductions_of_an_8b_step_lie_under_computation(tmp_path: Path) -> None:
+    ranks = min(int(os.environ["TEST_GPUS"]), 4)
+    options = ["--claim", "long", "--engines", "zeroshard-3", "--ranks", str(ranks), "--no-plot"]
+    command = [sys.executable, str(TRAIN_STEP), *options, "--steps", "2", "--out", str(tmp_path)]
+    subprocess.run(command, timeout=400, check=True, env=with_gpus())
+    (line,) = (tmp_path / "train_step.jsonl").read_text(encoding="utf-8").splitlines()
+    record = json.loads(line)
+    assert record["status"] == "ok", record
+    assert record["result"]["profile"]["hidden"]["both"] >= 0.9, record["result"]["profile"]

@@ -135,6 +135,40 @@ def test_memory_has_ceilings() -> None:
     assert (by_figure["reserved"].measured, by_figure["reserved"].is_met) == (1.15, False)
 
 
+def test_communication_is_judged_where_it_was_profiled() -> None:
+    requirement = Requirement("zeroshard-3", "hidden", 0.9)
+    profile = {
+        "hidden": {"gather": 0.95, "reduce": None, "both": 0.95},
+        "idle_of_compute_stream_ms": 1.0,
+        "span_ms": 10.0,
+    }
+    run = [measured("zeroshard-3", 1.0, claim="long", profile=profile)]
+    assert judge(requirement, run).is_met
+    assert "gather 95%, reduce -, both 95%; computes nothing in 1.0 of 10.0 ms" in (
+        render.terminal(run)
+    )
+    assert judge(requirement, [measured("zeroshard-3", 1.0)]).measured is None
+    left = render.terminal([measured("fsdp2", 1.0, before_gib=2.5)])
+    assert "fsdp2: 2.50 GiB of an engine before it were still allocated" in left
+    broken = [measured("zeroshard-3", 1.0, profile={"error": "OSError: disk full"})]
+    assert judge(requirement, broken).measured is None
+    assert "no profile: OSError: disk full" in render.terminal(broken)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_on_a_host_without_gpus_a_claim_runs_at_toy_size(name: str) -> None:
+    (command,) = claims_script.commands([name], 0)
+    benchmark = CLAIMS[name].benchmark
+    assert (
+        tuple(command[len(command) - len(claims_script.TOYS[benchmark]) :])
+        == (claims_script.TOYS[benchmark])
+    )
+    if benchmark == "train_step":
+        args = train_step.arguments(command[2:])
+        entries = train_step.entries_of(args, name)
+        assert {entry.own_workload.model for entry in entries} == {"tiny"}
+
+
 def test_scaling_compares_most_ranks_with_fewest() -> None:
     requirement = Requirement("zeroshard-3", "scaling", 0.97)
     run = [measured("zeroshard-3", 0.9, ranks=2), measured("zeroshard-3", 1.0, ranks=8)]
@@ -218,8 +252,9 @@ def test_the_last_run_of_a_claim_on_each_number_of_gpus_is_shown() -> None:
 
 
 def test_a_run_may_fail_where_its_claim_cannot_be_measured_and_is_shown() -> None:
-    run = [measured("plain", 1.0), failed("zeroshard-3", "failed (build)")]
-    assert tables.shown(run) == [run]
+    run = [measured(name, 1.0) for name in ("plain", "fsdp2")]
+    assert tables.shown([*run, failed("zeroshard-3", "failed (build)")])
+    assert tables.shown(run) == []  # it was cut short, or left an engine out
 
 
 def test_only_the_marked_part_of_a_document_is_rewritten() -> None:

@@ -185,7 +185,7 @@ def test_claims_on_the_same_ranks_share_a_job_and_have_runs_of_their_own(
     assert jobs == [(2, ["weak-scaling"]), (4, ["long"] * 3 + ["weak-scaling"])]
     by_claim = {each["claim"]: each for each in records.read(tmp_path)}
     assert by_claim["long"]["run"] != by_claim["weak-scaling"]["run"]
-    assert capsys.readouterr().out.count("not measured") == 5
+    assert capsys.readouterr().out.count("not measured") == 6
     assert train_step.main(["--claim", "long,longer", *options]) == 2
     assert "no claim is called longer" in capsys.readouterr().err
 

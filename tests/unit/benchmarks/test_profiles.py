@@ -85,7 +85,11 @@ def test_a_step_is_summed_up_by_kind_hidden_share_and_idle_time() -> None:
         Activity("Memcpy DtoH (Device -> Pageable)", compute, 2500, 2600),
     ]
     summary = summarize(found)
-    assert summary["hidden"] == {"gather": 0.5, "reduce": 1.0}
+    assert summary["hidden"] == {
+        "gather": 0.5,
+        "reduce": 1.0,
+        "both": pytest.approx(9 / 14, abs=1e-4),
+    }
     assert summary["ms"]["matmul"] == 2.0
     assert summary["span_ms"] == 2.6
     assert summary["idle_of_compute_stream_ms"] == pytest.approx(0.6)
