@@ -108,7 +108,7 @@ class _Scaling:
     """What becomes of the gradients before they are stepped with; scalars in fp32 on the device.
 
     They are divided by ``divisor`` and multiplied by ``clip``, where that is not None; nothing is
-    stepped if ``found_inf`` is not 0.
+    stepped if ``found_inf``, which is 0 or 1, is 1.
     """
 
     divisor: float
