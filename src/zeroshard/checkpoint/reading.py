@@ -255,6 +255,7 @@ def _read_optimizer(sharded: ShardedOptimizer, reader: Reader, found: Match) -> 
     states = {
         place.slice: _read_state(reader, name, place) for place, name in _stepped(optimizer, found)
     }
+    sharded.let_go_of_state()
     for piece, state in states.items():
         optimizer.state.pop(piece, None)
         if state:

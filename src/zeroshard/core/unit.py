@@ -29,8 +29,6 @@ block's weights and statistics, and are shown and hidden where the quantiser rea
 """
 
 # Torch's list operations have no public name.
-
-# Torch's list operations have no public name.
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations

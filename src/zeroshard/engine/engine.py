@@ -366,7 +366,9 @@ class Engine(Getters):
         self.runtime.boundary = self.is_gradient_accumulation_boundary()
         if self._sharded is not None and (scaler := self._sharded.scaler) is not None:
             # A copy from the host would make it wait for the device.
-            self.runtime.loss_scale = torch.full((), scaler.scale, device=self.device)
+            self.runtime.loss_scale = torch.full(
+                (), scaler.scale, dtype=torch.float32, device=self.device
+            )
             self.runtime.scaled = False
 
     def _note_shortage(self, error: Exception) -> None:
@@ -768,11 +770,11 @@ class Engine(Getters):
             )
         self.check_present("offload_states()")
         units, optimizer = self.runtime.units, self.basic_optimizer
+        if self._sharded is not None and OffloadStateTypeEnum.optim_states in kinds:
+            self._sharded.let_go_of_state()
         self._offloaded = offload(
             units, optimizer, kinds, pin=pin_memory, non_blocking=non_blocking
         )
-        if self._sharded is not None and OffloadStateTypeEnum.optim_states in kinds:
-            self._sharded.let_go_of_state()
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what ``offload_states`` moved; nothing if nothing is offloaded.

@@ -188,7 +188,7 @@ def offload(
     moved: list[_Moved | _MovedState] = list(mover.moved.values())
     if optimizer is not None and _Kind.optim_states in kinds:
         moved += _move_state(optimizer, units, pin, non_blocking)
-    if any(each.storage.device.type == "cuda" for each in mover.moved.values()):
+    if moved and units[0].mesh.device.type == "cuda":
         torch.cuda.empty_cache()
     return Offloaded(units, moved, shared)
 

@@ -81,6 +81,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave on this rank."""
         self.optimizer.load_state_dict(state_dict)
+        self._sharded.let_go_of_state()
 
     def register_step_pre_hook(self, hook: Any) -> Any:
         """Call ``hook`` before each update of the slices."""

@@ -72,7 +72,7 @@ def update_(shards: Shards, rule: Rule, factor: Tensor, found_inf: Tensor | None
         shards: what is read and written; the content of the gradient is undefined afterwards.
         rule: the numbers of the step.
         factor: multiplies the gradient; a scalar in fp32 on the device.
-        found_inf: not 0 to leave everything as it is; a scalar in fp32 on the device.
+        found_inf: 1 to leave everything as it is, else 0; a scalar in fp32 on the device.
     """
     master = shards.master
     grad = shards.grad.to(master.dtype).mul_(factor)

@@ -108,7 +108,7 @@ class _Scaling:
     """What becomes of the gradients before they are stepped with; scalars in fp32 on the device.
 
     They are divided by ``divisor`` and multiplied by ``clip``, where that is not None; nothing is
-    stepped if ``found_inf`` is not 0.
+    stepped if ``found_inf``, which is 0 or 1, is 1.
     """
 
     divisor: float
@@ -119,22 +119,27 @@ class _Scaling:
         """What gradients are multiplied by, for kernels that do it themselves."""
         if self.clip is not None:
             return self.clip / self.divisor
-        return torch.full((), 1.0 / self.divisor, device=device)
+        return torch.full((), 1.0 / self.divisor, dtype=torch.float32, device=device)
 
     def inverse(self, device: torch.device) -> Tensor | None:
         """What gradients are divided by, for kernels of torch's; None to leave them."""
         if self.clip is not None:
             return self.divisor / self.clip
-        return None if self.divisor == 1.0 else torch.full((), self.divisor, device=device)
+        if self.divisor == 1.0:
+            return None
+        return torch.full((), self.divisor, dtype=torch.float32, device=device)
 
     def apply_(self, shards: list[Tensor]) -> None:
-        """Multiply gradients before a step that knows nothing of it."""
+        """Scale gradients before a step that knows nothing of it.
+
+        The bits are those of torch's kernels: hooks may be on some of the ranks that hold replicas.
+        """
         if self.clip is not None:
-            factor = self.clip / self.divisor
+            inverse = self.divisor / self.clip
             for shard in shards:
-                shard.mul_(factor)
+                shard.div_(inverse)
         elif self.divisor != 1.0:
-            torch._foreach_mul_(shards, 1.0 / self.divisor)
+            torch._foreach_div_(shards, self.divisor)
 
 
 def check_optimizer(

@@ -349,7 +349,9 @@ def safe_get_full_grad(param: Tensor) -> Tensor | None:
     reduced, own = place.gradient, _average_of_unreduced(place)
     if reduced is None:
         return None if own is None else place.scaled_down(own)
-    full = assemble(reduced, place.slot)
+    # Ranks that set their slices have widened them already.
+    wide = torch.promote_types(reduced.dtype, place.slot.unit.precision.accumulate)
+    full = assemble(reduced.to(wide), place.slot)
     return place.scaled_down(full if own is None else full.add_(own))
 
 

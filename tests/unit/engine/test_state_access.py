@@ -328,6 +328,17 @@ def test_a_set_gradient_is_the_one_that_the_step_uses(
 
 
 @on_ranks(2, STAGES)
+def test_a_gradient_that_some_ranks_have_set_their_slice_of_is_read_by_all(stage: int) -> None:
+    engine = make(stage, communication_data_type="bf16", **BF16)
+    engine.backward(half_loss(engine))
+    for _, param in named(engine):
+        before = zero.safe_get_full_grad(param)
+        if engine.global_rank == 0:
+            zero.safe_set_local_grad(param, zero.safe_get_local_grad(param))
+        assert torch.equal(zero.safe_get_full_grad(param), before)
+
+
+@on_ranks(2, STAGES)
 def test_gradients_are_updated_one_after_another_by_a_function(stage: int) -> None:
     engine = make(stage)
     engine.backward(loss_of(engine))

@@ -213,6 +213,38 @@ def test_clipping_inside_torchs_fused_kernels_is_clipping_before_them(kind: str)
     assert_same(inside, before)
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_ranks_with_hooks_and_without_step_replicas_alike_to_the_bit(
+    kind: type[torch.optim.Optimizer], clip: float
+) -> None:
+    both = [make_sharded("torch", kind, clip=clip, fused=True) for _ in range(2)]
+    both[0][0].inner.register_step_pre_hook(lambda *_: None)
+    for number in range(3):
+        for sharded, units in both:
+            give(units, make_grads(number))
+            sharded.step(divide_by=3)
+    for one, other in zip(read(both[0][1]), read(both[1][1]), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kernels", ["fused", "torch"])
+def test_scalars_for_kernels_are_fp32_whatever_dtype_new_tensors_have(kernels: Kernels) -> None:
+    scaler = LossScaler(ScalePolicy(initial=3.0))
+    changed, usual = (
+        make_sharded(kernels, clip=0.0, scaler=copy.copy(scaler), fused=True) for _ in range(2)
+    )
+    step(*usual, 0)
+    grads = make_grads(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        give(changed[1], grads)
+        changed[0].step(divide_by=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(changed, usual)
+
+
 class Operations(TorchDispatchMode):
     """Notes what is computed inside, by name; reading a number is ``_local_scalar_dense``."""
 
@@ -362,8 +394,10 @@ def test_training_goes_on_from_a_checkpoint_and_from_the_host_as_if_nothing_had_
     folder = tmp_path / str(stage)
     resumed.save_checkpoint(folder)
     run(resumed, range(7, 9))
+    flat = next(iter(resumed.optimizer.state.values()))["exp_avg"].untyped_storage()
     for engine in (resumed, other):
         engine.load_checkpoint(folder)
+        assert torch._C._storage_Use_Count(flat._cdata) == 1  # what was before is let go of
         run(engine, range(2, 4))
     trained = (list(engine.module.parameters()) for engine in (straight, resumed, other))
     for one, two, three in zip(*trained, strict=True):
