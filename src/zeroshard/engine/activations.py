@@ -78,7 +78,7 @@ class BlockForward:
     """The forward of one block; copies and pickles of the block have the plain one."""
 
     def __init__(self, block: nn.Module, name: str, owner: Activations) -> None:
-        self.block, self.name, self._owner = block, name, owner
+        self.block, self.name, self.owner = block, name, owner
         self.plain: Forward = block.forward
         self._replaced: Forward | None = vars(block).get("forward")
         self._is_removed = False
@@ -103,7 +103,7 @@ class BlockForward:
         trains = self.block.training and torch.is_grad_enabled()
         if not trains or self._is_removed or torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
-        return self._owner.call(self, args, kwargs)
+        return self.owner.call(self, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _same, (self.plain,)
@@ -347,6 +347,7 @@ class Activations:
         """Keep less from now on if the device ran out of memory in this pass."""
         if isinstance(error, torch.OutOfMemoryError):
             self._keep_less(self._now, "ran out of memory")
+            self._space.fail()
 
     def reset(self) -> None:
         """Forget the pass under way, whose backward does not come."""
@@ -401,8 +402,8 @@ def layers_of(model: nn.Module, units: Sequence[str]) -> dict[nn.Module, str]:
 
 
 def forget(model: nn.Module) -> None:
-    """Remove what an engine that is gone has put in place of forwards."""
+    """Take back what an engine that is gone has done to a model for its budget."""
     for module in model.modules():
         forward = vars(module).get("forward")
         if isinstance(forward, BlockForward) and forward.block is module:
-            forward.remove()
+            forward.owner.remove()

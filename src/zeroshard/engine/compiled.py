@@ -67,12 +67,17 @@ class _Watch:
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._starts: set[str] = set()  # names of blocks at which something was compiled
+        self._has_graph = self._has_told_limit = False
         self._has_told_breaks = self._has_told_starts = self._has_told_cache = False
 
     def compiled(self, name: str, num_graphs: int, reasons: Sequence[str]) -> None:
         """Take note of what was made of a block, and why it is not one graph, where torch says."""
         self._starts.add(name)
-        if (num_graphs != 1 or reasons) and not self._has_told_breaks:
+        if self._has_graph and not num_graphs:  # nothing is compiled any more
+            self._tell_limit()
+        elif num_graphs == 1 and not reasons:
+            self._has_graph = True
+        elif not self._has_told_breaks:
             self._has_told_breaks = True
             _log.warning(
                 "%s (%s) cannot be compiled as one graph, and parts of it run uncompiled%s. "
@@ -89,6 +94,16 @@ class _Watch:
                 'TORCH_LOGS="recompiles" says what differs between them.',
                 self._kind,
                 ", ".join(sorted(self._starts)),
+            )
+
+    def _tell_limit(self) -> None:
+        if not self._has_told_limit:
+            self._has_told_limit = True
+            _log.warning(
+                "%s was compiled for as many kinds of inputs as torch._dynamo.config."
+                'recompile_limit allows, and runs uncompiled for others. TORCH_LOGS="recompiles" '
+                "says what differs between them.",
+                self._kind,
             )
 
     def has_cache(self) -> None:
@@ -310,7 +325,7 @@ def compile_blocks(
     loss = _loss_of(root) if blocks else None
     if loss is not None:
         plain = loss.loss_function
-        name = plain.__name__
+        name = getattr(plain, "__name__", type(plain).__name__)
         watch = _Watch(name)
         made.append(
             Compiled(loss, _LOSS, plain=plain, compiled=compile_(plain), name=name, watch=watch)
