@@ -18,7 +18,6 @@ number of the layer, and on how far the cache is filled.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import logging
 from collections import Counter
@@ -32,6 +31,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from zeroshard.core.hooks import Site
+from zeroshard.engine.standin import StandIn
 from zeroshard.errors import compose
 
 __all__ = ["Compiled", "advise", "compile_blocks", "forget", "objection"]
@@ -117,14 +117,12 @@ class _Watch:
             )
 
 
-class Compiled:
-    """A compiled function in the place of a module's own; copies of the module have that one.
-
-    Pickles of it, too.
+class Compiled(StandIn):
+    """A compiled function in the place of a module's own.
 
     Args:
         owner: the module.
-        attribute: where the module keeps the function, if it is not the one of its class.
+        attribute: where the module looks the function up.
         plain: the function.
         compiled: the same, compiled.
         name: the module's name in the model.
@@ -141,37 +139,22 @@ class Compiled:
         name: str,
         watch: _Watch,
     ) -> None:
-        self._owner, self._attribute, self._name = owner, attribute, name
-        self._plain, self._run, self._watch = plain, compiled, watch
-        self._replaced: Function | None = vars(owner).get(attribute)
-        functools.update_wrapper(self, plain, updated=())
-
-    def install(self) -> None:
-        """Let the module use it."""
-        vars(self._owner)[self._attribute] = self
+        super().__init__(owner, attribute, plain)
+        self._run, self._name, self._watch = compiled, name, watch
 
     def remove(self) -> None:
         """Give the module what it had; where that is not possible, act like it."""
-        self._run = self._plain
-        if not self.is_installed_in(self._owner):
-            return  # somebody has wrapped it
-        if self._replaced is None:
-            del vars(self._owner)[self._attribute]
-        else:
-            vars(self._owner)[self._attribute] = self._replaced
-
-    def is_installed_in(self, module: nn.Module) -> bool:
-        """Whether it is what a module uses, and was made for that one."""
-        return module is self._owner and vars(module).get(self._attribute) is self
+        self._run = self.plain
+        super().remove()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run what was compiled, compiling it if nothing fits that was compiled before."""
         if torch.compiler.is_compiling():  # something around the module, and the module with it
-            return self._plain(*args, **kwargs)
+            return self.plain(*args, **kwargs)
         if any(map(_is_cache, chain(args, kwargs.values()))):
-            if torch.is_grad_enabled() and self._owner.training:
+            if torch.is_grad_enabled() and self.module.training:
                 self._watch.has_cache()
-            return self._plain(*args, **kwargs)
+            return self.plain(*args, **kwargs)
         tries, num_graphs = counters["frames"]["total"], counters["stats"]["unique_graphs"]
         breaks = dict(counters["graph_break"])
         result = self._run(*args, **kwargs)
@@ -180,13 +163,6 @@ class Compiled:
             reasons = list(counters["graph_break"] - Counter(breaks))
             self._watch.compiled(self._name, num_graphs, reasons)
         return result
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _same, (self._plain,)
-
-
-def _same(function: Function) -> Function:
-    return function
 
 
 def _is_cache(value: object) -> bool:
