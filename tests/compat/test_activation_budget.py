@@ -99,5 +99,11 @@ def test_a_model_has_its_own_switches_again_when_the_engine_is_gone() -> None:
             engine.destroy()
             for name in ("gradient_checkpointing", "_gradient_checkpointing_func", "forward"):
                 assert vars(layer).get(name) is before.get(name), name
+            # An engine that nobody ended, followed by one without a budget.
+            train(engine_of(model, 0), architecture)
+            again = engine_of(model, None)
+            for name in ("gradient_checkpointing", "_gradient_checkpointing_func", "forward"):
+                assert vars(layer).get(name) is before.get(name), name
+            again.destroy()
 
     run_ranks(work, 1)

@@ -11,7 +11,6 @@ No two ranks need to decide alike, as a block computes the same numbers either w
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +42,7 @@ from zeroshard.engine.recompute import (
     nbytes_of,
 )
 from zeroshard.engine.space import Space
+from zeroshard.engine.standin import StandIn
 from zeroshard.engine.switches import Switch, is_layer
 
 __all__ = ["ActivationPlan", "Activations", "forget", "layers_of"]
@@ -70,43 +70,25 @@ class ActivationPlan:
     most_bytes: int
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
-class BlockForward:
-    """The forward of one block; copies and pickles of the block have the plain one."""
+class BlockForward(StandIn):
+    """The forward of one block."""
 
     def __init__(self, block: nn.Module, name: str, owner: Activations) -> None:
-        self.block, self.name, self._owner = block, name, owner
-        self.plain: Forward = block.forward
-        self._replaced: Forward | None = vars(block).get("forward")
+        super().__init__(block, "forward", block.forward)
+        self.name, self.owner = name, owner
         self._is_removed = False
-        functools.update_wrapper(self, self.plain, updated=())
-
-    def install(self) -> None:
-        """Let the block use it."""
-        vars(self.block)["forward"] = self
 
     def remove(self) -> None:
         """Give the block the forward that it had; where that is not possible, act like it."""
         self._is_removed = True
-        if vars(self.block).get("forward") is not self:
-            return  # somebody has wrapped it
-        if self._replaced is None:
-            del vars(self.block)["forward"]
-        else:
-            vars(self.block)["forward"] = self._replaced
+        super().remove()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, so that it keeps its activations or runs again in backward."""
-        trains = self.block.training and torch.is_grad_enabled()
+        trains = self.module.training and torch.is_grad_enabled()
         if not trains or self._is_removed or torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
-        return self._owner.call(self, args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _same, (self.plain,)
+        return self.owner.call(self, args, kwargs)
 
 
 class _Sizes:
@@ -229,7 +211,7 @@ class Activations:
         """Run a block in training."""
         if self._leaves_alone(forward):
             return forward.plain(*args, **kwargs)
-        block, shape = forward.block, shape_of((*args, *kwargs.values()))
+        block, shape = forward.module, shape_of((*args, *kwargs.values()))
         now = self._pass_of(shape)
         number = len(now.calls)
         if number < _LONGEST_PASS:
@@ -300,7 +282,7 @@ class Activations:
         """Checkpoint a call, and count what it would have kept."""
         if not CAN_COUNT:
             return checkpointed(forward.plain, args, kwargs)
-        block, inputs = forward.block, [*tensors_in(args), *tensors_in(kwargs.values())]
+        block, inputs = forward.module, [*tensors_in(args), *tensors_in(kwargs.values())]
         given = nbytes_of(each for each in inputs if each.requires_grad)
         counting = Counting(block, inputs)
         buffers = Buffers(block)
@@ -321,8 +303,8 @@ class Activations:
 
     def _leave_once(self, forward: BlockForward) -> None:
         """Let a block keep its activations that must not run twice."""
-        self._once.add(forward.block)
-        kind = type(forward.block).__name__
+        self._once.add(forward.module)
+        kind = type(forward.module).__name__
         if kind not in self._told:
             self._told.add(kind)
             _log.warning(
@@ -347,6 +329,7 @@ class Activations:
         """Keep less from now on if the device ran out of memory in this pass."""
         if isinstance(error, torch.OutOfMemoryError):
             self._keep_less(self._now, "ran out of memory")
+            self._space.fail()
 
     def reset(self) -> None:
         """Forget the pass under way, whose backward does not come."""
@@ -401,8 +384,8 @@ def layers_of(model: nn.Module, units: Sequence[str]) -> dict[nn.Module, str]:
 
 
 def forget(model: nn.Module) -> None:
-    """Remove what an engine that is gone has put in place of forwards."""
+    """Take back what an engine that is gone has done to a model for its budget."""
     for module in model.modules():
         forward = vars(module).get("forward")
-        if isinstance(forward, BlockForward) and forward.block is module:
-            forward.remove()
+        if isinstance(forward, BlockForward) and forward.is_installed_in(module):
+            forward.owner.remove()

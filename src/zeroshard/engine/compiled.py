@@ -18,7 +18,6 @@ number of the layer, and on how far the cache is filled.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import logging
 from collections import Counter
@@ -32,6 +31,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from zeroshard.core.hooks import Site
+from zeroshard.engine.standin import StandIn
 from zeroshard.errors import compose
 
 __all__ = ["Compiled", "advise", "compile_blocks", "forget", "objection"]
@@ -67,12 +67,17 @@ class _Watch:
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._starts: set[str] = set()  # names of blocks at which something was compiled
+        self._has_graph = self._has_told_limit = False
         self._has_told_breaks = self._has_told_starts = self._has_told_cache = False
 
     def compiled(self, name: str, num_graphs: int, reasons: Sequence[str]) -> None:
         """Take note of what was made of a block, and why it is not one graph, where torch says."""
         self._starts.add(name)
-        if (num_graphs != 1 or reasons) and not self._has_told_breaks:
+        if self._has_graph and not num_graphs:  # nothing is compiled any more
+            self._tell_limit()
+        elif num_graphs == 1 and not reasons:
+            self._has_graph = True
+        elif not self._has_told_breaks:
             self._has_told_breaks = True
             _log.warning(
                 "%s (%s) cannot be compiled as one graph, and parts of it run uncompiled%s. "
@@ -91,6 +96,16 @@ class _Watch:
                 ", ".join(sorted(self._starts)),
             )
 
+    def _tell_limit(self) -> None:
+        if not self._has_told_limit:
+            self._has_told_limit = True
+            _log.warning(
+                "%s was compiled for as many kinds of inputs as torch._dynamo.config."
+                'recompile_limit allows, and runs uncompiled for others. TORCH_LOGS="recompiles" '
+                "says what differs between them.",
+                self._kind,
+            )
+
     def has_cache(self) -> None:
         """Take note that training keeps a cache that nobody reads."""
         if not self._has_told_cache:
@@ -102,14 +117,12 @@ class _Watch:
             )
 
 
-class Compiled:
-    """A compiled function in the place of a module's own; copies of the module have that one.
-
-    Pickles of it, too.
+class Compiled(StandIn):
+    """A compiled function in the place of a module's own.
 
     Args:
         owner: the module.
-        attribute: where the module keeps the function, if it is not the one of its class.
+        attribute: where the module looks the function up.
         plain: the function.
         compiled: the same, compiled.
         name: the module's name in the model.
@@ -126,37 +139,22 @@ class Compiled:
         name: str,
         watch: _Watch,
     ) -> None:
-        self._owner, self._attribute, self._name = owner, attribute, name
-        self._plain, self._run, self._watch = plain, compiled, watch
-        self._replaced: Function | None = vars(owner).get(attribute)
-        functools.update_wrapper(self, plain, updated=())
-
-    def install(self) -> None:
-        """Let the module use it."""
-        vars(self._owner)[self._attribute] = self
+        super().__init__(owner, attribute, plain)
+        self._run, self._name, self._watch = compiled, name, watch
 
     def remove(self) -> None:
         """Give the module what it had; where that is not possible, act like it."""
-        self._run = self._plain
-        if not self.is_installed_in(self._owner):
-            return  # somebody has wrapped it
-        if self._replaced is None:
-            del vars(self._owner)[self._attribute]
-        else:
-            vars(self._owner)[self._attribute] = self._replaced
-
-    def is_installed_in(self, module: nn.Module) -> bool:
-        """Whether it is what a module uses, and was made for that one."""
-        return module is self._owner and vars(module).get(self._attribute) is self
+        self._run = self.plain
+        super().remove()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run what was compiled, compiling it if nothing fits that was compiled before."""
         if torch.compiler.is_compiling():  # something around the module, and the module with it
-            return self._plain(*args, **kwargs)
+            return self.plain(*args, **kwargs)
         if any(map(_is_cache, chain(args, kwargs.values()))):
-            if torch.is_grad_enabled() and self._owner.training:
+            if torch.is_grad_enabled() and self.module.training:
                 self._watch.has_cache()
-            return self._plain(*args, **kwargs)
+            return self.plain(*args, **kwargs)
         tries, num_graphs = counters["frames"]["total"], counters["stats"]["unique_graphs"]
         breaks = dict(counters["graph_break"])
         result = self._run(*args, **kwargs)
@@ -165,13 +163,6 @@ class Compiled:
             reasons = list(counters["graph_break"] - Counter(breaks))
             self._watch.compiled(self._name, num_graphs, reasons)
         return result
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _same, (self._plain,)
-
-
-def _same(function: Function) -> Function:
-    return function
 
 
 def _is_cache(value: object) -> bool:
@@ -310,7 +301,7 @@ def compile_blocks(
     loss = _loss_of(root) if blocks else None
     if loss is not None:
         plain = loss.loss_function
-        name = plain.__name__
+        name = getattr(plain, "__name__", type(plain).__name__)
         watch = _Watch(name)
         made.append(
             Compiled(loss, _LOSS, plain=plain, compiled=compile_(plain), name=name, watch=watch)

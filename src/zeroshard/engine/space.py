@@ -41,6 +41,10 @@ class Space(Protocol):
         """A pass has ended in which blocks kept so many bytes."""
         ...
 
+    def fail(self) -> None:
+        """The device ran out of memory in a pass, and blocks keep less for it already."""
+        ...
+
     def end_step(self) -> bool:
         """An optimizer step has ended; say whether the device ran short of memory in it."""
         ...
@@ -66,6 +70,9 @@ class Fixed:
         return self._nbytes - given
 
     def end(self, shape: Shape, kept: int) -> None:
+        """Nothing is measured."""
+
+    def fail(self) -> None:
         """Nothing is measured."""
 
     def end_step(self) -> bool:
@@ -116,6 +123,10 @@ class Measured:
             return 0
         known = overhead(shape, self._known)
         if known is None:
+            if not self._readings_due:
+                # The peak so far is that of passes before this one, which had other sizes.
+                self._meter.restart()
+                self._passes.clear()
             self._readings_due = max(self._readings_due, _READINGS_OF_A_LARGER_PASS)
             return 0
         return min(self._limit - self._stays - known, self._ceiling)
@@ -124,10 +135,17 @@ class Measured:
         """Take note of what a pass kept: its part of the step's peak, at most."""
         self._passes[shape] = min(kept, self._passes.get(shape, kept))
 
+    def fail(self) -> None:
+        """What the allocator counts of it is not to be answered once more."""
+        self._shortages = self._meter.read().shortages
+
     def end_step(self) -> bool:
         """Read the peak if that is due, agree on the room if that is; a collective then."""
         memory = self._meter.read()
-        is_short = self._has_begun and memory.shortages > self._shortages
+        # While the number of blocks grows, memory that is cached in pieces of other sizes has to be
+        # given back once; that says nothing about how much fits.
+        is_steady = self._has_begun and not self._readings_due
+        is_short = is_steady and memory.shortages > self._shortages
         if self._readings_due and self._passes:
             for shape, kept in self._passes.items():
                 self._learn(Overhead(shape, max(memory.peak - self._stays - kept, 0)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 from collections.abc import Callable, Iterator
@@ -252,6 +253,20 @@ def test_blocks_that_are_compiled_one_by_one_are_named() -> None:
 
 
 @on_ranks(1)
+def test_blocks_that_reach_the_limit_of_the_compiler_are_named_and_run_uncompiled() -> None:
+    engine, other = make(3, Stack()), make(3, Stack())
+    backend = CompileCounterWithBackend("eager")
+    engine.compile(backend)
+    with messages() as told, torch._dynamo.config.patch(recompile_limit=1):
+        for has_gradients in (False, True, True):
+            with torch.set_grad_enabled(has_gradients):
+                assert torch.equal(engine.eval()(batch(0)), other.eval()(batch(0)))
+    (text,) = told
+    assert text.startswith("Layer was compiled for as many kinds of inputs as")
+    assert backend.frame_count == 1
+
+
+@on_ranks(1)
 def test_a_module_that_is_compiled_with_its_hooks_is_named() -> None:
     engine = make(3)
     for block in engine.module.blocks:
@@ -341,3 +356,42 @@ def test_a_model_without_blocks_is_compiled_itself() -> None:
     engine.backward(engine(batch(0)).square().mean())
     engine.step()
     assert engine.global_steps == 1
+
+
+def mean_square(outputs: Tensor, *, scale: float) -> Tensor:
+    """A loss."""
+    return scale * outputs.square().mean()
+
+
+class Model(Stack):
+    """Computes its loss by itself, as models of transformers do."""
+
+    loss_type = "ForCausalLM"
+
+    @property
+    def loss_function(self) -> Callable[[Tensor], Tensor]:
+        own = vars(self).get("_loss_function")
+        return functools.partial(mean_square, scale=0.5) if own is None else own
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.loss_function(super().forward(x))
+
+
+@on_ranks(1)
+def test_a_loss_is_compiled_also_if_it_has_no_name_and_left_to_a_model_that_was_given_one() -> None:
+    results: list[Tensor] = []
+    for number in range(3):
+        model, backend = Model(), CompileCounterWithBackend("eager")
+        if number == 2:
+            vars(model)["_loss_function"] = functools.partial(mean_square, scale=0.5)
+        engine = make(3, model)
+        if number:
+            engine.compile(backend)
+        torch.manual_seed(0)
+        engine.backward(engine(batch(0)))
+        engine.step()
+        results.append(engine(batch(1)).detach())
+        assert backend.frame_count == (0, 2, 1)[number]
+        engine.destroy()
+        assert ("_loss_function" in vars(model)) == (number == 2)
+    assert all(torch.equal(result, results[0]) for result in results)
