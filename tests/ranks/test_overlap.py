@@ -162,6 +162,30 @@ def test_no_reader_finds_old_values_that_torch_does_not_tell_the_class_of(stage:
         assert all(found), found
 
 
+@pytest.mark.parametrize("kinds", [None, ["hp_params"], ["optim_states"]])
+def test_state_that_is_offloaded_under_a_gather_comes_back_with_the_new_values(
+    kinds: list[str] | None,
+) -> None:
+    def work(rank: int, world: int) -> list[float]:
+        setting, found = Setting(1, steps=2), []
+        with late_gathers():
+            engine = make_engine(PLAIN, setting)
+            for step in range(setting.steps):
+                train(engine, PLAIN, setting, rank, steps=[step])
+                engine.offload_states(include=kinds)
+                engine.reload_states()
+                want = reference_run(PLAIN, Setting(1, steps=1 + step)).weights
+                found += [
+                    relative_difference(param.detach(), want[name])
+                    for name, param in engine.module.named_parameters()
+                ]
+            engine.destroy()
+        return found
+
+    for found in run_ranks(work, world=2):
+        assert [off for off in found if not off <= 1e-6] == []
+
+
 def test_a_parameter_that_outlives_its_engine_gets_the_values_of_the_last_step() -> None:
     def work(rank: int, world: int) -> tuple[bool, bool, float]:
         setting = Setting(1, steps=2)
