@@ -576,7 +576,7 @@ class Unit:
         if self._is_deferred:
             self._is_deferred = False
             for param in self._params:
-                del vars(param)[COMING]
+                vars(param).pop(COMING, None)
 
     def note_users(self) -> None:
         """Take whoever refers to the full parameters' memory now for a part of the engine."""
