@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import signal
 from collections import Counter
@@ -332,19 +333,26 @@ def test_a_rank_that_is_killed_leaves_no_shared_memory() -> None:
     assert not any((folder / name).exists() for name in names)
 
 
-def test_where_one_rank_cannot_share_memory_all_use_collectives_and_say_why() -> None:
+@pytest.mark.parametrize(
+    ("module", "call", "error"),
+    [(os, "posix_fallocate", OSError), (mmap, "mmap", ValueError)],
+    ids=["reserving", "mapping"],
+)
+def test_where_one_rank_cannot_share_memory_all_use_collectives_and_say_why(
+    module: Any, call: str, error: type[Exception]
+) -> None:
     case = ZOO["plain"]
     setting = Setting(3, 2, steps=1)
 
     def work(rank: int, world: int) -> tuple[list[str], bool]:
-        def full(file: int, start: int, length: int) -> None:
-            raise OSError("no room is left")
+        def full(*args: Any) -> None:
+            raise error("no room is left")
 
         messages: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("zeroshard").addHandler(handler)
-        with mock.patch.object(os, "posix_fallocate", full if rank == 1 else os.posix_fallocate):
+        with mock.patch.object(module, call, full if rank == 1 else getattr(module, call)):
             engine = make_engine(case, setting)
             with pytest.raises(UnavailableError):
                 map_slab(100, engine.mesh)

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 from zeroshard.core import tree
 from zeroshard.core.freed import shows_no_values
-from zeroshard.core.slots import slot_of
+from zeroshard.core.unit import COMING, Coming
 
 __all__ = ["PendingParameter"]
+
+# What tells of values or of how they lie in memory, which a freed parameter has none of.
+_OF_MEMORY = frozenset({Tensor.__repr__, Tensor.is_contiguous, Tensor.stride})
 
 
 class PendingParameter(nn.Parameter):
     """What a parameter that stays full is between a step and its next use.
 
     The gather of the stepped values runs on meanwhile. Whoever touches the values first, a module
-    or anybody else, waits for it, and the parameter changes its class back.
+    or anybody else, waits for it, and the parameter changes its class back. What torch reads
+    without asking the class, as `torch.tensor` does, has the shape and NaN in all places.
     """
 
     @classmethod
@@ -35,7 +39,7 @@ class PendingParameter(nn.Parameter):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if shows_no_values(func):
+        if shows_no_values(func) and func not in _OF_MEMORY:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         for tensor in tree.find((args, kwargs)).tensors:
@@ -52,11 +56,9 @@ class PendingParameter(nn.Parameter):
 def _await(tensor: Tensor) -> Tensor:
     """The same tensor, with its new values."""
     if isinstance(tensor, PendingParameter):
-        slot = slot_of(tensor)
-        if slot is not None:
-            slot.unit.wait()
-        else:  # its engine is gone, and nobody else knows of the gather
+        coming: Coming | None = vars(tensor).get(COMING)
+        if coming is not None:
+            coming.arrive(tensor)
+        else:  # made by somebody as one more of this class
             object.__setattr__(tensor, "__class__", nn.Parameter)
-            if tensor.is_cuda:
-                torch.cuda.synchronize(tensor.device)
     return tensor

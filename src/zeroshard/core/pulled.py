@@ -263,7 +263,7 @@ def _on_all(mesh: Mesh) -> Iterator[None]:
     reason = ""
     try:
         yield
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, the others wait below
         reason = f"rank {mesh.rank}: {error}"
     failed = [rank for rank, (one,) in enumerate(Exchange(mesh, 1)([bool(reason)])) if one]
     if failed:
@@ -296,7 +296,8 @@ def _map_host(nbytes: int, mesh: Mesh) -> Slab:
                 os.posix_fallocate(own, 0, nbytes)
             else:
                 os.ftruncate(own, nbytes)
-        maps = [mmap.mmap(file, nbytes) for file in files]
+        with _on_all(mesh):
+            maps = [mmap.mmap(file, nbytes) for file in files]
     rows = [torch.frombuffer(each, dtype=torch.uint8) for each in maps]
     return Slab(rows, mesh, HostCopies(), maps)
 
@@ -356,13 +357,15 @@ def _map_gpus(nbytes: int, mesh: Mesh) -> Slab:
         if asked is not None and asked(device) != "CUDA":
             raise OSError(f"symmetric memory is of the kind {asked(device)}, not CUDA")
     _check_gpus(mesh)
-    with _on_all(mesh), _without_multicast(), torch.cuda.device(device):
-        own = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
-        handle = symmetric_memory.rendezvous(own, group.group_name)
-        rows = [
-            own if rank == mesh.shard.rank else handle.get_buffer(rank, (nbytes,), torch.uint8)
-            for rank in range(mesh.shard.size)
-        ]
+    with _without_multicast(), torch.cuda.device(device):
+        with _on_all(mesh):  # a rank without memory would let the others wait for it in there
+            own = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+        with _on_all(mesh):
+            handle = symmetric_memory.rendezvous(own, group.group_name)
+            rows = [
+                own if rank == mesh.shard.rank else handle.get_buffer(rank, (nbytes,), torch.uint8)
+                for rank in range(mesh.shard.size)
+            ]
     return Slab(rows, mesh, StreamCopies(device), (own, handle))
 
 

@@ -33,10 +33,12 @@ block's weights and statistics, and are shown and hidden where the quantiser rea
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +62,20 @@ from zeroshard.core.store import DeviceStore, Store
 from zeroshard.core.transport import COLLECTIVE, Transport
 from zeroshard.errors import UsageError, compose
 
-__all__ = ["Companion", "Holdings", "Keeper", "Member", "Precision", "Unit", "plain"]
+__all__ = [
+    "COMING",
+    "Coming",
+    "Companion",
+    "Holdings",
+    "Keeper",
+    "Member",
+    "Precision",
+    "Unit",
+    "plain",
+]
+
+COMING: Final = "_zeroshard_coming"
+"""The attribute of a parameter that has its values while they are on their way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +155,26 @@ class _Reduction:
     wire: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """The values of a parameter on their way, also for one that outlives its unit."""
+
+    unit: weakref.ref[Unit]
+    ticket: Ticket
+    values: Tensor
+
+    def arrive(self, param: Tensor) -> None:
+        """Wait for the values, and give them to the parameter."""
+        unit = self.unit()
+        if unit is not None:
+            unit.wait()
+            return
+        self.ticket.wait()
+        param.__class__ = nn.Parameter
+        param.data = self.values
+        del vars(param)[COMING]
+
+
 class Unit:
     """Parameters that are gathered, reduced and freed together. See [Note: flat units].
 
@@ -184,7 +219,7 @@ class Unit:
         self._wants_gather, self._wants_reduce = f"to gather {self.name}", f"to reduce {self.name}"
         self._gathering: Ticket = DONE
         self._num_users = 0  # of the full buffer's memory, before it was gathered
-        self._is_readable = self._is_outlined = False
+        self._is_readable = self._is_outlined = self._is_deferred = False
         self._own_users = 0  # of that memory; see `note_users`
         self._reducing: _Reduction | None = None
         self._sources: list[Tensor] = []  # of copies behind the computation, alive until they end
@@ -331,6 +366,7 @@ class Unit:
         """Make the parameters readable; the unit must be full or on the way."""
         self._end_gather()
         if not self._is_readable:
+            self._end_deferral()
             self._show_full()
             self._is_readable = True
 
@@ -356,6 +392,7 @@ class Unit:
     def hide(self) -> None:
         """Let nothing that can be reached from outside refer to the full parameters."""
         self._end_gather()
+        self._end_deferral()
         placeholders = self._placeholders
         for param, own_class, placeholder in zip(
             self._params, self._classes, placeholders, strict=True
@@ -469,13 +506,16 @@ class Unit:
         """
         if self.is_full:
             return
-        self._show(
-            [
-                empty.new_full((), torch.nan if empty.is_floating_point() else 0).expand(shape)
-                for empty, shape in zip(self._placeholders, self.shapes, strict=True)
-            ]
-        )
+        self._show(self._outlines)
         self._is_outlined = True
+
+    @cached_property
+    def _outlines(self) -> list[Tensor]:
+        """Tensors of the parameters' shapes that have one value in all places: no number."""
+        return [
+            empty.new_full((), torch.nan if empty.is_floating_point() else 0).expand(shape)
+            for empty, shape in zip(self._placeholders, self.shapes, strict=True)
+        ]
 
     def _show(self, tensors: Sequence[Tensor]) -> None:
         for param, own_class, tensor in zip(self._params, self._classes, tensors, strict=True):
@@ -509,6 +549,7 @@ class Unit:
         if self.gathers_alone or not (self.lifetime.params_stay or self._num_holds):
             self.free()
             return
+        self.wait()  # where nobody has touched it since the last step; users are counted alike
         num_users = self._full.num_users
         self.gather()
         # Who kept a view of the memory reads it without a word; a class of its own has its ways.
@@ -520,10 +561,22 @@ class Unit:
             self.wait()
 
     def _defer(self) -> None:
-        """Let whoever touches a parameter wait for the gather under way."""
-        for param in self._params:
+        """Let whoever touches a parameter wait for the gather under way.
+
+        Parameters have no numbers meanwhile, for those who read memory without touching them.
+        """
+        views = self._full.views[: len(self._params)]
+        for param, outline, view in zip(self._params, self._outlines, views, strict=True):
+            param.data = outline
             param.__class__ = self._pending_class
-        self._is_readable = False
+            vars(param)[COMING] = Coming(weakref.ref(self), self._gathering, view)
+        self._is_readable, self._is_deferred = False, True
+
+    def _end_deferral(self) -> None:
+        if self._is_deferred:
+            self._is_deferred = False
+            for param in self._params:
+                vars(param).pop(COMING, None)
 
     def note_users(self) -> None:
         """Take whoever refers to the full parameters' memory now for a part of the engine."""
@@ -833,5 +886,8 @@ class Unit:
 
 def plain(param: Tensor) -> Tensor:
     """The tensor that a parameter of any class is, detached: no method of the class is called."""
+    coming: Coming | None = vars(param).get(COMING)
+    if coming is not None:
+        coming.arrive(param)
     with torch._C.DisableTorchFunctionSubclass():
         return Tensor.detach(param)
