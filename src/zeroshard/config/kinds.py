@@ -220,28 +220,19 @@ def _names_or_auto(value: object) -> object:
     return value
 
 
-def _device(value: object) -> object:
-    if value is None:
-        return "none"
-    if value not in ("none", "cpu", "nvme"):
-        raise expected('"none", "cpu" or "nvme"')
-    return value
+def _choice(*choices: str) -> BeforeValidator:
+    """One of some words; null is the first of them."""
+    *most, last = (f'"{choice}"' for choice in choices)
+    wanted = f"{', '.join(most)} or {last}"
 
+    def check(value: object) -> object:
+        if value is None:
+            return choices[0]
+        if value not in choices:
+            raise expected(wanted)
+        return value
 
-def _kernels(value: object) -> object:
-    if value is None:
-        return "auto"
-    if value not in ("auto", "fused", "torch"):
-        raise expected('"auto", "fused" or "torch"')
-    return value
-
-
-def _gather(value: object) -> object:
-    if value is None:
-        return "auto"
-    if value not in ("auto", "nccl", "copy_engine"):
-        raise expected('"auto", "nccl" or "copy_engine"')
-    return value
+    return BeforeValidator(check)
 
 
 def _path(value: object) -> object:
@@ -274,13 +265,13 @@ Budget = Annotated[Literal["auto"] | float | None, BeforeValidator(_budget)]
 Block = Annotated[dict[str, object], BeforeValidator(_block)]
 Count = Annotated[int, _whole(1)]
 CountOrNone = Annotated[int | None, _whole(1, nullable=True)]
-Device = Annotated[Literal["none", "cpu", "nvme"], BeforeValidator(_device)]
+Device = Annotated[Literal["none", "cpu", "nvme"], _choice("none", "cpu", "nvme")]
 DtypeName = Annotated[Literal["fp32", "fp16", "bf16"] | None, BeforeValidator(_dtype)]
 Flag = Annotated[bool, _flag()]
 FlagOrNone = Annotated[bool | None, _flag(nullable=True)]
 Fraction = Annotated[float, _number("a number from 0 to 1", lambda x: 0 <= x <= 1)]
-Kernels = Annotated[Literal["auto", "fused", "torch"], BeforeValidator(_kernels)]
-Gather = Annotated[Literal["auto", "nccl", "copy_engine"], BeforeValidator(_gather)]
+Kernels = Annotated[Literal["auto", "fused", "torch"], _choice("auto", "fused", "torch")]
+Gather = Annotated[Literal["auto", "nccl", "copy_engine"], _choice("auto", "nccl", "copy_engine")]
 LargestNumel = Annotated[int | None, _bound(0)]
 LargestNumelFromOne = Annotated[int | None, _bound(1)]
 Name = Annotated[str, BeforeValidator(_name)]
