@@ -165,6 +165,18 @@ def ddp(model: nn.Module, device: torch.device) -> Step:
     return step
 
 
+def steps_of(engine: Any) -> Step:
+    """A step through the calls that DeepSpeed's engine and ours share."""
+
+    def step(x: Tensor) -> Tensor:
+        loss = engine(input_ids=x, labels=x).loss
+        engine.backward(loss)
+        engine.step()
+        return loss
+
+    return step
+
+
 def zero(model: nn.Module, stage: int, size: Size, on_gpu: bool) -> tuple[Any, Step]:
     engine, _, _, _ = zeroshard.initialize(
         model=model,
@@ -184,14 +196,7 @@ def zero(model: nn.Module, stage: int, size: Size, on_gpu: bool) -> tuple[Any, S
             else {"stage": stage, "reduce_bucket_size": size.hidden**2},
         },
     )
-
-    def step(x: Tensor) -> Tensor:
-        loss = engine(input_ids=x, labels=x).loss
-        engine.backward(loss)
-        engine.step()
-        return loss
-
-    return engine, step
+    return engine, steps_of(engine)
 
 
 def deepspeed(model: nn.Module, stage: int, size: Size, on_gpu: bool) -> tuple[Any, Step]:
@@ -206,14 +211,7 @@ def deepspeed(model: nn.Module, stage: int, size: Size, on_gpu: bool) -> tuple[A
         model_parameters=trained,
         optimizer=adamw(model, on_gpu),
     )
-
-    def step(x: Tensor) -> Tensor:
-        loss = engine(input_ids=x, labels=x).loss
-        engine.backward(loss)
-        engine.step()
-        return loss
-
-    return engine, step
+    return engine, steps_of(engine)
 
 
 def timed(step: Step, x: Tensor, on_gpu: bool) -> tuple[float, float]:

@@ -208,6 +208,18 @@ def _fsdp2(model: Any, workload: Workload, *, reshard: bool) -> Trainer:
     return Trainer(numel, step)
 
 
+def _steps_of(engine: Any) -> Step:
+    """A step through the calls that DeepSpeed's engine and ours share."""
+
+    def step(x: Tensor) -> Tensor:
+        loss = _loss(engine, x)
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return step
+
+
 def _zeroshard(model: nn.Module, variant: Variant, workload: Workload) -> Trainer:
     numel = _numel(model)
     engine, _, _, _ = zeroshard.initialize(
@@ -226,17 +238,11 @@ def _zeroshard(model: nn.Module, variant: Variant, workload: Workload) -> Traine
     if workload.compile:
         engine.compile()
 
-    def step(x: Tensor) -> Tensor:
-        loss = _loss(engine, x)
-        engine.backward(loss)
-        engine.step()
-        return loss.detach()
-
     def bytes_of_slabs() -> int:
         slabs = {unit.transport.memory for unit in engine.runtime.units}
         return sum(slab.rows[0].nbytes for slab in slabs if isinstance(slab, Slab))
 
-    return Trainer(numel, step, engine.destroy, bytes_beside=bytes_of_slabs)
+    return Trainer(numel, _steps_of(engine), engine.destroy, bytes_beside=bytes_of_slabs)
 
 
 def deepspeed_configuration(stage: int, batch: int, hidden: int) -> dict[str, Any]:
@@ -283,10 +289,4 @@ def _deepspeed(model: nn.Module, variant: Variant, workload: Workload) -> Traine
     if workload.compile:
         engine.compile()
 
-    def step(x: Tensor) -> Tensor:
-        loss = _loss(engine, x)
-        engine.backward(loss)
-        engine.step()
-        return loss.detach()
-
-    return Trainer(numel, step, engine.destroy)
+    return Trainer(numel, _steps_of(engine), engine.destroy)
