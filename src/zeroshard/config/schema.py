@@ -27,7 +27,6 @@ from zeroshard.config.kinds import (
     Flag,
     FlagOrNone,
     Fraction,
-    Gather,
     Kernels,
     LargestNumel,
     LargestNumelFromOne,
@@ -42,6 +41,7 @@ from zeroshard.config.kinds import (
     SizeOrNone,
     Stage,
     StepsPerPrint,
+    Transfer,
     expected,
 )
 
@@ -370,8 +370,13 @@ class ExtensionConfig(_Block):
     clips and casts, with torch's optimizer where that does not fit; "torch" is torch's optimizer
     always; "auto" is "torch"."""
 
-    gather: Gather = "auto"
+    gather: Transfer = "auto"
     """How stage 3 gathers: by collectives, or by reading shards in the memory of other ranks."""
+
+    reduce: Transfer = "auto"
+    """How stages 2 and 3 average gradients: by collectives, or by reading them in the memory of
+    other ranks and adding them up in fp32, whatever communication_data_type sends; "auto" is
+    "nccl"."""
 
     activation_budget: Budget = None
     """GiB that blocks may keep for backward, others run again; "auto" measures what is free."""

@@ -40,6 +40,7 @@ __all__ = [
     "broadcast_bytes",
     "gather_bytes",
     "mean_",
+    "meet",
     "reduce_mean",
     "scatter_",
 ]
@@ -154,6 +155,14 @@ def reduce_mean(out: Tensor, full: Tensor, mesh: Mesh, how: Averaging = MEAN) ->
             ticket = _Then(ticket, lambda: _all_reduce(out, mesh.replicate, op).wait())
     after = how.after
     return ticket if after is None else _Then(ticket, lambda: out.mul_(after))
+
+
+def meet(flag: Tensor, axis: Axis) -> Ticket:
+    """Start waiting for all ranks of an axis of several, over the group of reductions.
+
+    ``flag`` is a zero, and stays one.
+    """
+    return _all_reduce(flag, axis, dist.ReduceOp.SUM)
 
 
 def _all_reduce(tensor: Tensor, axis: Axis, op: Any) -> Ticket:

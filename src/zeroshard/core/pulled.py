@@ -54,6 +54,8 @@ from zeroshard.core.unit import Unit
 __all__ = [
     "FASTER_FROM_BYTES",
     "BatchedCopies",
+    "Copier",
+    "Events",
     "Pulled",
     "Slab",
     "StreamCopies",
@@ -117,13 +119,14 @@ class HostCopies:
 
 
 @dataclass(frozen=True, slots=True)
-class _Events:
+class Events:
     """The end of copies on several streams."""
 
     device: torch.device
     events: Sequence[Any]  # torch.cuda.Event
 
     def wait(self) -> None:
+        """Make the compute stream wait for them."""
         stream = torch.cuda.current_stream(self.device)
         for event in self.events:
             stream.wait_event(event)
@@ -150,7 +153,7 @@ class StreamCopies:
                 for target, source in share:
                     target.copy_(source, non_blocking=True)
             ends.append(stream.record_event())
-        return _Events(self._device, ends)
+        return Events(self._device, ends)
 
     def join(self) -> None:
         """Make the compute stream wait for all copies."""
@@ -198,7 +201,7 @@ class BatchedCopies:
         with torch.cuda.stream(self._stream):
             for target, source in own:
                 target.copy_(source, non_blocking=True)
-        return _Events(self._device, [self._stream.record_event()])
+        return Events(self._device, [self._stream.record_event()])
 
     def join(self) -> None:
         """Make the compute stream wait for all copies."""
@@ -211,11 +214,14 @@ class BatchedCopies:
 class Slab:
     """As many bytes of each rank of the shard axis, mapped by all of them. See [Note: pulls].
 
-    ``rows`` are the bytes by rank; ``owner`` is what keeps the mappings alive.
+    ``rows`` are the bytes by rank; ``owner`` is what keeps the mappings alive; ``handle`` is
+    that of torch's symmetric memory, on GPUs.
     """
 
-    def __init__(self, rows: Sequence[Tensor], mesh: Mesh, copy: Copier, owner: object) -> None:
-        self.rows, self.copy = rows, copy
+    def __init__(
+        self, rows: Sequence[Tensor], mesh: Mesh, copy: Copier, owner: object, handle: Any = None
+    ) -> None:
+        self.rows, self.copy, self.handle = rows, copy, handle
         self._mesh, self._owner = mesh, owner
         self._flag = torch.zeros(1, dtype=torch.int32, device=mesh.device)
 
@@ -366,7 +372,7 @@ def _map_gpus(nbytes: int, mesh: Mesh) -> Slab:
                 own if rank == mesh.shard.rank else handle.get_buffer(rank, (nbytes,), torch.uint8)
                 for rank in range(mesh.shard.size)
             ]
-    return Slab(rows, mesh, StreamCopies(device), (own, handle))
+    return Slab(rows, mesh, StreamCopies(device), (own, handle), handle)
 
 
 def map_slab(nbytes: int, mesh: Mesh) -> Slab:

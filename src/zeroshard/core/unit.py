@@ -52,12 +52,12 @@ from zeroshard.core.collectives import (
     Answered,
     Averaging,
     Ticket,
-    reduce_mean,
 )
 from zeroshard.core.flat import FlatBuffer
 from zeroshard.core.layout import Range
 from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
+from zeroshard.core.reducer import CollectiveReduction, Reducer
 from zeroshard.core.store import DeviceStore, Store
 from zeroshard.core.transport import COLLECTIVE, Transport
 from zeroshard.errors import UsageError, compose
@@ -156,6 +156,14 @@ class _Reduction:
 
 
 @dataclass(frozen=True, slots=True)
+class _Arrived:
+    """Gradients that wait for the unit's turn, and of which parameters they are."""
+
+    indices: list[int]
+    grads: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Coming:
     """The values of a parameter on their way, also for one that outlives its unit."""
 
@@ -203,6 +211,7 @@ class Unit:
         self.master, self.precision = master, precision
         self._full, self._store, self._gradient = full, store, gradient
         self.transport: Transport = COLLECTIVE
+        self.reducer: Reducer = CollectiveReduction(mesh, precision.averaging)
         self._params = [member.param for member in members]
         self._classes = [type(param) for param in self._params]
         self._freed_class, self._pending_class = freed_class, pending_class
@@ -222,6 +231,7 @@ class Unit:
         self._is_readable = self._is_outlined = self._is_deferred = False
         self._own_users = 0  # of that memory; see `note_users`
         self._reducing: _Reduction | None = None
+        self._arrived: _Arrived | None = None
         self._sources: list[Tensor] = []  # of copies behind the computation, alive until they end
         self.has_gradient = False
         self.grad_shard: Tensor | None = None
@@ -432,6 +442,7 @@ class Unit:
     def holdings(self) -> Holdings:
         """The tensors whose memory may be moved between two passes, after :meth:`park`."""
         self.settle()
+        self._spill()
         self._rejoin()
         self._end_gather()
         full = (self._full.tensor,) if self.is_full else ()
@@ -731,6 +742,10 @@ class Unit:
         with torch._C.DisableTorchFunctionSubclass():
             for index in arrived:
                 self._params[index].grad = None
+        if self.reducer.in_turn and not self.has_gradient:
+            self._arrived, self.has_gradient = _Arrived(arrived, given), True
+            return True
+        self._spill()
         if not self.has_gradient:
             self._fresh_gradient()
         if behind and self.mesh.aside.exists:
@@ -745,15 +760,24 @@ class Unit:
 
     def _fill(self, arrived: list[int], given: list[Tensor]) -> None:
         """Copy gradients into the full gradient, or add them to what it has."""
-        views = [self._buffer.views[index] for index in arrived]
         if self.has_gradient:
-            torch._foreach_add_(views, given)
-            return
+            torch._foreach_add_([self._buffer.views[index] for index in arrived], given)
+        else:
+            self._write(self._buffer, arrived, given)
+
+    def _write(self, buffer: FlatBuffer, arrived: list[int], given: list[Tensor]) -> None:
+        """Copy gradients into a buffer of undefined content; what has none is zero."""
         others = set(range(len(self._params))).difference(arrived)
-        zeroed = [*self._buffer.gaps, *(self._buffer.views[index] for index in sorted(others))]
+        zeroed = [*buffer.gaps, *(buffer.views[index] for index in sorted(others))]
         if zeroed:
             torch._foreach_zero_(zeroed)
-        torch._foreach_copy_(views, given)
+        torch._foreach_copy_([buffer.views[index] for index in arrived], given)
+
+    def _spill(self) -> None:
+        """Copy gradients that wait for the unit's turn into the full gradient of its own."""
+        if self._arrived is not None:
+            arrived, self._arrived = self._arrived, None
+            self._write(self._fresh_gradient(), arrived.indices, arrived.grads)
 
     def _rejoin(self) -> None:
         """Let the computation wait for gradients that are copied behind it."""
@@ -768,6 +792,7 @@ class Unit:
 
     def unreduced(self, index: int) -> Tensor | None:
         """What this rank alone has of a parameter's gradient since the last reduction, if any."""
+        self._spill()
         self._rejoin()
         return self._buffer.views[index] if self.has_gradient else None
 
@@ -795,21 +820,48 @@ class Unit:
     def reduce(self) -> None:
         """Start averaging the full gradient over all ranks, zeros if none. A collective."""
         with record_function(f"zeroshard::reduce ({self.name})"):
-            if not self.has_gradient:
-                self._fresh_gradient().tensor.zero_()
-            self.settle()
-            full, dtype = self._buffer.tensor, self._wide(self.precision.reduce)
-            if full.dtype != dtype:
-                self._rejoin()
-            wire = full.to(dtype)
-            mine = wire[self.layout.shard(self.mesh.shard.rank).slice()]
-            # A gradient that stays is reduced in place; one that goes leaves its shard behind.
-            in_place = wire is full and self.lifetime.grads_stay
-            out = mine if in_place else torch.empty_like(mine)
+            out, wire = self._write_in_turn() if self.reducer.in_turn else self._write_own()
             with Answered(self.mesh.rank, self._wants_reduce), self.mesh.aside.entered():
-                ticket = reduce_mean(out, wire, self.mesh, self.precision.averaging)
+                ticket = self.reducer.start(out, wire)
             self._reducing = _Reduction(ticket, out, wire)
         self.has_gradient = False
+
+    def _write_own(self) -> tuple[Tensor, Tensor]:
+        """Memory for the result, and the full gradient to be reduced."""
+        if not self.has_gradient:
+            self._fresh_gradient().tensor.zero_()
+        self.settle()
+        full, dtype = self._buffer.tensor, self._wide(self.precision.reduce)
+        if full.dtype != dtype:
+            self._rejoin()
+        wire = full.to(dtype)
+        mine = wire[self.layout.shard(self.mesh.shard.rank).slice()]
+        # A gradient that stays is reduced in place; one that goes leaves its shard behind.
+        in_place = wire is full and self.lifetime.grads_stay
+        return mine if in_place else torch.empty_like(mine), wire
+
+    def _write_in_turn(self) -> tuple[Tensor, Tensor]:
+        """The same where the reducer has room for the full gradient.
+
+        The result is in the dtype of the accumulation: the sum has digits that the wire has not.
+        """
+        self.settle()
+        numel, dtype = self.layout.shard_numel, self._wide(self.precision.accumulate)
+        out = torch.empty(numel, dtype=dtype, device=self.mesh.device)
+        arrived, self._arrived = self._arrived, None
+        with self.mesh.aside.entered():
+            with Answered(self.mesh.rank, self._wants_reduce):
+                room = self.reducer.room()
+            assert room is not None, "there is a place for every turn"
+            if arrived is not None:
+                self._write(room, arrived.indices, arrived.grads)
+            elif self.has_gradient:
+                room.tensor.copy_(self._buffer.tensor)
+            else:
+                room.tensor.zero_()
+        if arrived is not None and self.mesh.aside.exists:
+            self._sources += arrived.grads
+        return out, room.tensor
 
     def _wide(self, dtype: torch.dtype) -> torch.dtype:
         """``dtype``, or float64 for parameters that are float64 themselves."""
@@ -841,7 +893,7 @@ class Unit:
         """Forget everything accumulated since the last optimizer step."""
         self.settle()
         self._rejoin()
-        self.grad_shard = None
+        self.grad_shard = self._arrived = None
         self.has_gradient = False
         for piece in self.slices:
             piece.grad = None

@@ -19,7 +19,7 @@ from torch import nn
 from zeroshard import config as configuration
 from zeroshard.core import world
 from zeroshard.core.building import build_unit
-from zeroshard.core.collectives import Exchange, all_reduce_, broadcast_
+from zeroshard.core.collectives import MEAN, Exchange, all_reduce_, broadcast_
 from zeroshard.core.hooks import Runtime, Site
 from zeroshard.core.host import trim
 from zeroshard.core.init import suspended
@@ -27,6 +27,7 @@ from zeroshard.core.leaves import CONTAINERS, marked
 from zeroshard.core.lifetime import Lifetime, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh, default_mesh
 from zeroshard.core.pulled import FASTER_FROM_BYTES, UnavailableError, share
+from zeroshard.core.reductions import reduce_by_pulls
 from zeroshard.core.schedule import Limits, Schedule
 from zeroshard.core.slots import is_waiting, slot_of
 from zeroshard.core.unit import Unit
@@ -604,6 +605,7 @@ def _shard(
         units.append(unit)
         trim()
     _share(units, mesh, settings.zeroshard.gather)
+    _share_gradients(units, mesh, settings.zeroshard.reduce)
     schedule = Schedule(units, mesh, _limits(units, settings))
     runtime = Runtime(model, _make_sites(model, groups, units), units, schedule)
     runtime.attach()
@@ -633,6 +635,28 @@ def _share(units: Sequence[Unit], mesh: Mesh, how: str) -> None:
             "other's memory: %s",
             reason,
         )
+
+
+def _share_gradients(units: Sequence[Unit], mesh: Mesh, how: str) -> None:
+    """Let gradients be averaged by reads of other ranks' memory, where that is asked for."""
+    if how != "copy_engine":  # "auto" waits for measurements
+        return
+    pulled = [unit for unit in units if unit.is_trained and not unit.lifetime.grads_stay]
+    if not pulled:
+        _log.info(
+            'zeroshard.reduce: "copy_engine" has no effect: no gradients are reduced in every '
+            "backward."
+        )
+        return
+    try:
+        if any(unit.precision.averaging != MEAN for unit in pulled):
+            raise UnavailableError(
+                "prescale_gradients, gradient_predivide_factor and reduce_scatter: false are ways "
+                "of collectives"
+            )
+        reduce_by_pulls(pulled, mesh)
+    except UnavailableError as reason:
+        _log.warning("zeroshard.reduce: gradients are averaged by collectives: %s", reason)
 
 
 def _place_buffers(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None) -> None:

@@ -1,0 +1,273 @@
+"""Reductions that read the gradients out of the other ranks' memory, and add them up in fp32.
+
+[Note: turns]
+All ranks reduce the same units in one agreed order: reduction n is their n-th *turn*. The memory of
+each rank that others read is a ring of two slots, and turn n has slot n % 2. In it each rank
+
+    writes its full gradient into its slot,
+    meets the others, which have then done the same,
+    reads its own range of every rank's slot, and writes the mean.
+
+There is one meeting in a turn, and it serves two. A rank comes to the next one only after it has
+read what it wants of this turn. So whoever is past meeting n + 1 knows that the slot of turn n is
+read by nobody any more, and may fill it for turn n + 2.
+
+On GPUs meetings and reads run on a stream beside the computation, in order, and the host waits for
+nothing. On CPUs the meeting is under way while the computation goes on, and reads are made when the
+mean is wanted, or before the next turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zeroshard.core.collectives import DONE, Ticket, meet
+from zeroshard.core.flat import FlatBuffer
+from zeroshard.core.layout import Layout
+from zeroshard.core.mesh import Axis, Mesh
+from zeroshard.core.pulled import Copier, Events, Slab, map_slab
+from zeroshard.core.reducer import CollectiveReduction
+from zeroshard.core.rows import Mean, mean_of
+from zeroshard.core.unit import Unit
+from zeroshard.core.world import patience
+
+__all__ = ["PulledReduction", "Ring", "reduce_by_pulls", "withdraw_reductions"]
+
+_SLOTS = 2
+_ALIGN_BYTES = 512
+_DIRECT_PROGRAMS = 32
+"""Blocks of threads that read other GPUs' memory: they wait for it most of the time."""
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
+class _Turns(Protocol):
+    """In which order slots are written and read. See [Note: turns]."""
+
+    def free(self) -> None:
+        """Let the current stream go on when nobody reads the slot of the next turn any more."""
+        ...
+
+    def read(self, read: Callable[[], object]) -> Ticket:
+        """Start reading when all ranks have written what they were given so far."""
+        ...
+
+
+class _Read:
+    """Reads by the host, once the others have come."""
+
+    def __init__(self, met: Ticket, read: Callable[[], object]) -> None:
+        self._met: Ticket | None = met
+        self._read = read
+
+    def wait(self) -> None:
+        if self._met is not None:
+            self._met.wait()
+            self._read()
+            self._met = None
+
+
+class _HostTurns:
+    """Turns of CPU ranks."""
+
+    def __init__(self, axis: Axis) -> None:
+        self._axis, self._last = axis, DONE
+        self._flag = torch.zeros(1, dtype=torch.int32, device="cpu")
+
+    def free(self) -> None:
+        self._last.wait()
+
+    def read(self, read: Callable[[], object]) -> Ticket:
+        self._last = _Read(meet(self._flag, self._axis), read)
+        return self._last
+
+
+class _DeviceTurns:
+    """Turns of GPUs, on a stream beside the computation."""
+
+    def __init__(self, device: torch.device, handle: Any, timeout: timedelta) -> None:
+        self._device, self._handle = device, handle
+        # A rank that is waited for in vain must end the kernel that waits: it would run for ever.
+        self._timeout_ms = int(timeout.total_seconds() * 1000)
+        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._met = self._stream.record_event()
+
+    def free(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._met)
+
+    def read(self, read: Callable[[], object]) -> Ticket:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._handle.barrier(0, self._timeout_ms)
+            self._met = self._stream.record_event()
+            read()
+            return Events(self._device, [self._stream.record_event()])
+
+
+class Ring:
+    """The slots of all ranks, and how they are read: by copies to this rank, or where they are.
+
+    Args:
+        slab: memory of all ranks, of two slots each.
+        mesh: the ranks.
+        copy: what copies the others' rows into memory of this rank, where they are added up then;
+            None to add them up where they are.
+        num_programs: blocks of threads that add rows up where they are, on a GPU.
+    """
+
+    def __init__(
+        self,
+        slab: Slab,
+        mesh: Mesh,
+        copy: Copier | None = None,
+        *,
+        num_programs: int = _DIRECT_PROGRAMS,
+    ) -> None:
+        self._slab, self._axis, self._copy = slab, mesh.shard, copy
+        self._num_programs = num_programs
+        self._slot_nbytes = slab.rows[0].nbytes // _SLOTS // _ALIGN_BYTES * _ALIGN_BYTES
+        self._staging: list[Tensor] = []
+        if copy is not None:
+            nbytes = _aligned(-(-self._slot_nbytes // mesh.shard.size))
+            size = (mesh.shard.size - 1) * nbytes
+            flat = torch.empty(size, dtype=torch.uint8, device=mesh.device)
+            self._staging = list(flat.split(nbytes))
+        self.turns: _Turns = (
+            _DeviceTurns(mesh.device, slab.handle, patience())
+            if mesh.device.type == "cuda"
+            else _HostTurns(mesh.shard)
+        )
+        self.number = 0  # of the turn that comes next
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's memory."""
+        return self._slab.rows[0].nbytes + sum(row.nbytes for row in self._staging)
+
+    def own(self, slot: int, numel: int, dtype: torch.dtype) -> Tensor:
+        """A full buffer in this rank's slot."""
+        return self._part(self._axis.rank, slot, 0, numel * dtype.itemsize).view(dtype)
+
+    def reader(self, slot: int, numel: int, dtype: torch.dtype) -> Mean:
+        """What writes the mean of this rank's range of all ranks' full buffers.
+
+        Args:
+            slot: where those are.
+            numel: elements of the range.
+            dtype: of the full buffers.
+        """
+        axis, nbytes = self._axis, numel * dtype.itemsize
+        parts = [self._part(rank, slot, axis.rank * nbytes, nbytes) for rank in range(axis.size)]
+        sources = [part.view(dtype) for part in parts]
+        copy = self._copy
+        if copy is None:
+            return mean_of(sources, self._num_programs)
+        rows = list(sources)
+        order = [(axis.rank + step) % axis.size for step in range(1, axis.size)]
+        for rank, staged in zip(order, self._staging, strict=True):
+            rows[rank] = staged[:nbytes].view(dtype)
+        mean = mean_of(rows)
+        copies = [(rows[rank], sources[rank]) for rank in order]
+
+        def read(out: Tensor) -> None:
+            copy(copies).wait()
+            mean(out)
+
+        return read
+
+    def _part(self, rank: int, slot: int, start: int, nbytes: int) -> Tensor:
+        start += slot * self._slot_nbytes
+        return self._slab.rows[rank][start : start + nbytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A unit's full gradient in a slot."""
+
+    buffer: FlatBuffer
+    mean: Mean
+
+
+class PulledReduction:
+    """A unit's turns in a ring."""
+
+    in_turn = True
+
+    def __init__(
+        self, ring: Ring, layout: Layout, shapes: Sequence[torch.Size], dtype: torch.dtype
+    ) -> None:
+        self._ring = ring
+        self._places = [
+            _Place(
+                FlatBuffer(ring.own(slot, layout.full_numel, dtype), layout, shapes),
+                ring.reader(slot, layout.shard_numel, dtype),
+            )
+            for slot in range(_SLOTS)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ring on this rank."""
+        return self._ring.nbytes
+
+    @property
+    def memory(self) -> Ring:
+        """The ring that units share."""
+        return self._ring
+
+    def room(self) -> FlatBuffer:
+        """The unit's place in the slot of the next turn."""
+        self._ring.turns.free()
+        return self._next.buffer
+
+    def start(self, out: Tensor, wire: Tensor) -> Ticket:
+        """Take the next turn, for which the full gradient is in its place."""
+        mean = self._next.mean
+        self._ring.number += 1
+        return self._ring.turns.read(lambda: mean(out))
+
+    @property
+    def _next(self) -> _Place:
+        return self._places[self._ring.number % _SLOTS]
+
+
+def reduce_by_pulls(units: Sequence[Unit], mesh: Mesh, *, direct: bool = False) -> None:
+    """Let gradients of units be averaged by reads of other ranks' memory. A collective.
+
+    For units whose gradients are reduced in every backward, the same on all ranks.
+
+    Args:
+        units: the units.
+        mesh: the ranks, of which all are on the shard axis.
+        direct: add rows up where they are, without a copy.
+
+    Raises:
+        UnavailableError: on every rank, with nothing changed.
+    """
+    slot = _aligned(max(unit.layout.full_numel * unit.gradient_dtype.itemsize for unit in units))
+    slab = map_slab(_SLOTS * slot, mesh)
+    ring = Ring(slab, mesh, None if direct else slab.copy)
+    for unit in units:
+        assert not unit.lifetime.grads_stay, f"{unit.name} keeps its full gradient"
+        unit.reducer = PulledReduction(ring, unit.layout, unit.shapes, unit.gradient_dtype)
+
+
+def withdraw_reductions(units: Sequence[Unit]) -> list[Unit]:
+    """Let gradients be averaged by collectives, and give the ring up. Local, between two passes.
+
+    Returns:
+        The units that had been reduced by pulls.
+    """
+    pulled = [unit for unit in units if unit.reducer.in_turn]
+    for unit in pulled:
+        unit.settle()
+        unit.reducer = CollectiveReduction(unit.mesh, unit.precision.averaging)
+    return pulled
