@@ -4,8 +4,9 @@
 
 For units of 1 to 512 MiB (bf16, full) it times all-gathers by NCCL, with kernels and with copy
 engines; reads of the shards in other ranks' memory (pulls), on one stream, on two and in one call,
-with and without the rank's own shard; writes into the other ranks' memory (pushes); and
-reduce-scatters. Of each it tells
+with and without the rank's own shard; writes into the other ranks' memory (pushes);
+reduce-scatters; and reductions that read the other ranks' gradients, in fp32 sums, by copies first
+or directly by so many blocks of threads. Of each it tells
 
 * the rate: bytes received from other ranks per time, alone and beside matrix products;
 * the tax: of the time that it runs beside matrix products, the part by which those take longer;
@@ -39,8 +40,10 @@ from torch import Tensor
 
 import zeroshard
 from zeroshard.core.collectives import all_gather
+from zeroshard.core.layout import Layout
 from zeroshard.core.mesh import Axis, Mesh, build_mesh
 from zeroshard.core.pulled import BatchedCopies, Copier, Slab, StreamCopies, map_slab
+from zeroshard.core.reductions import PulledReduction, Ring
 
 MIB = 1 << 20
 SIZES_MIB = (1, 4, 16, 64, 128, 256, 512)
@@ -77,12 +80,16 @@ class Bench:
         self.on_gpu = self.device.type == "cuda"
         self.groups: dict[str, Any] = {"nccl" if self.on_gpu else "gloo": mesh.shard.gather}
         self.slab: Slab | None = None
+        self.turns: Slab | None = None
         self.problems: dict[str, str] = {}
         self.host_s = 0.0  # to issue one, in the last timing
         with self.reported("slab"):
             # Full buffers first, of which the shards are a part too: a push writes the one, a pull
             # reads the other.
             self.slab = map_slab(largest + largest // self.world, mesh)
+        if only != "gather":
+            with self.reported("slab of reductions"):
+                self.turns = map_slab(2 * 2 * largest, mesh)  # two slots, up to fp32
         if self.on_gpu:
             self.a = torch.randn(8192, 8192, device=self.device, dtype=DTYPE)
             self.b, self.c = torch.randn_like(self.a), torch.empty_like(self.a)
@@ -216,7 +223,7 @@ class Bench:
                     self.add_zero_cta()
             for size in sizes:
                 for name, make in self.variants(size):
-                    if last == any(word in name for word in ("zero-CTA", "symm_mem")):
+                    if last == any(word in name for word in ("zero-CTA", "pulled", "symm_mem")):
                         yield size, name, make
 
     def variants(self, size: int) -> Iterator[tuple[str, Callable[[], Variant]]]:
@@ -348,6 +355,13 @@ class Bench:
         for dtype in (torch.bfloat16, torch.float32):
             text = str(dtype).removeprefix("torch.")
             yield f"reduce {name} {text}", lambda dtype=dtype: self.reduce(size, dtype)
+        for name, make in self.rings():
+            for dtype in (torch.bfloat16, torch.float32):
+                text = str(dtype).removeprefix("torch.")
+                yield (
+                    f"reduce pulled, {name}, {text}",
+                    lambda make=make, dtype=dtype: self.reduce_pulled(size, dtype, make()),
+                )
         if not self.on_gpu:
             return
         yield "reduce nccl bfloat16, sum", lambda: self.reduce(size, DTYPE, dist.ReduceOp.SUM)
@@ -368,6 +382,38 @@ class Bench:
             reduce_scatter(out, full, op=op, group=group, async_op=True).wait()
 
         return Variant("", issue, lambda: bool((out == want).all()), self.received(full.nbytes))
+
+    def rings(self) -> Iterator[tuple[str, Callable[[], Ring]]]:
+        """The ways to read the other ranks' gradients."""
+        slab = self.turns
+        if slab is None:
+            return
+        yield "copy engines", lambda: Ring(slab, self.mesh, slab.copy)
+        if not self.on_gpu:
+            yield "direct", lambda: Ring(slab, self.mesh)
+            return
+        yield "one call", lambda: Ring(slab, self.mesh, BatchedCopies(self.device))
+        for number in (16, 32, 64):
+            yield f"direct {number}", lambda n=number: Ring(slab, self.mesh, num_programs=n)
+
+    def reduce_pulled(self, size: int, dtype: torch.dtype, ring: Ring) -> Variant:
+        """Without the copy of gradients into the ring. ``size`` as in `reduce`."""
+        layout = Layout(numels=(size // DTYPE.itemsize,), world=self.world)
+        shape = torch.Size([layout.full_numel])
+        reducer = PulledReduction(ring, layout, [shape], dtype)
+        for slot in range(2):
+            ring.own(slot, layout.full_numel, dtype).fill_(self.rank + 1)
+        out = torch.empty(layout.shard_numel, device=self.device)
+        self.meet()
+
+        def issue() -> None:
+            reducer.start(out, reducer.room().tensor).wait()
+
+        def check() -> bool:
+            return bool((out == (self.world + 1) / 2).all())
+
+        nbytes = self.received(layout.full_numel * dtype.itemsize)
+        return Variant("", issue, check, nbytes)
 
     def symmetric_ones(self, size: int) -> tuple[Tensor, str]:
         ones = self.rows(size)[self.rank].fill_(1)
@@ -461,7 +507,7 @@ def run(bench: Bench, sizes: Sequence[int], out: Path | None) -> None:
     }
     if bench.rank == 0:
         print(json.dumps(about))
-        print(f"{'MiB':>5} {'variant':<34}" + "".join(f"{head:>14}" for head in HEADS))
+        print(f"{'MiB':>5} {'variant':<38}" + "".join(f"{head:>14}" for head in HEADS))
     for size, name, make in bench.plan(sizes):
         key = f"{name}, {size / MIB:.4g} MiB"
         found = bench.try_out(key, make)
@@ -477,7 +523,7 @@ def run(bench: Bench, sizes: Sequence[int], out: Path | None) -> None:
 
 def show(size: int, name: str, found: dict[str, Any]) -> None:
     """Print a row of the table."""
-    text = f"{size / MIB:>5.4g} {name:<34}"
+    text = f"{size / MIB:>5.4g} {name:<38}"
     if "failed" in found:
         print(text, "failed:", found["failed"], flush=True)
         return
@@ -502,7 +548,7 @@ def main() -> None:
     mesh = build_mesh(dist.get_world_size(), device, timeout=timedelta(seconds=60))
     bench = Bench(mesh, even(largest * MIB, mesh), args.only)
     run(bench, [even(size * MIB, mesh) for size in SIZES_MIB if size <= largest], args.out)
-    bench.slab = None
+    bench.slab = bench.turns = None
     mesh.destroy()
     dist.destroy_process_group()
 
