@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import zeroshard
 from forked import run_ranks
-from reference import SEED, TOLERANCE, Setting, compare, config_of, engine_run, relative_difference
-from reference import train as train_case
+from reference import (
+    SEED,
+    TOLERANCE,
+    Setting,
+    compare,
+    config_of,
+    engine_run,
+    full_weights,
+    relative_difference,
+    train,
+)
+from zeroshard.core.collectives import reduce_mean
 from zeroshard.core.layout import Layout
-from zeroshard.core.mesh import build_mesh
+from zeroshard.core.mesh import Mesh, build_mesh
 from zeroshard.core.pulled import map_slab
 from zeroshard.core.reductions import PulledReduction, Ring, reduce_by_pulls
+from zeroshard.core.unit import Unit
 from zeroshard.engine import build
 from zoo import ZOO, Case
 
 
-def make_engine(case: Case, setting: Setting, how: str = "copy_engine", direct: bool = False) -> Any:
+def make_engine(
+    case: Case, setting: Setting, how: str = "copy_engine", direct: bool = False
+) -> Any:
     config = config_of(case, setting)
     config["zeroshard"]["reduce"] = how
     model = case.build(SEED, setting.checkpointing)
@@ -42,12 +55,90 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one | other)
 
 
+def near(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(relative_difference(one[name], other[name]) <= TOLERANCE for name in one | other)
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """What the log says about reductions."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("zeroshard")
+    logger.addHandler(handler)
+    found: list[str] = []
+    yield found
+    logger.removeHandler(handler)
+    found += [text for text in messages if "zeroshard.reduce" in text]
+
+
+# Sums -------------------------------------------------------------------------------------------
+
+
+def pulled_mean(rows: list[Tensor], rank: int, mesh: Mesh, *, copies: bool) -> list[Tensor]:
+    """This rank's parts of the means over ranks of some rows, each in a turn of its own."""
+    numel, dtype = rows[0].numel(), rows[0].dtype
+    slab = map_slab(2 * (numel * dtype.itemsize + 512), mesh)
+    ring = Ring(slab, mesh, slab.copy if copies else None)
+    layout = Layout(numels=(numel,), world=mesh.shard.size)
+    reducer = PulledReduction(ring, layout, [torch.Size([numel])], dtype)
+    outs: list[Tensor] = []
+    for row in rows:
+        room = reducer.room()
+        room.views[0].copy_(row)
+        outs.append(torch.empty(layout.shard_numel))
+        ticket = reducer.start(outs[-1], room.tensor)
+        if len(outs) % 3:  # else the next turn comes while this one is under way
+            ticket.wait()
+    ticket.wait()
+    return outs
+
+
+def rows_of(rank: int, numel: int, dtype: torch.dtype, turns: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(numel, generator=generator).to(dtype) for _ in range(turns)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_mean_is_the_fp32_sum_in_the_order_of_ranks_and_nearer_to_the_truth(
+    dtype: torch.dtype,
+) -> None:
+    """Whatever the wire's dtype, over turns that follow each other as fast as they can."""
+    world, numel, turns = 3, 3 * 8 * 40, 8
+
+    def work(rank: int, world: int) -> tuple[list[bool], float, float]:
+        mesh = build_mesh(world, torch.device("cpu"))
+        mine = rows_of(rank, numel, dtype, turns)
+        found = [pulled_mean(mine, rank, mesh, copies=copies) for copies in (True, False)]
+        part = Layout(numels=(numel,), world=world).shard(rank).slice()
+        of_all = [rows_of(each, numel, dtype, turns) for each in range(world)]
+        is_right, errors, errors_sent = [], [], []
+        for turn in range(turns):
+            rows = [of_all[each][turn][part] for each in range(world)]
+            in_order = ((rows[0].float() + rows[1].float()) + rows[2].float()) * (1.0 / world)
+            is_right.append(all(torch.equal(outs[turn], in_order) for outs in found))
+            truth = torch.stack(rows).double().mean(0)
+            sent = torch.empty_like(rows[0])
+            reduce_mean(sent, mine[turn].clone(), mesh).wait()
+            errors.append((found[0][turn].double() - truth).norm().item())
+            errors_sent.append((sent.double() - truth).norm().item())
+        return is_right, max(errors), min(errors_sent)
+
+    for is_right, error, error_sent in run_ranks(work, world):
+        assert all(is_right)
+        if dtype == torch.float32:
+            assert error < 1e-5 and error_sent < 1e-5
+        else:
+            assert error < error_sent / 1000
+
+
+# Training ---------------------------------------------------------------------------------------
+
+
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"accumulation": 2, "clip": 0.1},
-    "tied_head_with_own_units": {"accumulation": 2},
-    "low_rank_adapters": {},
     "zero_sized_parameters": {},
-    "gradient_penalty": {},
     "depth_varies_by_rank": {"accumulation": 2, "clip": 0.3},
     "mixture_of_experts": {},
 }
@@ -55,14 +146,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 def test_training_in_fp32_is_that_of_plain_pytorch() -> None:
     for name, options in CASES.items():
-        settings = [Setting(stage, 3, **options) for stage in (2, 3)]
+        settings = [Setting(stage, 3, steps=2, **options) for stage in (2, 3)]
         for compared in compare(ZOO[name], settings, make_engine=make_engine):
             assert compared.differences == [], name
 
 
 def test_bits_repeat_and_do_not_depend_on_the_stage_or_on_how_rows_are_read() -> None:
     case = ZOO["plain"]
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "fp32": {},
         "bf16": {"communication_data_type": "bf16"},
         "fp16": {"communication_data_type": "fp16"},
@@ -71,10 +162,11 @@ def test_bits_repeat_and_do_not_depend_on_the_stage_or_on_how_rows_are_read() ->
     def work(rank: int, world: int) -> dict[str, bool]:
         found: dict[str, bool] = {}
         for precision, extra in kinds.items():
+            options: dict[str, Any] = {"accumulation": 2, "precision": precision, "extra": extra}
             first, *others = (
                 engine_run(
                     case,
-                    Setting(stage, world, 2, precision=precision, steps=2, extra=extra),  # type: ignore[arg-type]
+                    Setting(stage, world, steps=2, **options),
                     rank,
                     make_engine=partial(make_engine, direct=direct),
                 )
@@ -88,3 +180,151 @@ def test_bits_repeat_and_do_not_depend_on_the_stage_or_on_how_rows_are_read() ->
 
     for found in run_ranks(work, 3):
         assert found == dict.fromkeys(kinds, True)
+
+
+def test_gradients_are_copied_once_and_into_memory_that_others_read() -> None:
+    """The sum is kept in fp32 where the wire is bf16."""
+    case = ZOO["plain"]
+
+    def work(rank: int, world: int) -> tuple[bool, list[str], set[torch.dtype]]:
+        extra = {"communication_data_type": "bf16"}
+        engine = make_engine(case, Setting(3, world, precision="bf16", extra=extra))
+        own: list[str] = []
+        with mock.patch.object(Unit, "_fresh_gradient", lambda unit: own.append(unit.name)):
+            engine.backward(case.loss(engine, case.batch(0, 0, rank)))
+        units = engine.runtime.trained
+        kept = {unit.grad_shard.dtype for unit in units if unit.grad_shard is not None}
+        return is_pulled(engine), own, kept
+
+    assert run_ranks(work, 2) == [(True, [], {torch.float32})] * 2
+
+
+def test_gradients_that_come_in_parts_are_added_up_before_their_turn() -> None:
+    case = ZOO["plain"]
+
+    def grads_of(unit: Unit, rank: int, part: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(10 * rank + part)
+        return [torch.randint(-9, 9, s, generator=generator).float() for s in unit.shapes]
+
+    def work(rank: int, world: int) -> list[bool]:
+        engine = make_engine(case, Setting(2, world))
+        found = []
+        for unit in engine.runtime.trained:
+            for part in range(2):
+                for member, grad in zip(unit.members, grads_of(unit, rank, part), strict=True):
+                    member.param.grad = grad
+                unit.collect()
+            alone = unit.unreduced(0)
+            assert alone is not None
+            both = [grads_of(unit, rank, part)[0] for part in range(2)]
+            found.append(torch.equal(alone, both[0] + both[1]))
+            unit.reduce()
+            unit.settle()
+            assert unit.grad_shard is not None
+            every = [grads_of(unit, each, part) for each in range(world) for part in range(2)]
+            for index in range(len(unit.members)):
+                mean = sum(grads[index] for grads in every).flatten() / world
+                own = unit.part_of(unit.grad_shard, index)
+                found.append(torch.equal(own, mean[unit.layout.owned(index, rank).slice()]))
+        return found
+
+    assert all(map(all, run_ranks(work, 2)))
+
+
+class InjectedError(Exception):
+    pass
+
+
+def test_ranks_go_on_together_whatever_comes_between_two_steps() -> None:
+    """A backward that failed on one of them, another engine, state that was offloaded."""
+    case, setting = ZOO["plain"], Setting(3, 3)
+
+    def fail(grad: Tensor) -> None:
+        raise InjectedError
+
+    def work(rank: int, world: int) -> tuple[list[bool], bool]:
+        pulled: list[bool] = []
+        weights: list[dict[str, Tensor]] = []
+        for how in ("nccl", "copy_engine"):
+            engines = [make_engine(case, setting, how) for _ in range(2)]
+            for step in range(4):
+                for engine in engines:
+                    train(engine, case, setting, rank, steps=[step])
+                logits = engines[0](*case.batch(9, 0, rank))
+                if rank == step % world:
+                    logits.register_hook(fail)
+                    errors: Any = InjectedError
+                else:
+                    errors = zeroshard.DistributedError
+                with pytest.raises(errors):
+                    engines[0].backward(logits.square().mean())
+                engines[0].reset()
+                if step == 2:
+                    engines[1].offload_states()
+                    pulled.append(is_pulled(engines[1]))
+                    engines[1].reload_states()
+                pulled += [is_pulled(engine) for engine in engines]
+            weights += [full_weights(engine) for engine in engines]
+            for engine in engines:
+                engine.destroy()
+                pulled.append(is_pulled(engine))
+        return pulled, all(near(weights[0], other) for other in weights[1:])
+
+    whole = [True] * 4 + [False] + [True] * 4 + [False] * 2
+    for pulled, is_near in run_ranks(work, 3):
+        assert pulled == [False] * 11 + whole
+        assert is_near
+
+
+def test_overflow_in_fp16_comes_through_the_sum() -> None:
+    """What is infinite on one rank makes all of them skip the step, as with collectives."""
+    case = ZOO["plain"]
+
+    def work(rank: int, world: int) -> list[tuple[int, bool]]:
+        found = []
+        for value in (torch.inf, -torch.inf, torch.nan, 1.0):
+            engine = make_engine(case, Setting(3, world, precision="fp16"))
+            before = full_weights(engine)
+            logits = engine(*case.batch(0, 0, rank))
+            engine.backward(logits.float().square().mean() * (value if rank == 1 else 1.0))
+            engine.step()
+            found.append((engine.skipped_steps, same(before, full_weights(engine))))
+            engine.destroy()
+        return found
+
+    assert run_ranks(work, 2) == [[(1, True)] * 3 + [(0, False)]] * 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "reason"),
+    [
+        (3, {"prescale_gradients": True}, "prescale_gradients"),
+        (2, {"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
+        (2, {"zero_optimization": {"stage": 2, "reduce_scatter": False}}, "reduce_scatter"),
+        (1, {}, "no gradients are reduced in every backward"),
+        (3, {"no": "memory"}, "rank 1: no room is left"),
+    ],
+    ids=lambda value: next(iter(value), "plain") if isinstance(value, dict) else None,
+)
+def test_where_collectives_are_needed_they_are_used_and_one_line_says_why(
+    stage: int, keys: dict[str, Any], reason: str
+) -> None:
+    case = ZOO["plain"]
+    reserve = os.posix_fallocate
+
+    def full(*args: Any) -> None:
+        raise OSError("no room is left")
+
+    def work(rank: int, world: int) -> tuple[list[str], bool, float]:
+        extra = dict(keys)
+        has_memory = not extra.pop("no", None)
+        setting = Setting(stage, world, steps=1, extra=extra)
+        fails = rank == 1 and not has_memory
+        with told() as lines, mock.patch.object(os, "posix_fallocate", full if fails else reserve):
+            engine = make_engine(case, setting)
+        losses, _ = train(engine, case, setting, rank)
+        return lines, is_pulled(engine), losses[0]
+
+    for lines, was_pulled, _ in run_ranks(work, 2):
+        assert len(lines) == 1 and reason in lines[0]
+        assert not was_pulled

@@ -19,6 +19,7 @@ from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.pending import PendingParameter
 from zeroshard.core.pulled import withdraw
+from zeroshard.core.reductions import withdraw_reductions
 from zeroshard.core.slots import disown, enrol, full_shape, is_waiting, slot_of, strike
 from zeroshard.core.store import DeviceStore
 from zeroshard.core.unit import Companion, Keeper, Member, Precision, Unit, plain
@@ -127,6 +128,7 @@ def hand_back(unit: Unit, keeper: Keeper | None) -> None:
     unit.clear_gradients()
     unit._end_gather()
     withdraw([unit])
+    withdraw_reductions([unit])
     unit.add_use = unit.drop_use = unit.use_here = unit.let_go = unit.engine = None
     if unit.lifetime.params_stay:
         unit.wait()

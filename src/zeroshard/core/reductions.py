@@ -172,8 +172,8 @@ class Ring:
             return mean_of(sources, self._num_programs)
         rows = list(sources)
         order = [(axis.rank + step) % axis.size for step in range(1, axis.size)]
-        for rank, staged in zip(order, self._staging, strict=True):
-            rows[rank] = staged[:nbytes].view(dtype)
+        for rank, landed in zip(order, self._staging, strict=True):
+            rows[rank] = landed[:nbytes].view(dtype)
         mean = mean_of(rows)
         copies = [(rows[rank], sources[rank]) for rank in order]
 

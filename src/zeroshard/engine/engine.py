@@ -62,7 +62,7 @@ class MemoryReport:
     """Bytes of model state on this rank.
 
     Parameters and optimizer state as they are now; gradients as they were at the end of the last
-    backward, since the step frees them.
+    backward, since the step frees them, and what is kept for other ranks to read them in.
     """
 
     parameters_bytes: int
@@ -527,7 +527,8 @@ class Engine(Getters):
         units = self.runtime.units
         return MemoryReport(
             parameters_bytes=sum(unit.parameter_bytes for unit in units),
-            gradients_bytes=self.runtime.gradient_bytes,
+            gradients_bytes=self.runtime.gradient_bytes
+            + max((unit.reducer.nbytes for unit in units), default=0),
             optimizer_bytes=self._sharded.state_bytes() if self._sharded else 0,
         )
 
@@ -779,7 +780,7 @@ class Engine(Getters):
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what ``offload_states`` moved; nothing if nothing is offloaded.
 
-        A collective where ranks read each other's shards.
+        A collective where ranks read each other's memory.
         """
         if (offloaded := self._bring_back(non_blocking)) is not None:
             offloaded.share()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from zeroshard.core.pulled import UnavailableError, share, withdraw
+from zeroshard.core.reductions import reduce_by_pulls, withdraw_reductions
 from zeroshard.core.unit import Unit
 from zeroshard.errors import UsageError, compose
 
@@ -137,6 +138,8 @@ class Offloaded:
     moved: Sequence[_Moved | _MovedState]
     shared: Sequence[Unit]
     """Units whose shards other ranks read before, for which they had to be withdrawn."""
+    pulled: Sequence[Unit]
+    """Units whose gradients other ranks read before."""
 
     def reload(self, non_blocking: bool = False) -> None:
         """Bring everything back, to memory of this rank alone."""
@@ -149,13 +152,17 @@ class Offloaded:
                 unit.show_slices(unit.master)
 
     def share(self) -> None:
-        """After :meth:`reload`, let other ranks read shards as before. A collective."""
-        if not self.shared:
-            return
+        """After :meth:`reload`, let other ranks read as before. A collective."""
         try:
-            share(self.shared, self.shared[0].mesh)
+            if self.shared:
+                share(self.shared, self.shared[0].mesh)
         except UnavailableError as reason:
             _log.warning("parameters are gathered by collectives from now on: %s", reason)
+        try:
+            if self.pulled:
+                reduce_by_pulls(self.pulled, self.pulled[0].mesh)
+        except UnavailableError as reason:
+            _log.warning("gradients are averaged by collectives from now on: %s", reason)
 
 
 def offload(
@@ -181,6 +188,7 @@ def offload(
             )
     # Memory that other ranks have mapped is not given back by this one.
     shared = withdraw(units) if kinds & {_Kind.lp_params, _Kind.hp_params} else []
+    pulled = withdraw_reductions(units) if _Kind.contiguous_grad_buffer in kinds else []
     mover = _Mover(pin, non_blocking)
     for unit in units:
         _copy_unit(unit, kinds, mover)
@@ -190,7 +198,7 @@ def offload(
         moved += _move_state(optimizer, units, pin, non_blocking)
     if moved and units[0].mesh.device.type == "cuda":
         torch.cuda.empty_cache()
-    return Offloaded(units, moved, shared)
+    return Offloaded(units, moved, shared, pulled)
 
 
 def _copy_unit(unit: Unit, kinds: frozenset[OffloadStateTypeEnum], mover: _Mover) -> None:
