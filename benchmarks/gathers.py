@@ -43,7 +43,7 @@ from zeroshard.core.collectives import all_gather
 from zeroshard.core.layout import Layout
 from zeroshard.core.mesh import Axis, Mesh, build_mesh
 from zeroshard.core.pulled import BatchedCopies, Copier, Slab, StreamCopies, map_slab
-from zeroshard.core.reductions import PulledReduction, Ring
+from zeroshard.core.reductions import PulledReduction, Ring, map_slots
 
 MIB = 1 << 20
 SIZES_MIB = (1, 4, 16, 64, 128, 256, 512)
@@ -89,7 +89,7 @@ class Bench:
             self.slab = map_slab(largest + largest // self.world, mesh)
         if only != "gather":
             with self.reported("slab of reductions"):
-                self.turns = map_slab(2 * 2 * largest, mesh)  # two slots, up to fp32
+                self.turns = map_slots(2 * largest, mesh)  # up to fp32
         if self.on_gpu:
             self.a = torch.randn(8192, 8192, device=self.device, dtype=DTYPE)
             self.b, self.c = torch.randn_like(self.a), torch.empty_like(self.a)

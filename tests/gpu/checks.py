@@ -18,8 +18,10 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -32,8 +34,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.utils.checkpoint import checkpoint
 
 import zeroshard
+from zeroshard.core.layout import Layout
 from zeroshard.core.lifetime import state_bytes
+from zeroshard.core.mesh import build_mesh
 from zeroshard.core.pulled import BatchedCopies
+from zeroshard.core.reductions import PulledReduction, Ring, map_slots, reduce_by_pulls
 from zeroshard.core.slots import full_nbytes
 from zeroshard.zero import state
 
@@ -293,6 +298,85 @@ def check_pulls(ctx: Context) -> dict[str, Any]:
     orders = parity(ctx, Routed, routed_call(ctx), stages=(3,), **pulls)
     result["routed"] = orders["difference"]
     result["ok"] &= result["fp32"] and result["bf16"] and result["pulled_after_reload"]
+    return {**result, "ok": result["ok"] and orders["ok"]}
+
+
+def turns_are_right(ctx: Context, *, direct: bool) -> bool:
+    """Whether each of many turns, none waited for before the next, has the sum of its own rows."""
+    mesh = build_mesh(ctx.world, torch.device(ctx.device))
+    numel = ctx.world * (1 << 20 if ctx.on_gpu else 64)
+    slab = map_slots(2 * numel, mesh)
+    ring = Ring(slab, mesh, None if direct else slab.copy)
+    shape = torch.Size([numel])
+    reducer = PulledReduction(ring, Layout((numel,), ctx.world), [shape], torch.bfloat16)
+    generators = [torch.Generator(ctx.device).manual_seed(rank) for rank in range(ctx.world)]
+    right = torch.ones((), dtype=torch.bool, device=ctx.device)
+    for _ in range(20):
+        rows = [torch.randn(numel, device=ctx.device, generator=each) for each in generators]
+        rows = [row.bfloat16() for row in rows]
+        reducer.room().tensor.copy_(rows[ctx.rank])
+        out = torch.empty(numel // ctx.world, device=ctx.device)
+        ticket = reducer.start(out, rows[0])
+        parts = [row.view(ctx.world, -1)[ctx.rank].float() for row in rows]
+        want = parts[0]
+        for part in parts[1:]:
+            want = want + part
+        ticket.wait()
+        right &= (out == want * (1.0 / ctx.world)).all()
+    is_right = bool(right)
+    del ring, reducer, slab
+    mesh.destroy()
+    return is_right
+
+
+def check_pulled_reductions(ctx: Context) -> dict[str, Any]:
+    """Gradients out of other ranks' memory train as NCCL's do, with bits that repeat."""
+    if ctx.world == 1:
+        return {"ok": True, "skipped": "one rank reduces nothing"}
+    result: dict[str, Any] = {"ok": True}
+    pulls = {"zeroshard": {"reduce": "copy_engine"}}
+    result["sums"] = [turns_are_right(ctx, direct=direct) for direct in (False, True)]
+    result["ok"] &= all(result["sums"])
+    for name, config, most in (
+        ("fp32", {}, 1e-5),
+        ("bf16", {"bf16": {"enabled": True}, "communication_data_type": "bf16"}, 1e-2),
+    ):
+        sent = train(ctx, 3, **config)
+        runs = [train(ctx, stage, **config, **pulls) for stage in (3, 3, 2)]
+        at_once = partial(reduce_by_pulls, direct=True)
+        with mock.patch("zeroshard.engine.build.reduce_by_pulls", at_once):
+            runs.append(train(ctx, 3, **config, **pulls))
+        difference = worst(runs[0], sent)
+        same = all(torch.equal(run[key], runs[0][key]) for run in runs for key in sent)
+        result[name] = {"difference": difference, "same_bits": same}
+        result["ok"] &= difference <= most and same
+    engine = make_engine(seeded(lambda: Llama(ctx.config)), 3, bf16={"enabled": True}, **pulls)
+
+    def step() -> None:
+        x = ctx.tokens(0, 0, ctx.rank)
+        engine.backward(loss_of(engine(x), x))
+        engine.step()
+
+    step()
+    engine.offload_states()
+    engine.reload_states()
+    step()
+    result["pulled"] = all(unit.reducer.in_turn for unit in engine.runtime.trained)
+    result["ok"] &= result["pulled"]
+    if ctx.on_gpu:
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            step()
+            torch.cuda.synchronize()
+        events = [
+            e for e in profile.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        result["nccl_reductions"] = sum("ReduceScatter" in event.name for event in events)
+        result["peer_copies"] = sum("PtoP" in event.name for event in events)
+        result["ok"] &= not result["nccl_reductions"] and result["peer_copies"] > 0
+    engine.destroy()
+    orders = parity(ctx, Routed, routed_call(ctx), stages=(2, 3), **pulls)
+    result["routed"] = orders["difference"]
     return {**result, "ok": result["ok"] and orders["ok"]}
 
 
@@ -692,6 +776,7 @@ CHECKS = {
         check_steady,
         check_budget,
         check_compile,
+        check_pulled_reductions,
         check_pulls,  # last: what it asks of the driver may break the process
     )
 }

@@ -30,8 +30,7 @@ from reference import (
 from zeroshard.core.collectives import reduce_mean
 from zeroshard.core.layout import Layout
 from zeroshard.core.mesh import Mesh, build_mesh
-from zeroshard.core.pulled import map_slab
-from zeroshard.core.reductions import PulledReduction, Ring, reduce_by_pulls
+from zeroshard.core.reductions import PulledReduction, Ring, map_slots, reduce_by_pulls
 from zeroshard.core.unit import Unit
 from zeroshard.engine import build
 from zoo import ZOO, Case
@@ -79,7 +78,7 @@ def told() -> Iterator[list[str]]:
 def pulled_mean(rows: list[Tensor], rank: int, mesh: Mesh, *, copies: bool) -> list[Tensor]:
     """This rank's parts of the means over ranks of some rows, each in a turn of its own."""
     numel, dtype = rows[0].numel(), rows[0].dtype
-    slab = map_slab(2 * (numel * dtype.itemsize + 512), mesh)
+    slab = map_slots(numel * dtype.itemsize, mesh)
     ring = Ring(slab, mesh, slab.copy if copies else None)
     layout = Layout(numels=(numel,), world=mesh.shard.size)
     reducer = PulledReduction(ring, layout, [torch.Size([numel])], dtype)

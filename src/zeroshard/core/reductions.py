@@ -37,7 +37,7 @@ from zeroshard.core.rows import Mean, mean_of
 from zeroshard.core.unit import Unit
 from zeroshard.core.world import patience
 
-__all__ = ["PulledReduction", "Ring", "reduce_by_pulls", "withdraw_reductions"]
+__all__ = ["PulledReduction", "Ring", "map_slots", "reduce_by_pulls", "withdraw_reductions"]
 
 _SLOTS = 2
 _ALIGN_BYTES = 512
@@ -116,7 +116,7 @@ class Ring:
     """The slots of all ranks, and how they are read: by copies to this rank, or where they are.
 
     Args:
-        slab: memory of all ranks, of two slots each.
+        slab: what `map_slots` has mapped.
         mesh: the ranks.
         copy: what copies the others' rows into memory of this rank, where they are added up then;
             None to add them up where they are.
@@ -133,7 +133,7 @@ class Ring:
     ) -> None:
         self._slab, self._axis, self._copy = slab, mesh.shard, copy
         self._num_programs = num_programs
-        self._slot_nbytes = slab.rows[0].nbytes // _SLOTS // _ALIGN_BYTES * _ALIGN_BYTES
+        self._slot_nbytes = slab.rows[0].nbytes // _SLOTS
         self._staging: list[Tensor] = []
         if copy is not None:
             nbytes = _aligned(-(-self._slot_nbytes // mesh.shard.size))
@@ -184,6 +184,7 @@ class Ring:
         return read
 
     def _part(self, rank: int, slot: int, start: int, nbytes: int) -> Tensor:
+        assert start + nbytes <= self._slot_nbytes, f"{start + nbytes} bytes do not fit in a slot"
         start += slot * self._slot_nbytes
         return self._slab.rows[rank][start : start + nbytes]
 
@@ -239,6 +240,15 @@ class PulledReduction:
         return self._places[self._ring.number % _SLOTS]
 
 
+def map_slots(nbytes: int, mesh: Mesh) -> Slab:
+    """Memory of all ranks for a ring whose slots hold so many bytes. A collective.
+
+    Raises:
+        UnavailableError: on every rank.
+    """
+    return map_slab(_SLOTS * _aligned(nbytes), mesh)
+
+
 def reduce_by_pulls(units: Sequence[Unit], mesh: Mesh, *, direct: bool = False) -> None:
     """Let gradients of units be averaged by reads of other ranks' memory. A collective.
 
@@ -252,8 +262,8 @@ def reduce_by_pulls(units: Sequence[Unit], mesh: Mesh, *, direct: bool = False) 
     Raises:
         UnavailableError: on every rank, with nothing changed.
     """
-    slot = _aligned(max(unit.layout.full_numel * unit.gradient_dtype.itemsize for unit in units))
-    slab = map_slab(_SLOTS * slot, mesh)
+    most = max(unit.layout.full_numel * unit.gradient_dtype.itemsize for unit in units)
+    slab = map_slots(most, mesh)
     ring = Ring(slab, mesh, None if direct else slab.copy)
     for unit in units:
         assert not unit.lifetime.grads_stay, f"{unit.name} keeps its full gradient"
