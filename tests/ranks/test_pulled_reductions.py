@@ -37,10 +37,15 @@ from zoo import ZOO, Case
 
 
 def make_engine(
-    case: Case, setting: Setting, how: str = "copy_engine", direct: bool = False
+    case: Case,
+    setting: Setting,
+    how: str = "copy_engine",
+    *,
+    gather: str = "auto",
+    direct: bool = False,
 ) -> Any:
     config = config_of(case, setting)
-    config["zeroshard"]["reduce"] = how
+    config["zeroshard"] |= {"reduce": how, "gather": gather}
     model = case.build(SEED, setting.checkpointing)
     with mock.patch.object(build, "reduce_by_pulls", partial(reduce_by_pulls, direct=direct)):
         return zeroshard.initialize(model=model, config=config)[0]
@@ -150,13 +155,19 @@ def test_training_in_fp32_is_that_of_plain_pytorch() -> None:
             assert compared.differences == [], name
 
 
-def test_bits_repeat_and_do_not_depend_on_the_stage_or_on_how_rows_are_read() -> None:
+def test_bits_repeat_and_do_not_depend_on_the_stage_or_how_memory_is_read() -> None:
     case = ZOO["plain"]
     kinds: dict[str, dict[str, Any]] = {
         "fp32": {},
         "bf16": {"communication_data_type": "bf16"},
         "fp16": {"communication_data_type": "fp16"},
     }
+    runs: list[tuple[int, dict[str, Any]]] = [
+        (3, {}),
+        (3, {"gather": "copy_engine"}),
+        (3, {"direct": True}),
+        (2, {}),
+    ]
 
     def work(rank: int, world: int) -> dict[str, bool]:
         found: dict[str, bool] = {}
@@ -167,9 +178,9 @@ def test_bits_repeat_and_do_not_depend_on_the_stage_or_on_how_rows_are_read() ->
                     case,
                     Setting(stage, world, steps=2, **options),
                     rank,
-                    make_engine=partial(make_engine, direct=direct),
+                    make_engine=partial(make_engine, **how),
                 )
-                for stage, direct in ((3, False), (3, False), (3, True), (2, False))
+                for stage, how in runs
             )
             found[precision] = all(
                 same(first.weights, other.weights) and first.norms == other.norms

@@ -262,6 +262,7 @@ def reduce_by_pulls(units: Sequence[Unit], mesh: Mesh, *, direct: bool = False) 
     Raises:
         UnavailableError: on every rank, with nothing changed.
     """
+    assert mesh.replicate.size == 1, "replicas hold no memory that is mapped here"
     most = max(unit.layout.full_numel * unit.gradient_dtype.itemsize for unit in units)
     slab = map_slots(most, mesh)
     ring = Ring(slab, mesh, None if direct else slab.copy)

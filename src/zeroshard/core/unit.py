@@ -7,7 +7,8 @@ Five tensors, and no others, hold a unit on a rank:
     shard          this rank's range of it, kept by the store; part of ``full`` where that stays
     master         this rank's range in the master dtype, which the optimizer steps; the memory of
                    ``shard`` itself where the two dtypes are equal
-    full gradient  a flat buffer like ``full``; exists only while gradients are full
+    full gradient  a flat buffer like ``full``; exists only while gradients are full, and not here
+                   where the unit's reducer has room for it
     grad shard     the average over ranks of this rank's range, summed over micro-steps
 
 ``full`` and the full gradient own one storage for ever and give its memory back by resizing it to
