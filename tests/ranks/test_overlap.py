@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import zeroshard
 from forked import run_ranks
 from reference import Setting, batch_of, make_engine, reference_run, relative_difference, train
-from zeroshard.core import collectives, transport, unit
+from zeroshard.core import collectives, reducer, transport
 from zeroshard.core.collectives import Ticket
 from zeroshard.core.mesh import Aside, Axis
 from zoo import ZOO
@@ -304,7 +304,7 @@ def test_gradients_that_are_copied_behind_the_computation_live_until_they_are_re
 
         with (
             mock.patch.object(Aside, "exists", True),
-            mock.patch.object(unit, "reduce_mean", reduce_mean),
+            mock.patch.object(reducer, "reduce_mean", reduce_mean),
         ):
             engine = make_engine(case, setting)
             for param in engine.module.parameters():
