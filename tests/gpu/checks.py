@@ -340,6 +340,7 @@ def check_pulled_reductions(ctx: Context) -> dict[str, Any]:
     for name, config, most in (
         ("fp32", {}, 1e-5),
         ("bf16", {"bf16": {"enabled": True}, "communication_data_type": "bf16"}, 1e-2),
+        ("fp32 sent as bf16", {"communication_data_type": "bf16"}, 1e-2),
     ):
         sent = train(ctx, 3, **config)
         runs = [train(ctx, stage, **config, **pulls) for stage in (3, 3, 2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,8 +30,8 @@ from reference import (
 )
 from zeroshard.core.collectives import reduce_mean
 from zeroshard.core.layout import Layout
-from zeroshard.core.mesh import Mesh, build_mesh
-from zeroshard.core.reductions import PulledReduction, Ring, map_slots, reduce_by_pulls
+from zeroshard.core.mesh import Aside, Mesh, build_mesh
+from zeroshard.core.reductions import PulledReduction, Ring, _HostTurns, map_slots, reduce_by_pulls
 from zeroshard.core.unit import Unit
 from zeroshard.engine import build
 from zoo import ZOO, Case
@@ -192,21 +193,45 @@ def test_bits_repeat_and_do_not_depend_on_the_stage_or_how_memory_is_read() -> N
         assert found == dict.fromkeys(kinds, True)
 
 
-def test_gradients_are_copied_once_and_into_memory_that_others_read() -> None:
-    """The sum is kept in fp32 where the wire is bf16."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_gradients_are_copied_once_and_into_memory_that_others_read(beside: bool) -> None:
+    """They live until they are reduced where that is done beside the computation; sums are fp32."""
     case = ZOO["plain"]
 
-    def work(rank: int, world: int) -> tuple[bool, list[str], set[torch.dtype]]:
+    def work(rank: int, world: int) -> tuple[bool, list[str], list[int], set[torch.dtype], int]:
         extra = {"communication_data_type": "bf16"}
         engine = make_engine(case, Setting(3, world, precision="bf16", extra=extra))
         own: list[str] = []
-        with mock.patch.object(Unit, "_fresh_gradient", lambda unit: own.append(unit.name)):
+        alive: list[int] = []
+        grads: list[weakref.ref[Tensor]] = []
+        for param in engine.module.parameters():
+            param.register_post_accumulate_grad_hook(
+                lambda param: grads.append(weakref.ref(param.grad))
+            )
+        read = _HostTurns.read
+
+        def watched(turns: _HostTurns, *args: Any) -> Any:
+            alive.append(sum(grad() is not None for grad in grads))
+            return read(turns, *args)
+
+        with (
+            mock.patch.object(Unit, "_fresh_gradient", lambda unit: own.append(unit.name)),
+            mock.patch.object(_HostTurns, "read", watched),
+            mock.patch.object(Aside, "exists", beside),
+        ):
             engine.backward(case.loss(engine, case.batch(0, 0, rank)))
         units = engine.runtime.trained
         kept = {unit.grad_shard.dtype for unit in units if unit.grad_shard is not None}
-        return is_pulled(engine), own, kept
+        shards = sum(unit.grad_shard.nbytes for unit in units if unit.grad_shard is not None)
+        alive.append(sum(grad() is not None for grad in grads))
+        # Two slots, and half a one for the rows of the other rank.
+        expected = shards + max(unit.nbytes_full for unit in units) * 5 // 2
+        return is_pulled(engine), own, alive, kept, engine.memory().gradients_bytes - expected
 
-    assert run_ranks(work, 2) == [(True, [], {torch.float32})] * 2
+    for was_pulled, own, (*under_way, after), kept, excess in run_ranks(work, 2):
+        assert was_pulled and own == [] and kept == {torch.float32}
+        assert (min(under_way) > 0) == beside and max(under_way) <= 6 and after == 0
+        assert 0 <= excess <= 3 * 512
 
 
 def test_gradients_that_come_in_parts_are_added_up_before_their_turn() -> None:
