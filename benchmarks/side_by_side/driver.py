@@ -84,8 +84,9 @@ def _run_job(plan: Plan, ranks: int, start: Start) -> Iterator[Report]:
         finally:
             if job.poll() is None:
                 job.terminate()
-        is_over = len(reports) == len(plan.entries)
-        if not is_over and (not reports or reports[-1].result is not None):
+        # Ranks that end well before they are through leave the rest to others.
+        is_well = len(reports) == len(plan.entries) or (status == 0 and bool(reports))
+        if not is_well and (not reports or reports[-1].result is not None):
             yield _unreported(folder, plan.entries[len(reports)], status)
 
 

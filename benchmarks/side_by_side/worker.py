@@ -3,8 +3,9 @@
 Ranks tell each other through the store of the process group how each phase ended, because
 collectives are of no use once a rank has left them. What an engine leaves behind when it fails is
 unknown, so a failure is written down and ends the job; whoever started it starts another one for
-the engines that remain. A rank that fails alone, while others wait for it in a collective, ends the
-job after a short patience, and so does one that waits when the engine's time is over.
+the engines that remain, as when ranks end because an engine did not give its memory back. A rank
+that fails alone, while others wait for it in a collective, ends the job after a short patience, and
+so does one that waits when the engine's time is over.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ __all__ = ["BROKEN", "work"]
 
 BROKEN = 3  # the exit status of a job in which an engine failed
 _PATIENCE_S = 20.0  # of a rank that has failed, with those that have not said so
+_MOST_LEFT_GIB = 0.5  # by an engine, with which the next may be measured all the same
 _DATA_SEED = 1234
 _GIB = 2**30
 
@@ -170,7 +172,10 @@ class _Rank:
 
 
 def work(plan: Plan) -> None:
-    """Measure the engines of a plan. Every rank calls it; does not return if an engine fails."""
+    """Measure the engines of a plan, or those up to one that does not give its memory back.
+
+    Every rank calls it; does not return if an engine fails.
+    """
     # Later than ours, which knows what it was waiting for.
     zeroshard.init_distributed(timeout=timedelta(seconds=plan.limit_s + 2 * _PATIENCE_S))
     rank = _Rank(plan)
@@ -191,6 +196,9 @@ def work(plan: Plan) -> None:
         rank.report(entry, status="ok", result=result)
         whole_s = time.perf_counter() - began
         rank.say(f"{name}: {result['median_s']:.4f} s a step, all in {whole_s:.0f} s")
+        if (result["left_gib"] or 0.0) > _MOST_LEFT_GIB:
+            rank.say(f"{name} does not give all its memory back; new ranks measure the others")
+            break
     # What is left to do may hang, too, and everything has been reported.
     faulthandler.dump_traceback_later(_PATIENCE_S, exit=True, file=sys.__stderr__)
     with contextlib.suppress(Exception):

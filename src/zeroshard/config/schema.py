@@ -368,7 +368,7 @@ class ExtensionConfig(_Block):
     optimizer_step: Kernels = "auto"
     """What steps Adam and AdamW: "fused" is one pass over each unit's shard that also unscales,
     clips and casts, with torch's optimizer where that does not fit; "torch" is torch's optimizer
-    always; "auto" is "torch"."""
+    always; "auto" is "fused" on GPUs where Triton runs, else "torch"."""
 
     gather: Transfer = "auto"
     """How stage 3 gathers: by collectives, or by reading shards in the memory of other ranks."""

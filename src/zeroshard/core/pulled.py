@@ -165,12 +165,16 @@ class StreamCopies:
 class BatchedCopies:
     """One call of the CUDA runtime for all peers, with the wish that copy engines do the work.
 
+    Copies within this rank's memory go to a stream of their own, as another engine may do them at
+    the same time. By a kernel (``own_by_kernel``) they would be faster alone, and slower beside
+    computation that occupies all multiprocessors.
+
     Raises:
         ImportError: there is no ``cuda.bindings``, or none that knows the call.
         RuntimeError: the call failed.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, own_by_kernel: bool = False) -> None:
         from cuda.bindings import runtime  # pyright: ignore  # noqa: PLC0415
 
         cuda: Any = runtime
@@ -179,33 +183,44 @@ class BatchedCopies:
         attributes.flags = int(cuda.cudaMemcpyFlags.cudaMemcpyFlagPreferOverlapWithCompute)
         self._call: Callable[..., Any] = cuda.cudaMemcpyBatchAsync
         self._attributes = [attributes]
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device, self._own_by_kernel = device, own_by_kernel
+        self._stream, self._own_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def __call__(self, copies: Sequence[Copy], own: Sequence[Copy] = ()) -> Ticket:
-        """Start the copies, those within this rank's memory by themselves.
+        """Start the copies."""
+        start = torch.cuda.current_stream(self._device).record_event()
+        ends: list[Any] = []
+        for stream, part in ((self._stream, copies), (self._own_stream, own)):
+            if not part:
+                continue
+            stream.wait_event(start)
+            if part is own and self._own_by_kernel:
+                with torch.cuda.stream(stream):
+                    for target, source in part:
+                        target.copy_(source, non_blocking=True)
+            else:
+                self._copy(part, stream)
+            ends.append(stream.record_event())
+        return Events(self._device, ends)
 
-        A copy engine takes longer for these than a kernel does.
-        """
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+    def _copy(self, copies: Sequence[Copy], stream: torch.cuda.Stream) -> None:
         copies = [(target, source) for target, source in copies if target.nbytes]
-        if copies:
-            targets = [target.data_ptr() for target, _ in copies]
-            sources = [source.data_ptr() for _, source in copies]
-            sizes = [target.nbytes for target, _ in copies]
-            count, stream = len(copies), self._stream.cuda_stream
-            status, *_ = self._call(
-                targets, sources, sizes, count, self._attributes, [0], 1, stream
-            )
-            if int(status) != 0:
-                raise RuntimeError(f"cudaMemcpyBatchAsync failed: {status}")
-        with torch.cuda.stream(self._stream):
-            for target, source in own:
-                target.copy_(source, non_blocking=True)
-        return Events(self._device, [self._stream.record_event()])
+        if not copies:
+            return
+        targets = [target.data_ptr() for target, _ in copies]
+        sources = [source.data_ptr() for _, source in copies]
+        sizes = [target.nbytes for target, _ in copies]
+        status, *_ = self._call(
+            targets, sources, sizes, len(copies), self._attributes, [0], 1, stream.cuda_stream
+        )
+        if int(status) != 0:
+            raise RuntimeError(f"cudaMemcpyBatchAsync failed: {status}")
 
     def join(self) -> None:
         """Make the compute stream wait for all copies."""
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        current = torch.cuda.current_stream(self._device)
+        for stream in (self._stream, self._own_stream):
+            current.wait_stream(stream)
 
 
 # Slabs

@@ -32,7 +32,7 @@ from zeroshard.core.unit import Unit
 from zeroshard.optim import adam
 from zeroshard.optim.adam import Rule, Shards, Update
 
-__all__ = ["FusedAdam", "is_watched", "triton_update"]
+__all__ = ["FusedAdam", "is_adam", "is_watched", "triton_update"]
 
 _log = logging.getLogger(__name__)
 _AVERAGE, _SQUARE, _STEP = "exp_avg", "exp_avg_sq", "step"
@@ -123,7 +123,8 @@ class _Home:
 class FusedAdam:
     """Makes the steps of an optimizer that is plain Adam. See [Note: flat state].
 
-    Each step asks :meth:`prepare` first, as the user may have changed what the optimizer is.
+    Each step asks :meth:`prepare` first, as the user may have changed what the optimizer is. Why a
+    step cannot be made here is logged at ``log_level``.
     """
 
     def __init__(
@@ -132,7 +133,10 @@ class FusedAdam:
         units: Sequence[Unit],
         device: torch.device,
         triton_update: Update | None,
+        *,
+        log_level: int = logging.INFO,
     ) -> None:
+        self._log_level = log_level
         self._inner, self._units, self._device = inner, units, device
         self._triton = triton_update
         self._groups: list[list[int]] = []  # ids of the slices of each group, as they were
@@ -149,7 +153,8 @@ class FusedAdam:
         """Decide whether the next step can be made here, and bring the state into its place."""
         reason = self._obstacle()
         if reason is not None and reason != self._reason:
-            _log.info("torch's own kernels step %s: %s", type(self._inner).__name__, reason)
+            kind = type(self._inner).__name__
+            _log.log(self._log_level, "torch's own kernels step %s: %s", kind, reason)
         self._reason = reason
         return reason is None
 
@@ -210,7 +215,7 @@ class FusedAdam:
 
     def _foreign(self) -> str | None:
         """What the optimizer is beside plain Adam with known numbers."""
-        if type(self._inner) not in _KINDS:
+        if not is_adam(self._inner):
             return "it is not torch's Adam or AdamW"
         groups = self._inner.param_groups
         numbers = [number for group in groups for number in (group["lr"], *group["betas"])]
@@ -276,6 +281,11 @@ class FusedAdam:
             self._count = int(counts.pop()) if len(counts) == 1 else None
             self._steps_version = self._steps._version
         return None
+
+
+def is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is torch's Adam or AdamW, and no class derived from them."""
+    return type(optimizer) in _KINDS
 
 
 def is_watched(optimizer: torch.optim.Optimizer) -> bool:

@@ -34,8 +34,9 @@ from zeroshard.core.slots import slot_of
 from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
 from zeroshard.errors import UsageError, compose
+from zeroshard.optim.adam import Update
 from zeroshard.optim.factory import ELEMENTWISE
-from zeroshard.optim.fused import FusedAdam, is_watched, triton_update
+from zeroshard.optim.fused import FusedAdam, is_adam, is_watched, triton_update
 from zeroshard.optim.lamb import Lamb
 from zeroshard.optim.muon import Muon
 from zeroshard.optim.packages import is_quantized_elementwise
@@ -75,7 +76,8 @@ class StepPolicy:
     """What happens between backward and the optimizer: ``clip`` 0 does not clip.
 
     ``most_numel``: elements of this rank's master weights that are stepped at once, at least those
-    of one unit; None steps all at once. ``kernels``: "auto" is "torch".
+    of one unit; None steps all at once. ``kernels``: "auto" is "fused" where Triton runs, for there
+    it is faster, and "torch" elsewhere.
     """
 
     clip: float = 0.0
@@ -268,12 +270,20 @@ class ShardedOptimizer:
         self._num_slices = sum(len(group["params"]) for group in inner.param_groups)
         self._guard = inner.register_step_pre_hook(self._refuse_direct_step)
         self._fused: FusedAdam | None = None
-        if policy.kernels == "fused" and self.units:
-            update = triton_update(mesh.device)
-            can = torch.tensor(float(update is not None), device=mesh.device)
-            for axis in (mesh.shard, mesh.replicate):  # replicas must round alike
-                all_reduce_(can, axis, dist.ReduceOp.MIN)
-            self._fused = FusedAdam(inner, self.units, mesh.device, update if can.item() else None)
+        is_asked_for = policy.kernels == "fused"
+        if self.units and (is_asked_for or (policy.kernels == "auto" and is_adam(inner))):
+            update = self._common_update()
+            if is_asked_for or update is not None:
+                level = logging.INFO if is_asked_for else logging.DEBUG
+                self._fused = FusedAdam(inner, self.units, mesh.device, update, log_level=level)
+
+    def _common_update(self) -> Update | None:
+        """The kernel that steps Adam, if it runs on all ranks: replicas must round alike."""
+        update = triton_update(self.mesh.device)
+        can = torch.tensor(float(update is not None), device=self.mesh.device)
+        for axis in (self.mesh.shard, self.mesh.replicate):
+            all_reduce_(can, axis, dist.ReduceOp.MIN)
+        return update if can.item() else None
 
     def _adopt(self) -> None:
         """Exchange parameters for slices in every group, and slice the state they already have."""

@@ -113,6 +113,25 @@ def test_an_engine_that_fails_on_every_rank_is_reported_and_the_rest_goes_on_in_
     assert jobs == [["plain", "fsdp2", "zeroshard-3"], ["zeroshard-3"]]
 
 
+def test_an_engine_that_keeps_memory_ends_the_job_and_is_none_that_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    left = {"deepspeed-3": 11.0}
+    built: list[str] = []
+
+    def build(variant: Variant, *_: Any) -> Trainer:
+        built.append(variant.label)
+        return trained()
+
+    monkeypatch.setattr(worker, "_forget", lambda rank, trainer: left.get(built[-1], 0.1))
+    names = ("plain", "deepspeed-3", "zeroshard-3", "fsdp2")
+    reports, jobs = measured(monkeypatch, tmp_path, build, names)
+    assert [(each.entry.variant.label, each.status) for each in reports] == [
+        (n, "ok") for n in names
+    ]
+    assert jobs == [list(names), ["zeroshard-3", "fsdp2"]]
+
+
 def test_a_rank_that_fails_alone_does_not_leave_the_others_waiting_in_a_collective(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
