@@ -25,6 +25,7 @@ LARGEST_TRACE_BYTES = 12 * 2**20
 _KINDS = (
     ("gather", ("allgather", "all_gather", "memcpy ptop")),
     ("reduce", ("reducescatter", "reduce_scatter", "allreduce", "ncclsymkdevkernel_reduce")),
+    ("reduce", ("mean_of_rows",)),
     ("other communication", ("nccl", "barrier_kernel")),
     ("copy on device", ("memcpy dtod",)),
     ("copy to or from host", ("memcpy", "memset")),

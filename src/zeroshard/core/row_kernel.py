@@ -21,7 +21,7 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 @triton.jit(do_not_specialize=["num_pieces"])
-def _mean(
+def _mean_of_rows(
     rows_ptr,
     out_ptr,
     num_pieces,
@@ -56,7 +56,7 @@ def mean_of(rows: Sequence[Tensor], num_programs: int | None) -> Callable[[Tenso
     grid = (num_blocks if num_programs is None else min(num_blocks, num_programs),)
 
     def write(out: Tensor) -> None:
-        _mean[grid](
+        _mean_of_rows[grid](
             table,
             out,
             numel // piece,
