@@ -15,8 +15,10 @@ from torch import Tensor
 
 __all__ = ["mean_of"]
 
-_BLOCK = 2048
-_WARPS = 8
+# Elements and warps of a block of threads. Few blocks that wait for other GPUs' memory must each
+# have much on its way.
+_MANY = 2048, 8
+_FEW = 16384, 16
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -52,7 +54,8 @@ def mean_of(rows: Sequence[Tensor], num_programs: int | None) -> Callable[[Tenso
     table = torch.tensor(addresses, dtype=torch.int64, device=rows[0].device)
     numel = rows[0].numel()
     piece = math.gcd(16, numel)
-    num_blocks = triton.cdiv(numel, _BLOCK)
+    block, num_warps = _MANY if num_programs is None else _FEW
+    num_blocks = triton.cdiv(numel, block)
     grid = (num_blocks if num_programs is None else min(num_blocks, num_programs),)
 
     def write(out: Tensor) -> None:
@@ -65,8 +68,8 @@ def mean_of(rows: Sequence[Tensor], num_programs: int | None) -> Callable[[Tenso
             dtype=_DTYPES[rows[0].dtype],
             align_bytes=math.gcd(16, *addresses),
             piece=piece,
-            block=_BLOCK,
-            num_warps=_WARPS,
+            block=block,
+            num_warps=num_warps,
         )
 
     return write
