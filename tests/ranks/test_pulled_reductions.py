@@ -81,7 +81,7 @@ def told() -> Iterator[list[str]]:
 # Sums -------------------------------------------------------------------------------------------
 
 
-def pulled_mean(rows: list[Tensor], rank: int, mesh: Mesh, *, copies: bool) -> list[Tensor]:
+def pulled_mean(rows: list[Tensor], mesh: Mesh, *, copies: bool) -> list[Tensor]:
     """This rank's parts of the means over ranks of some rows, each in a turn of its own."""
     numel, dtype = rows[0].numel(), rows[0].dtype
     slab = map_slots(numel * dtype.itemsize, mesh)
@@ -105,37 +105,43 @@ def rows_of(rank: int, numel: int, dtype: torch.dtype, turns: int) -> list[Tenso
     return [torch.randn(numel, generator=generator).to(dtype) for _ in range(turns)]
 
 
+@pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_mean_is_the_fp32_sum_in_the_order_of_ranks_and_nearer_to_the_truth(
-    dtype: torch.dtype,
+    dtype: torch.dtype, world: int
 ) -> None:
     """Whatever the wire's dtype, over turns that follow each other as fast as they can."""
-    world, numel, turns = 3, 3 * 8 * 40, 8
+    numel, turns = world * 8 * 40, 8
 
-    def work(rank: int, world: int) -> tuple[list[bool], float, float]:
+    def work(rank: int, world: int) -> list[tuple[bool, float, float, float]]:
         mesh = build_mesh(world, torch.device("cpu"))
         mine = rows_of(rank, numel, dtype, turns)
-        found = [pulled_mean(mine, rank, mesh, copies=copies) for copies in (True, False)]
+        found = [pulled_mean(mine, mesh, copies=copies) for copies in (True, False)]
         part = Layout(numels=(numel,), world=world).shard(rank).slice()
         of_all = [rows_of(each, numel, dtype, turns) for each in range(world)]
-        is_right, errors, errors_sent = [], [], []
+        seen: list[tuple[bool, float, float, float]] = []
         for turn in range(turns):
             rows = [of_all[each][turn][part] for each in range(world)]
-            in_order = ((rows[0].float() + rows[1].float()) + rows[2].float()) * (1.0 / world)
-            is_right.append(all(torch.equal(outs[turn], in_order) for outs in found))
-            truth = torch.stack(rows).double().mean(0)
+            in_order = rows[0].float()
+            for row in rows[1:]:
+                in_order = in_order + row.float()
+            is_right = all(torch.equal(outs[turn], in_order * (1 / world)) for outs in found)
             sent = torch.empty_like(rows[0])
             reduce_mean(sent, mine[turn].clone(), mesh).wait()
-            errors.append((found[0][turn].double() - truth).norm().item())
-            errors_sent.append((sent.double() - truth).norm().item())
-        return is_right, max(errors), min(errors_sent)
+            truth = torch.stack(rows).double().mean(0)
+            results = (found[0][turn], found[0][turn].to(dtype), sent)
+            errors = ((result.double() - truth).norm().item() for result in results)
+            seen.append((is_right, *errors))
+        return seen
 
-    for is_right, error, error_sent in run_ranks(work, world):
-        assert all(is_right)
-        if dtype == torch.float32:
-            assert error < 1e-5 and error_sent < 1e-5
-        else:
-            assert error < error_sent / 1000
+    for seen in run_ranks(work, world):
+        for is_right, error, error_rounded, error_sent in seen:
+            assert is_right
+            if dtype == torch.float32:
+                assert max(error, error_sent) < 1e-5
+            else:
+                assert error < error_sent / 1000
+                assert error_rounded < error_sent or world == 2
 
 
 # Training ---------------------------------------------------------------------------------------

@@ -140,17 +140,31 @@ class Ring:
             size = (mesh.shard.size - 1) * nbytes
             flat = torch.empty(size, dtype=torch.uint8, device=mesh.device)
             self._staging = list(flat.split(nbytes))
-        self.turns: _Turns = (
+        self._turns: _Turns = (
             _DeviceTurns(mesh.device, slab.handle, patience())
             if mesh.device.type == "cuda"
             else _HostTurns(mesh.shard)
         )
-        self.number = 0  # of the turn that comes next
+        self._number = 0  # of the turn that comes next
 
     @property
     def nbytes(self) -> int:
         """Bytes of this rank's memory."""
         return self._slab.rows[0].nbytes + sum(row.nbytes for row in self._staging)
+
+    @property
+    def slot(self) -> int:
+        """The slot of the turn that comes next."""
+        return self._number % _SLOTS
+
+    def free(self) -> None:
+        """Let the current stream go on when no rank reads that slot any more."""
+        self._turns.free()
+
+    def take(self, read: Callable[[], object]) -> Ticket:
+        """Take a turn: read when all ranks have written into its slot."""
+        self._number += 1
+        return self._turns.read(read)
 
     def own(self, slot: int, numel: int, dtype: torch.dtype) -> Tensor:
         """A full buffer in this rank's slot."""
@@ -219,25 +233,15 @@ class PulledReduction:
         """Bytes of the ring on this rank."""
         return self._ring.nbytes
 
-    @property
-    def memory(self) -> Ring:
-        """The ring that units share."""
-        return self._ring
-
     def room(self) -> FlatBuffer:
         """The unit's place in the slot of the next turn."""
-        self._ring.turns.free()
-        return self._next.buffer
+        self._ring.free()
+        return self._places[self._ring.slot].buffer
 
     def start(self, out: Tensor, wire: Tensor) -> Ticket:
         """Take the next turn, for which the full gradient is in its place."""
-        mean = self._next.mean
-        self._ring.number += 1
-        return self._ring.turns.read(lambda: mean(out))
-
-    @property
-    def _next(self) -> _Place:
-        return self._places[self._ring.number % _SLOTS]
+        mean = self._places[self._ring.slot].mean
+        return self._ring.take(lambda: mean(out))
 
 
 def map_slots(nbytes: int, mesh: Mesh) -> Slab:
