@@ -65,14 +65,14 @@ class _Read:
     """Reads by the host, once the others have come."""
 
     def __init__(self, met: Ticket, read: Callable[[], object]) -> None:
-        self._met: Ticket | None = met
-        self._read = read
+        self._to_do: tuple[Ticket, Callable[[], object]] | None = met, read
 
     def wait(self) -> None:
-        if self._met is not None:
-            self._met.wait()
-            self._read()
-            self._met = None
+        if self._to_do is not None:
+            met, read = self._to_do
+            met.wait()
+            read()
+            self._to_do = None  # nor hold on to what was read
 
 
 class _HostTurns:
