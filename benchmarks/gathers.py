@@ -33,6 +33,7 @@ from typing import Any
 
 os.environ["NCCL_NVLS_ENABLE"] = "0"
 os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+os.environ["ZEROSHARD_TIMEOUT"] = "1"  # minute
 
 import torch
 import torch.distributed as dist

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +37,24 @@ from zeroshard.core.rows import Mean, mean_of
 from zeroshard.core.unit import Unit
 from zeroshard.core.world import patience
 
-__all__ = ["PulledReduction", "Ring", "map_slots", "reduce_by_pulls", "withdraw_reductions"]
+__all__ = [
+    "DIRECT",
+    "PULLED_FROM_BYTES",
+    "PulledReduction",
+    "Ring",
+    "map_slots",
+    "reduce_by_pulls",
+    "withdraw_reductions",
+]
+
+DIRECT: Final = False
+"""Whether rows are added up where they are, without a copy to this rank; to be measured."""
+
+PULLED_FROM_BYTES: Final[int | None] = None
+"""Bytes of a full unit from which GPUs reduce faster by pulls than NCCL does under computation.
+
+None: not measured, so that pulls are used only where they are asked for by name.
+"""
 
 _SLOTS = 2
 _ALIGN_BYTES = 512
@@ -253,7 +270,7 @@ def map_slots(nbytes: int, mesh: Mesh) -> Slab:
     return map_slab(_SLOTS * _aligned(nbytes), mesh)
 
 
-def reduce_by_pulls(units: Sequence[Unit], mesh: Mesh, *, direct: bool = False) -> None:
+def reduce_by_pulls(units: Sequence[Unit], mesh: Mesh, *, direct: bool = DIRECT) -> None:
     """Let gradients of units be averaged by reads of other ranks' memory. A collective.
 
     For units whose gradients are reduced in every backward, the same on all ranks.
