@@ -58,6 +58,7 @@ from zeroshard.core.flat import FlatBuffer
 from zeroshard.core.layout import Range
 from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
+from zeroshard.core.norm import row_norms
 from zeroshard.core.store import DeviceStore, Store
 from zeroshard.core.transport import COLLECTIVE, Transport
 from zeroshard.errors import UsageError, compose
@@ -148,11 +149,15 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True)
 class _Reduction:
-    """An averaging under way; keeps its two ends alive."""
+    """An averaging under way; keeps its two ends alive.
+
+    ``norms`` are those of the rows of ``out``, where they are computed on the way.
+    """
 
     ticket: Ticket
     out: Tensor
     wire: Tensor
+    norms: list[Tensor] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +230,7 @@ class Unit:
         self._sources: list[Tensor] = []  # of copies behind the computation, alive until they end
         self.has_gradient = False
         self.grad_shard: Tensor | None = None
+        self._norms: list[Tensor] | None = None  # of its rows, where they are known
         # Set by the runtime, for modules that use the unit without holding its parameters.
         self.add_use: Callable[[nn.Module], object] | None = None
         self.drop_use: Callable[[nn.Module], object] | None = None
@@ -680,6 +686,7 @@ class Unit:
         """Go on with an accumulation, of which ranks have averaged what came before."""
         assert self.is_trained, f"{self.name} is frozen and takes no gradients"
         self.grad_shard = reduced.to(self._wide(self.precision.accumulate))
+        self._norms = None
 
     def resume_unreduced(self) -> Sequence[Tensor]:
         """Go on with an accumulation, of which this rank alone has what came before.
@@ -733,8 +740,8 @@ class Unit:
                 self._params[index].grad = None
         if not self.has_gradient:
             self._fresh_gradient()
-        if behind and self.mesh.aside.exists:
-            with self.mesh.aside.entered():
+        if behind and self.mesh.copying.exists:
+            with self.mesh.copying.entered():
                 self._fill(arrived, given)
             self._sources += given
         else:
@@ -758,7 +765,7 @@ class Unit:
     def _rejoin(self) -> None:
         """Let the computation wait for gradients that are copied behind it."""
         if self._sources:
-            self.mesh.aside.join()
+            self.mesh.copying.join()
             self._sources.clear()
 
     @property
@@ -806,10 +813,23 @@ class Unit:
             # A gradient that stays is reduced in place; one that goes leaves its shard behind.
             in_place = wire is full and self.lifetime.grads_stay
             out = mine if in_place else torch.empty_like(mine)
-            with Answered(self.mesh.rank, self._wants_reduce), self.mesh.aside.entered():
+            with Answered(self.mesh.rank, self._wants_reduce), self.mesh.copying.entered():
                 ticket = reduce_mean(out, wire, self.mesh, self.precision.averaging)
-            self._reducing = _Reduction(ticket, out, wire)
+                self._reducing = self._watched(ticket, out, wire)
         self.has_gradient = False
+
+    def _watched(self, ticket: Ticket, out: Tensor, wire: Tensor) -> _Reduction:
+        """A reduction with what follows it beside the computation.
+
+        Unless more is added to it, the norm of what it brings is that of the gradient.
+        """
+        beside = self.mesh.measuring
+        if not beside.exists:
+            return _Reduction(ticket, out, wire, None)
+        with beside.entered():
+            ticket.wait()
+            norms = row_norms(out) if self.grad_shard is None else None
+        return _Reduction(beside.end(), out, wire, norms)
 
     def _wide(self, dtype: torch.dtype) -> torch.dtype:
         """``dtype``, or float64 for parameters that are float64 themselves."""
@@ -824,6 +844,7 @@ class Unit:
             reduction.ticket.wait()
         self._sources.clear()  # copied before the reduction began
         out, wide = reduction.out, self._wide(self.precision.accumulate)
+        self._norms = reduction.norms if self.grad_shard is None else None
         if self.grad_shard is not None:
             self.grad_shard = self.grad_shard.to(wide).add_(out)
         else:
@@ -832,8 +853,15 @@ class Unit:
         if not self.lifetime.grads_stay:
             self._buffer.release()
 
+    def gradient_norms(self) -> Sequence[Tensor]:
+        """L2 norms of the rows of the grad shard, none if there is none."""
+        if self.grad_shard is None:
+            return ()
+        return row_norms(self.grad_shard) if self._norms is None else self._norms
+
     def widen_gradient(self) -> None:
         """Let the grad shard hold values of the accumulation's dtype, for one that edits it."""
+        self._norms = None
         if self.grad_shard is not None:
             self.grad_shard = self.grad_shard.to(self._wide(self.precision.accumulate))
 
@@ -841,7 +869,7 @@ class Unit:
         """Forget everything accumulated since the last optimizer step."""
         self.settle()
         self._rejoin()
-        self.grad_shard = None
+        self.grad_shard = self._norms = None
         self.has_gradient = False
         for piece in self.slices:
             piece.grad = None
