@@ -249,7 +249,6 @@ class Bench:
                 (", 1 stream", lambda: StreamCopies(self.device, 1)),
                 (", 2 streams", lambda: StreamCopies(self.device, 2)),
                 (", one call", lambda: BatchedCopies(self.device)),
-                (", own by kernel", lambda: BatchedCopies(self.device, own_by_kernel=True)),
             ]
         for how, make in copiers:
             for own in ("", " without own"):

@@ -29,7 +29,7 @@ _KINDS = (
     ("other communication", ("nccl", "barrier_kernel")),
     ("copy on device", ("memcpy dtod",)),
     ("copy to or from host", ("memcpy", "memset")),
-    ("optimizer", ("adam", "lamb", "lion")),
+    ("optimizer", ("adam",)),
     ("attention", ("flash", "fmha", "attention", "sdpa")),
     ("matmul", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
 )

@@ -15,21 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from zeroshard.errors import UsageError
 
-__all__ = ["COPIES_BESIDE", "Aside", "Axis", "Mesh", "build_mesh", "default_mesh"]
-
-
-COPIES_BESIDE: Final = False
-"""Whether gradients are copied for their reduction beside the computation.
-
-Off until it has been measured: it costs the memory of one unit's gradients.
-"""
+__all__ = ["Aside", "Axis", "Mesh", "build_mesh", "default_mesh"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +35,21 @@ class Axis:
     reduce: dist.ProcessGroup | None = None
 
 
+class _Past:
+    """What is over already."""
+
+    def wait(self) -> None:
+        return
+
+
+_PAST = _Past()
+
+
 class Aside:
     """A stream beside the computation's; without a GPU, the computation itself."""
 
-    def __init__(self, device: torch.device | None) -> None:
-        self._device = device if device is not None and device.type == "cuda" else None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
@@ -67,6 +70,10 @@ class Aside:
         with torch.cuda.stream(self._stream):
             yield
 
+    def end(self) -> Any:
+        """Something to wait for: the end of what was started inside so far."""
+        return _PAST if self._device is None else self._stream.record_event()
+
     def join(self) -> None:
         """Let the computation wait for all that was started inside."""
         if self._device is not None:
@@ -81,8 +88,7 @@ class Mesh:
     ) -> None:
         self.shard, self.replicate, self.control, self.device = shard, replicate, control, device
         self.world = shard.size * replicate.size
-        # A world of one sends nothing from there.
-        self.aside = Aside(device if COPIES_BESIDE and self.world > 1 else None)
+        self.copying, self.measuring = Aside(device), Aside(device)
         self.rank = replicate.rank * shard.size + shard.rank
         self.is_destroyed = False
 

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -52,7 +52,6 @@ from zeroshard.core.transport import COLLECTIVE
 from zeroshard.core.unit import Unit
 
 __all__ = [
-    "FASTER_FROM_BYTES",
     "BatchedCopies",
     "Copier",
     "Events",
@@ -61,16 +60,10 @@ __all__ = [
     "StreamCopies",
     "UnavailableError",
     "map_slab",
+    "on_all",
     "share",
     "withdraw",
 ]
-
-FASTER_FROM_BYTES: Final[int | None] = None
-"""Bytes of a full unit from which a GPU's pulls are faster than NCCL's gathers under computation.
-
-None: not measured, so that pulls are used only where they are asked for by name. What decides is
-the time to launch them, one copy for each other rank, which a small unit does not hide.
-"""
 
 _ALIGN_BYTES = 512
 _NUM_STREAMS = 2
@@ -165,16 +158,14 @@ class StreamCopies:
 class BatchedCopies:
     """One call of the CUDA runtime for all peers, with the wish that copy engines do the work.
 
-    Copies within this rank's memory go to a stream of their own, as another engine may do them at
-    the same time. By a kernel (``own_by_kernel``) they would be faster alone, and slower beside
-    computation that occupies all multiprocessors.
+    Copies within this rank's memory are made by a kernel, on a stream of its own.
 
     Raises:
-        ImportError: there is no ``cuda.bindings``, or none that knows the call.
-        RuntimeError: the call failed.
+        ImportError: there is no ``cuda.bindings``.
+        AttributeError: it does not know the call.
     """
 
-    def __init__(self, device: torch.device, *, own_by_kernel: bool = False) -> None:
+    def __init__(self, device: torch.device) -> None:
         from cuda.bindings import runtime  # pyright: ignore  # noqa: PLC0415
 
         cuda: Any = runtime
@@ -183,44 +174,50 @@ class BatchedCopies:
         attributes.flags = int(cuda.cudaMemcpyFlags.cudaMemcpyFlagPreferOverlapWithCompute)
         self._call: Callable[..., Any] = cuda.cudaMemcpyBatchAsync
         self._attributes = [attributes]
-        self._device, self._own_by_kernel = device, own_by_kernel
+        self._device = device
         self._stream, self._own_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def __call__(self, copies: Sequence[Copy], own: Sequence[Copy] = ()) -> Ticket:
-        """Start the copies."""
+        """Start the copies.
+
+        Raises:
+            RuntimeError: the call failed.
+        """
         start = torch.cuda.current_stream(self._device).record_event()
         ends: list[Any] = []
-        for stream, part in ((self._stream, copies), (self._own_stream, own)):
-            if not part:
-                continue
-            stream.wait_event(start)
-            if part is own and self._own_by_kernel:
-                with torch.cuda.stream(stream):
-                    for target, source in part:
-                        target.copy_(source, non_blocking=True)
-            else:
-                self._copy(part, stream)
-            ends.append(stream.record_event())
+        if copies:
+            self._stream.wait_event(start)
+            targets = [target.data_ptr() for target, _ in copies]
+            sources = [source.data_ptr() for _, source in copies]
+            sizes = [target.nbytes for target, _ in copies]
+            count, stream = len(copies), self._stream.cuda_stream
+            status, *_ = self._call(
+                targets, sources, sizes, count, self._attributes, [0], 1, stream
+            )
+            if int(status) != 0:
+                raise RuntimeError(f"cudaMemcpyBatchAsync failed: {status}")
+            ends.append(self._stream.record_event())
+        if own:
+            self._own_stream.wait_event(start)
+            with torch.cuda.stream(self._own_stream):
+                for target, source in own:
+                    target.copy_(source, non_blocking=True)
+            ends.append(self._own_stream.record_event())
         return Events(self._device, ends)
-
-    def _copy(self, copies: Sequence[Copy], stream: torch.cuda.Stream) -> None:
-        copies = [(target, source) for target, source in copies if target.nbytes]
-        if not copies:
-            return
-        targets = [target.data_ptr() for target, _ in copies]
-        sources = [source.data_ptr() for _, source in copies]
-        sizes = [target.nbytes for target, _ in copies]
-        status, *_ = self._call(
-            targets, sources, sizes, len(copies), self._attributes, [0], 1, stream.cuda_stream
-        )
-        if int(status) != 0:
-            raise RuntimeError(f"cudaMemcpyBatchAsync failed: {status}")
 
     def join(self) -> None:
         """Make the compute stream wait for all copies."""
         current = torch.cuda.current_stream(self._device)
         for stream in (self._stream, self._own_stream):
             current.wait_stream(stream)
+
+
+def _copier(device: torch.device) -> Copier:
+    """The way to copy with the fewest calls that the installed libraries know."""
+    try:
+        return BatchedCopies(device)
+    except (ImportError, AttributeError):
+        return StreamCopies(device)
 
 
 # Slabs
@@ -275,7 +272,7 @@ class Pulled:
 
 
 @contextmanager
-def _on_all(mesh: Mesh) -> Iterator[None]:
+def on_all(mesh: Mesh) -> Iterator[None]:
     """What is done inside is done on every rank afterwards. A collective.
 
     Raises:
@@ -303,12 +300,12 @@ def _map_host(nbytes: int, mesh: Mesh) -> Slab:
     tokens = [token for (token,) in Exchange(mesh, 1)([secrets.randbits(62)])]
     mine = folder / f"zeroshard-{tokens[mesh.rank]:016x}"
     with ExitStack() as ends:
-        with _on_all(mesh):
+        with on_all(mesh):
             own = os.open(mine, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             ends.callback(os.close, own)
             ends.callback(mine.unlink)
         files: list[int] = []
-        with _on_all(mesh):  # fails where a peer is on another host
+        with on_all(mesh):  # fails where a peer is on another host
             for token in _of_my_row(tokens, mesh):
                 files.append(os.open(folder / f"zeroshard-{token:016x}", os.O_RDWR))
                 ends.callback(os.close, files[-1])
@@ -317,7 +314,7 @@ def _map_host(nbytes: int, mesh: Mesh) -> Slab:
                 os.posix_fallocate(own, 0, nbytes)
             else:
                 os.ftruncate(own, nbytes)
-        with _on_all(mesh):
+        with on_all(mesh):
             maps = [mmap.mmap(file, nbytes) for file in files]
     rows = [torch.frombuffer(each, dtype=torch.uint8) for each in maps]
     return Slab(rows, mesh, HostCopies(), maps)
@@ -355,7 +352,7 @@ def _check_gpus(mesh: Mesh) -> None:
     shown = Exchange(mesh, 2)([_host_number(), mine])
     hosts = _of_my_row([host for host, _ in shown], mesh)
     devices = _of_my_row([device for _, device in shown], mesh)
-    with _on_all(mesh):
+    with on_all(mesh):
         if len(set(hosts)) > 1:
             raise OSError("the ranks that share shards are on several hosts")
         if len(set(devices)) < len(devices):
@@ -369,7 +366,7 @@ def _map_gpus(nbytes: int, mesh: Mesh) -> Slab:
     """Symmetric memory: one allocation of each GPU, mapped by all the others."""
     device, group = mesh.device, mesh.shard.gather
     assert group is not None, "pulls are for several ranks"
-    with _on_all(mesh):
+    with on_all(mesh):
         if torch.version.cuda is None:
             raise OSError("this torch is not built for CUDA")
         import torch.distributed._symmetric_memory as symmetric_memory  # noqa: PLC0415
@@ -379,15 +376,15 @@ def _map_gpus(nbytes: int, mesh: Mesh) -> Slab:
             raise OSError(f"symmetric memory is of the kind {asked(device)}, not CUDA")
     _check_gpus(mesh)
     with _without_multicast(), torch.cuda.device(device):
-        with _on_all(mesh):  # a rank without memory would let the others wait for it in there
+        with on_all(mesh):  # a rank without memory would let the others wait for it in there
             own = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
-        with _on_all(mesh):
+        with on_all(mesh):
             handle = symmetric_memory.rendezvous(own, group.group_name)
             rows = [
                 own if rank == mesh.shard.rank else handle.get_buffer(rank, (nbytes,), torch.uint8)
                 for rank in range(mesh.shard.size)
             ]
-    return Slab(rows, mesh, StreamCopies(device), (own, handle), handle)
+    return Slab(rows, mesh, _copier(device), (own, handle), handle)
 
 
 def map_slab(nbytes: int, mesh: Mesh) -> Slab:
@@ -400,7 +397,7 @@ def map_slab(nbytes: int, mesh: Mesh) -> Slab:
     # Each rank leaves its number for the others, which look whether they find it.
     slab.rows[mesh.shard.rank][:1].fill_(mesh.shard.rank)
     slab.fence()
-    with _on_all(mesh):
+    with on_all(mesh):
         found = [int(row[0]) for row in slab.rows]
         if found != [rank % 256 for rank in range(mesh.shard.size)]:
             raise OSError(f"the memory of other ranks is not what they wrote: {found}")

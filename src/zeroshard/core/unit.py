@@ -58,6 +58,7 @@ from zeroshard.core.flat import FlatBuffer
 from zeroshard.core.layout import Range
 from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
+from zeroshard.core.norm import row_norms
 from zeroshard.core.reducer import CollectiveReduction, Reducer
 from zeroshard.core.store import DeviceStore, Store
 from zeroshard.core.transport import COLLECTIVE, Transport
@@ -149,11 +150,15 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True)
 class _Reduction:
-    """An averaging under way; keeps its two ends alive."""
+    """An averaging under way; keeps its two ends alive.
+
+    ``norms`` are those of the rows of ``out``, where they are computed on the way.
+    """
 
     ticket: Ticket
     out: Tensor
     wire: Tensor
+    norms: list[Tensor] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +241,7 @@ class Unit:
         self._sources: list[Tensor] = []  # of copies behind the computation, alive until they end
         self.has_gradient = False
         self.grad_shard: Tensor | None = None
+        self._norms: list[Tensor] | None = None  # of its rows, where they are known
         # Set by the runtime, for modules that use the unit without holding its parameters.
         self.add_use: Callable[[nn.Module], object] | None = None
         self.drop_use: Callable[[nn.Module], object] | None = None
@@ -692,6 +698,7 @@ class Unit:
         """Go on with an accumulation, of which ranks have averaged what came before."""
         assert self.is_trained, f"{self.name} is frozen and takes no gradients"
         self.grad_shard = reduced.to(self._wide(self.precision.accumulate))
+        self._norms = None
 
     def resume_unreduced(self) -> Sequence[Tensor]:
         """Go on with an accumulation, of which this rank alone has what came before.
@@ -749,8 +756,8 @@ class Unit:
         self._spill()
         if not self.has_gradient:
             self._fresh_gradient()
-        if behind and self.mesh.aside.exists:
-            with self.mesh.aside.entered():
+        if behind and self.mesh.copying.exists:
+            with self.mesh.copying.entered():
                 self._fill(arrived, given)
             self._sources += given
         else:
@@ -783,7 +790,7 @@ class Unit:
     def _rejoin(self) -> None:
         """Let the computation wait for gradients that are copied behind it."""
         if self._sources:
-            self.mesh.aside.join()
+            self.mesh.copying.join()
             self._sources.clear()
 
     @property
@@ -822,9 +829,9 @@ class Unit:
         """Start averaging the full gradient over all ranks, zeros if none. A collective."""
         with record_function(f"zeroshard::reduce ({self.name})"):
             out, wire = self._write_in_turn() if self.reducer.in_turn else self._write_own()
-            with Answered(self.mesh.rank, self._wants_reduce), self.mesh.aside.entered():
+            with Answered(self.mesh.rank, self._wants_reduce), self.mesh.copying.entered():
                 ticket = self.reducer.start(out, wire)
-            self._reducing = _Reduction(ticket, out, wire)
+                self._reducing = self._watched(ticket, out, wire)
         self.has_gradient = False
 
     def _write_own(self) -> tuple[Tensor, Tensor]:
@@ -850,7 +857,7 @@ class Unit:
         numel, dtype = self.layout.shard_numel, self._wide(self.precision.accumulate)
         out = torch.empty(numel, dtype=dtype, device=self.mesh.device)
         arrived, self._arrived = self._arrived, None
-        with self.mesh.aside.entered():
+        with self.mesh.copying.entered():
             with Answered(self.mesh.rank, self._wants_reduce):
                 room = self.reducer.room()
             assert room is not None, "there is a place for every turn"
@@ -860,9 +867,22 @@ class Unit:
                 room.tensor.copy_(self._buffer.tensor)
             else:
                 room.tensor.zero_()
-        if arrived is not None and self.mesh.aside.exists:
+        if arrived is not None and self.mesh.copying.exists:
             self._sources += arrived.grads
         return out, room.tensor
+
+    def _watched(self, ticket: Ticket, out: Tensor, wire: Tensor) -> _Reduction:
+        """A reduction with what follows it beside the computation.
+
+        Unless more is added to it, the norm of what it brings is that of the gradient.
+        """
+        beside = self.mesh.measuring
+        if not beside.exists:
+            return _Reduction(ticket, out, wire, None)
+        with beside.entered():
+            ticket.wait()
+            norms = row_norms(out) if self.grad_shard is None else None
+        return _Reduction(beside.end(), out, wire, norms)
 
     def _wide(self, dtype: torch.dtype) -> torch.dtype:
         """``dtype``, or float64 for parameters that are float64 themselves."""
@@ -877,6 +897,7 @@ class Unit:
             reduction.ticket.wait()
         self._sources.clear()  # copied before the reduction began
         out, wide = reduction.out, self._wide(self.precision.accumulate)
+        self._norms = reduction.norms if self.grad_shard is None else None
         if self.grad_shard is not None:
             self.grad_shard = self.grad_shard.to(wide).add_(out)
         else:
@@ -885,8 +906,15 @@ class Unit:
         if not self.lifetime.grads_stay:
             self._buffer.release()
 
+    def gradient_norms(self) -> Sequence[Tensor]:
+        """L2 norms of the rows of the grad shard, none if there is none."""
+        if self.grad_shard is None:
+            return ()
+        return row_norms(self.grad_shard) if self._norms is None else self._norms
+
     def widen_gradient(self) -> None:
         """Let the grad shard hold values of the accumulation's dtype, for one that edits it."""
+        self._norms = None
         if self.grad_shard is not None:
             self.grad_shard = self.grad_shard.to(self._wide(self.precision.accumulate))
 
@@ -894,7 +922,7 @@ class Unit:
         """Forget everything accumulated since the last optimizer step."""
         self.settle()
         self._rejoin()
-        self.grad_shard = self._arrived = None
+        self.grad_shard = self._norms = self._arrived = None
         self.has_gradient = False
         for piece in self.slices:
             piece.grad = None

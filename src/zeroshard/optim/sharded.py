@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zeroshard.core.collectives import Answered, all_reduce_
 from zeroshard.core.mesh import Mesh
+from zeroshard.core.norm import squared
 from zeroshard.core.slots import slot_of
 from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
@@ -49,7 +50,6 @@ Kernels = Literal["auto", "fused", "torch"]
 """Who steps the slices: one pass over each shard, or the optimizer's own step."""
 
 _log = logging.getLogger(__name__)
-_ROW = 4096  # elements that are summed in the dtype of the gradient
 # Whose fused kernels take scalars of the device. A first step of SGD that is skipped leaves its
 # momentum undefined.
 _SKIPPING: Set[type] = {torch.optim.Adam, torch.optim.AdamW}
@@ -204,20 +204,6 @@ def check_optimizer(
 def steps_in_parts(kind: type[torch.optim.Optimizer]) -> bool:
     """Whether several steps over a few parameters each are one step over all of them."""
     return kind in ELEMENTWISE or is_quantized_elementwise(kind)
-
-
-def _square(shards: Sequence[Tensor]) -> Tensor:
-    """The squared L2 norm in fp64, in two levels: a long sum in fp32 loses its last addends."""
-    norms: list[Tensor] = []
-    for shard in shards:
-        dtype = torch.promote_types(shard.dtype, torch.float32)
-        end = shard.numel() - shard.numel() % _ROW
-        if end:
-            rows = shard[:end].view(-1, _ROW)
-            norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype))
-        if end < shard.numel():
-            norms.append(torch.linalg.vector_norm(shard[end:], dtype=dtype).view(1))
-    return torch.cat(norms).double().square().sum()
 
 
 def _takes_scaling(inner: torch.optim.Optimizer, kinds: Set[type]) -> bool:
@@ -505,9 +491,9 @@ class ShardedOptimizer:
 
     def _global_norm(self) -> Tensor:
         """L2 norm over all gradients of all ranks, before unscaling and clipping."""
-        shards = [unit.grad_shard for unit in self.units if unit.grad_shard is not None]
-        if shards:
-            self._square.copy_(_square(shards))
+        norms = [norm for unit in self.units for norm in unit.gradient_norms()]
+        if norms:
+            self._square.copy_(squared(norms))
         else:
             self._square.zero_()
         with Answered(self.mesh.rank, "the gradients' norm for its step"):

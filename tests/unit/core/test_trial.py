@@ -1,0 +1,46 @@
+"""Which units are pulled, from what a few gathers of either kind have cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from zeroshard.core.trial import Cost, tried
+
+MIB = 1 << 20
+
+
+def choose(sizes: list[int], pulls: dict[int, Cost]) -> tuple[int | None, list[int]]:
+    """What is chosen where a collective costs 10 and 1, and the sizes that were tried for it."""
+    asked: list[int] = []
+
+    def pull(size: int) -> Cost:
+        asked.append(size)
+        return pulls.get(size, Cost(9.0, 0.5))
+
+    return tried(sizes, lambda size: Cost(10.0, 1.0), pull), asked
+
+
+def test_a_pull_must_cost_less_time_of_its_own_and_no_more_of_the_computation() -> None:
+    assert Cost(1.0, 1.0).is_below(Cost(2.0, 1.0))
+    assert not Cost(1.0, 1.1).is_below(Cost(2.0, 1.0))
+    assert not Cost(2.0, 0.0).is_below(Cost(2.0, 1.0))
+
+
+def test_units_are_pulled_from_the_least_size_on_that_still_won() -> None:
+    sizes = [8 * MIB, 2 * MIB, 4 * MIB, 8 * MIB, 4 * MIB]
+    assert choose(sizes, {}) == (0, [8 * MIB, 4 * MIB, 2 * MIB])
+    assert choose(sizes, {2 * MIB: Cost(11.0, 0.0)})[0] == 4 * MIB
+    least, asked = choose(sizes, {8 * MIB: Cost(9.0, 2.0)})
+    assert (least, asked) == (None, [8 * MIB])
+
+
+def test_of_many_sizes_four_are_tried_and_those_that_are_too_small_follow_the_rest() -> None:
+    sizes = [MIB * number for number in range(1, 31)]
+    least, asked = choose([*sizes, 100], {})
+    assert least == 0
+    assert len(asked) == 4 and asked[0] == 30 * MIB and asked[-1] == MIB
+
+
+@pytest.mark.parametrize("sizes", [[], [MIB - 1, 5]])
+def test_tiny_units_are_not_tried_and_not_pulled(sizes: list[int]) -> None:
+    assert choose(sizes, {}) == (None, [])
