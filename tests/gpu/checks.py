@@ -49,6 +49,8 @@ from llama import Llama, LlamaConfig
 from side_by_side.profiles import profiled, summarize
 
 STAGES = (0, 1, 2, 3)
+# Beside a small eps, the rounding of a gradient near zero would be a part of a whole step.
+ADAM = {"lr": 1e-3, "eps": 1e-3}
 SMALL = LlamaConfig(512, 64, 6, 4, 2, 128, 384)
 TOY = LlamaConfig(64, 16, 2, 2, 1, 16, 32)
 LARGE = LlamaConfig(8192, 1024, 12, 16, 8, 2048, 8192, tied_head=False)
@@ -129,7 +131,7 @@ def make_engine(
 ) -> zeroshard.Engine:
     engine, _, _, _ = zeroshard.initialize(
         model=model,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=fused or None),
+        optimizer=lambda params: torch.optim.AdamW(params, fused=fused or None, **ADAM),
         config={
             "train_micro_batch_size_per_gpu": 2,
             "gradient_clipping": 1.0,
@@ -154,7 +156,7 @@ def reference(
 ) -> dict[str, Tensor]:
     """Weights of plain PyTorch trained on the batches of all ranks."""
     model.to(ctx.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     for step in range(steps):
         optimizer.zero_grad()
         for micro in range(micros):

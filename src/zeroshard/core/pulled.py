@@ -156,9 +156,9 @@ class StreamCopies:
 
 
 class BatchedCopies:
-    """One call of the CUDA runtime for all peers, with the wish that copy engines do the work.
+    """One call of the CUDA runtime for all copies, with the wish that copy engines make them.
 
-    Copies within this rank's memory are made by a kernel, on a stream of its own.
+    Those within this rank's memory are made by a kernel all the same.
 
     Raises:
         ImportError: there is no ``cuda.bindings``.
@@ -174,8 +174,7 @@ class BatchedCopies:
         attributes.flags = int(cuda.cudaMemcpyFlags.cudaMemcpyFlagPreferOverlapWithCompute)
         self._call: Callable[..., Any] = cuda.cudaMemcpyBatchAsync
         self._attributes = [attributes]
-        self._device = device
-        self._stream, self._own_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._device, self._stream = device, torch.cuda.Stream(device)
 
     def __call__(self, copies: Sequence[Copy], own: Sequence[Copy] = ()) -> Ticket:
         """Start the copies.
@@ -183,33 +182,21 @@ class BatchedCopies:
         Raises:
             RuntimeError: the call failed.
         """
-        start = torch.cuda.current_stream(self._device).record_event()
-        ends: list[Any] = []
-        if copies:
-            self._stream.wait_event(start)
-            targets = [target.data_ptr() for target, _ in copies]
-            sources = [source.data_ptr() for _, source in copies]
-            sizes = [target.nbytes for target, _ in copies]
-            count, stream = len(copies), self._stream.cuda_stream
-            status, *_ = self._call(
-                targets, sources, sizes, count, self._attributes, [0], 1, stream
-            )
-            if int(status) != 0:
-                raise RuntimeError(f"cudaMemcpyBatchAsync failed: {status}")
-            ends.append(self._stream.record_event())
-        if own:
-            self._own_stream.wait_event(start)
-            with torch.cuda.stream(self._own_stream):
-                for target, source in own:
-                    target.copy_(source, non_blocking=True)
-            ends.append(self._own_stream.record_event())
-        return Events(self._device, ends)
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        pairs = [*copies, *own]
+        targets = [target.data_ptr() for target, _ in pairs]
+        sources = [source.data_ptr() for _, source in pairs]
+        sizes = [target.nbytes for target, _ in pairs]
+        count, handle = len(pairs), stream.cuda_stream
+        status, *_ = self._call(targets, sources, sizes, count, self._attributes, [0], 1, handle)
+        if int(status) != 0:
+            raise RuntimeError(f"cudaMemcpyBatchAsync failed: {status}")
+        return stream.record_event()
 
     def join(self) -> None:
         """Make the compute stream wait for all copies."""
-        current = torch.cuda.current_stream(self._device)
-        for stream in (self._stream, self._own_stream):
-            current.wait_stream(stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
 def _copier(device: torch.device) -> Copier:

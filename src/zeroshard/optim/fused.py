@@ -202,9 +202,10 @@ class FusedAdam:
         """What speaks against a step here, if anything."""
         reason = self._foreign() or self._lay_out()
         if reason is None:
-            # Torch's fused kernels want the counts on the device, and the others do not.
-            is_fused = self._inner.param_groups[0].get("fused")
-            reason = self._bring_home(self._device if is_fused else torch.device("cpu"))
+            # Torch's fused kernels want the counts on the device. Its others take them from
+            # anywhere; to count a step on the host that may be skipped is to wait for the device.
+            on_device = self._triton is not None or self._inner.param_groups[0].get("fused")
+            reason = self._bring_home(self._device if on_device else torch.device("cpu"))
         if reason is None and self._count is None:
             reason = "its parameters have made different numbers of steps"
         if reason is None:
