@@ -239,8 +239,10 @@ def _zeroshard(model: nn.Module, variant: Variant, workload: Workload) -> Traine
         engine.compile()
 
     def bytes_of_slabs() -> int:
-        slabs = {unit.transport.memory for unit in engine.runtime.units}
-        return sum(slab.rows[0].nbytes for slab in slabs if isinstance(slab, Slab))
+        units = engine.runtime.units
+        slabs = {unit.transport.memory for unit in units}
+        shared = sum(slab.rows[0].nbytes for slab in slabs if isinstance(slab, Slab))
+        return shared + max(unit.reducer.nbytes for unit in units)
 
     return Trainer(numel, _steps_of(engine), engine.destroy, bytes_beside=bytes_of_slabs)
 

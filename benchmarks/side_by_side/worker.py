@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -221,10 +222,9 @@ def _measure(rank: _Rank, entry: Entry) -> dict[str, Any]:
     warmup_s = time.perf_counter() - began - build_s
     if rank.on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    timed: list[list[tuple[float, float]]] = []
-    for number in range(workload.steps):
-        rank.barrier()
-        timed.append(rank.together(f"step {number}", lambda: _timed(rank, trainer, x, losses)))
+    rank.together("steps", rank.barrier)
+    by_rank = rank.together("steps", lambda: _timed(rank, trainer, x, losses, workload.steps))
+    timed = list(zip(*by_rank, strict=True))
     memory = rank.together("memory", lambda: _memory(rank, trainer))
     heard = rank.together("losses", lambda: torch.stack(losses).double().tolist())
     asked = CLAIMS[entry.claim].profiled if entry.claim else set[str]()
@@ -261,13 +261,43 @@ def _tokens(rank: _Rank, workload: Workload) -> Tensor:
     return torch.randint(0, vocab, shape, device=rank.device, generator=generator)
 
 
-def _timed(rank: _Rank, trainer: Trainer, x: Tensor, losses: list[Tensor]) -> tuple[float, float]:
-    """Seconds of a step, and of the host's part: until every kernel of it has been issued."""
-    start = time.perf_counter()
-    losses.append(trainer.step(x))
-    issued = time.perf_counter()
-    rank.synchronize()
-    return time.perf_counter() - start, issued - start
+def _timed(
+    rank: _Rank, trainer: Trainer, x: Tensor, losses: list[Tensor], steps: int
+) -> list[tuple[float, float]]:
+    """Seconds of some steps in a row, and of the host's part: until every kernel has been issued.
+
+    Nobody waits between two steps, as nobody does in training: what a step leaves to be done under
+    the next one counts there. The first step is not counted: it finds the device idle.
+    """
+    clock = _Clock(rank)
+    clock.note()
+    for _ in range(steps + 1):
+        losses.append(trainer.step(x))
+        clock.note()
+    return clock.intervals()[1:]
+
+
+class _Clock:
+    """Times of the device, in order with the computation, and of the host."""
+
+    def __init__(self, rank: _Rank) -> None:
+        self._rank = rank
+        self._events: list[torch.cuda.Event] = []
+        self._host: list[float] = []
+
+    def note(self) -> None:
+        """Note when the computation is here, and when the host is."""
+        if self._rank.on_gpu:
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
+        self._host.append(time.perf_counter())
+
+    def intervals(self) -> list[tuple[float, float]]:
+        """Seconds between what was noted: of the device, then of the host. Waits for the device."""
+        self._rank.synchronize()
+        host = [after - before for before, after in pairwise(self._host)]
+        device = [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._events)]
+        return list(zip(device or host, host, strict=True))
 
 
 def _memory(rank: _Rank, trainer: Trainer) -> tuple[float | None, float | None, float | None]:

@@ -93,7 +93,7 @@ def test_engines_share_a_job_unless_they_are_to_be_isolated(
     ]
     assert jobs == [["plain", "fsdp2"]]
     assert reports[0].result is not None
-    assert reports[0].result["losses"] == [0.25, 0.5, 1.0]  # a sum over two ranks each time
+    assert reports[0].result["losses"] == [0.25, 0.5, 1.0, 2.0]  # sums over two ranks
     assert len(reports[0].result["step_s"]) == 2
     _, jobs = measured(monkeypatch, tmp_path, lambda *_: trained(), names, isolate=True)
     assert jobs == [["plain"], ["fsdp2"]]
@@ -143,7 +143,7 @@ def test_a_rank_that_fails_alone_does_not_leave_the_others_waiting_in_a_collecti
         return trained(fails) if variant.engine == "zeroshard-3" else trained()
 
     reports, jobs = measured(monkeypatch, tmp_path, build, ("zeroshard-3", "plain"))
-    assert [each.status for each in reports] == ["failed (step 1)", "ok"]
+    assert [each.status for each in reports] == ["failed (steps)", "ok"]
     assert reports[0].detail.startswith("rank 1: RuntimeError: only here")
     assert jobs == [["zeroshard-3", "plain"], ["plain"]]
 
