@@ -298,7 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=sorted(SIZES), default="8b")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(CLAIMED))
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--storage", default="bfloat16", help="dtype that 4-bit weights lie in")
     records.add_out(parser)

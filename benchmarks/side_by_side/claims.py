@@ -141,7 +141,7 @@ CLAIMS = {
     "eager-long": Claim(
         "ZeRO-3 against DeepSpeed ZeRO-3, long batches",
         EAGER_LONG,
-        ("plain", "zeroshard-3", "fsdp2", "deepspeed-3"),
+        ("zeroshard-3", "fsdp2", "deepspeed-3"),
         (
             Requirement("zeroshard-3", "speed", 1.18, "deepspeed-3", at=((4, 1.15),)),
             *_MEMORY,
@@ -150,13 +150,13 @@ CLAIMS = {
     "eager-short": Claim(
         "ZeRO-3 against DeepSpeed ZeRO-3, short batches",
         EAGER_SHORT,
-        ("plain", "zeroshard-3", "fsdp2", "deepspeed-3"),
+        ("zeroshard-3", "fsdp2", "deepspeed-3"),
         (Requirement("zeroshard-3", "speed", 3.5, "deepspeed-3"), *_MEMORY),
     ),
     "stage2": Claim(
         "ZeRO-2 against DeepSpeed ZeRO-2 and FSDP2 kept gathered",
         EAGER_LONG,
-        ("plain", "zeroshard-2", "fsdp2-kept", "deepspeed-2"),
+        ("zeroshard-2", "fsdp2-kept", "deepspeed-2"),
         (
             Requirement("zeroshard-2", "speed", 1.05, "deepspeed-2"),
             Requirement("zeroshard-2", "speed", 1.02, "fsdp2-kept"),
@@ -167,7 +167,7 @@ CLAIMS = {
     "stage2-compiled": Claim(
         "ZeRO-2 against FSDP2 kept gathered, blocks compiled",
         LONG,
-        ("plain", "zeroshard-2", "fsdp2-kept"),
+        ("zeroshard-2", "fsdp2-kept"),
         (
             Requirement("zeroshard-2", "speed", 1.02, "fsdp2-kept"),
             Requirement("zeroshard-2", "allocated", 1.0, "fsdp2-kept"),

@@ -54,7 +54,7 @@ class Workload:
     reduce: str = "bf16"
     dtype: str = "bf16"
     warmup: int = 4
-    steps: int = 10
+    steps: int = 8
 
     def __post_init__(self) -> None:
         """Refuse values that no engine knows."""

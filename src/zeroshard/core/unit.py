@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Protocol
@@ -75,6 +75,8 @@ __all__ = [
     "Unit",
     "plain",
 ]
+
+_NO_SPAN: Final = nullcontext()
 
 COMING: Final = "_zeroshard_coming"
 """The attribute of a parameter that has its values while they are on their way."""
@@ -359,11 +361,17 @@ class Unit:
             self.show_slices(memory)
         self._store, self.transport = DeviceStore(memory), transport
 
+    def _span(self, verb: str) -> AbstractContextManager[object]:
+        """What a profile shows, if there is one, of what is started inside."""
+        if not torch.autograd._profiler_enabled():
+            return _NO_SPAN
+        return record_function(f"zeroshard::{verb} ({self.name})")
+
     def gather(self) -> None:
         """Start making the parameters full. A collective over the shard axis, or a pull."""
         self.check_present()
         self._end_gather()
-        with record_function(f"zeroshard::gather ({self.name})"):
+        with self._span("gather"):
             self._full.allocate()
             self._num_users = self._full.num_users
             shard = self._store.read(self._mine)
@@ -827,7 +835,7 @@ class Unit:
 
     def reduce(self) -> None:
         """Start averaging the full gradient over all ranks, zeros if none. A collective."""
-        with record_function(f"zeroshard::reduce ({self.name})"):
+        with self._span("reduce"):
             out, wire = self._write_in_turn() if self.reducer.in_turn else self._write_own()
             with Answered(self.mesh.rank, self._wants_reduce), self.mesh.copying.entered():
                 ticket = self.reducer.start(out, wire)
