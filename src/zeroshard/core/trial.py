@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -13,7 +13,7 @@ from zeroshard.core.collectives import Exchange, Ticket, all_gather
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.pulled import Slab, map_slab, on_all
 
-__all__ = ["Cost", "least_bytes", "tried"]
+__all__ = ["Cost", "Costs", "least_bytes", "tried"]
 
 _MOST_SIZES = 4
 _LEAST_BYTES = 1 << 20
@@ -23,6 +23,7 @@ _TRIAL_S = 0.006  # that the gathers of one measurement take alone
 _MOST_GATHERS = 24
 _PAUSE_CYCLES = 4_000_000  # both wait about 2 ms until all of it has been issued
 _REPEATS = 3
+_PRODUCTS = 20  # that are measured alone
 
 Issue = Callable[[], Ticket]
 
@@ -81,17 +82,62 @@ def least_bytes(sizes: Iterable[int], mesh: Mesh) -> int | None:
     if not sizes:
         return None
     slab = map_slab(_shard_bytes(max(sizes), mesh), mesh)
-    trial = _Trial(slab, max(sizes), mesh)
-    least = tried(sizes, trial.collective, trial.pull)
+    least = _tried_on(slab, sizes, mesh)
     slab.fence()
     torch.cuda.synchronize(mesh.device)
-    del trial, slab
+    del slab
     torch.cuda.empty_cache()
     return least
 
 
+def _tried_on(slab: Slab, sizes: Sequence[int], mesh: Mesh) -> int | None:
+    trial = _Trial(slab, max(sizes), mesh)
+    costs = Costs(trial.elapsed, mesh)
+    return tried(
+        sizes,
+        lambda size: costs.of(trial.collective(size)),
+        lambda size: costs.of(trial.pull(size)),
+    )
+
+
 def _shard_bytes(size: int, mesh: Mesh) -> int:
     return max(size // mesh.shard.size // _ALIGN_BYTES, 1) * _ALIGN_BYTES
+
+
+class Costs:
+    """What gathers cost, in which all ranks agree, from what each of them measures.
+
+    Ranks that saw different costs would go on to try different sizes, and wait for each other.
+
+    Args:
+        elapsed: measures seconds of some gathers, one after another, and of some matrix products
+            beside them; all ranks begin together.
+        mesh: the ranks.
+    """
+
+    def __init__(
+        self, elapsed: Callable[[Issue | None, int, int], tuple[float, float]], mesh: Mesh
+    ) -> None:
+        self._elapsed, self._agree = elapsed, Exchange(mesh, 2)
+        _, products_s = self._slowest(None, 0, _PRODUCTS)
+        self._product_s = max(products_s / _PRODUCTS, 1e-6)
+
+    def of(self, issue: Issue) -> Cost:
+        """The cost for the slowest rank, in the best of some measurements."""
+        self._slowest(issue, 1, 0)
+        alone_s = self._slowest(issue, 2, 0)[0] / 2
+        count = int(min(max(_TRIAL_S / max(alone_s, 1e-6), 2), _MOST_GATHERS))
+        # More products than gathers, which go more slowly beside them.
+        products = ceil(3 * count * alone_s / self._product_s)
+        found = [self._slowest(issue, count, products) for _ in range(_REPEATS)]
+        gather_s = min(gathers for gathers, _ in found) / count
+        lost_s = min(computation for _, computation in found) - products * self._product_s
+        return Cost(gather_s, max(lost_s, 0.0) / count)
+
+    def _slowest(self, issue: Issue | None, count: int, products: int) -> tuple[float, float]:
+        shown = self._agree([round(each * 1e9) for each in self._elapsed(issue, count, products)])
+        gathers_s, products_s = (max(column) / 1e9 for column in zip(*shown, strict=True))
+        return gathers_s, products_s
 
 
 class _Trial:
@@ -99,7 +145,7 @@ class _Trial:
 
     def __init__(self, slab: Slab, largest: int, mesh: Mesh) -> None:
         self._slab, self._mesh = slab, mesh
-        self._agree = Exchange(mesh, 2)
+        self._meet = Exchange(mesh, 1)
         device, shape = mesh.device, (_SIDE, _SIDE)
         with on_all(mesh):
             nbytes = _shard_bytes(largest, mesh) * mesh.shard.size
@@ -108,43 +154,30 @@ class _Trial:
             self._a = torch.randn(shape, device=device, dtype=torch.bfloat16, generator=own)
             self._out = torch.empty_like(self._a)
         self._side = torch.cuda.Stream(device)
-        self._product_s = self._elapsed(None, 0, 20)[1] / 20
 
-    def collective(self, size: int) -> Cost:
-        """What an all-gather of a unit of so many bytes costs."""
+    def collective(self, size: int) -> Issue:
+        """An all-gather of a unit of so many bytes."""
         full, shard = self._tensors(size)
-        return self._cost(lambda: all_gather(full, shard, self._mesh.shard))
+        return lambda: all_gather(full, shard, self._mesh.shard)
 
-    def pull(self, size: int) -> Cost:
-        """What reads of the other ranks' memory cost."""
+    def pull(self, size: int) -> Issue:
+        """Reads of the other ranks' memory, for a unit of so many bytes."""
         full, shard = self._tensors(size)
         rank, world = self._mesh.shard.rank, self._mesh.shard.size
         parts, nbytes = full.view(world, -1), shard.nbytes
         others = [(rank + step) % world for step in range(1, world)]
         copies = [(parts[other], self._slab.rows[other][:nbytes]) for other in others]
-        return self._cost(lambda: self._slab.copy(copies, own=[(parts[rank], shard)]))
+        return lambda: self._slab.copy(copies, own=[(parts[rank], shard)])
 
     def _tensors(self, size: int) -> tuple[Tensor, Tensor]:
         nbytes = _shard_bytes(size, self._mesh)
         full = self._full[: nbytes * self._mesh.shard.size]
         return full, self._slab.rows[self._mesh.shard.rank][:nbytes]
 
-    def _cost(self, issue: Issue) -> Cost:
-        """The cost for the slowest rank, in the best of some measurements."""
-        self._elapsed(issue, 1, 0)
-        alone_s = self._slowest(self._elapsed(issue, 2, 0))[0] / 2
-        count = int(min(max(_TRIAL_S / max(alone_s, 1e-6), 2), _MOST_GATHERS))
-        # More products than gathers, which go more slowly beside them.
-        products = ceil(3 * count * alone_s / self._product_s)
-        found = [self._slowest(self._elapsed(issue, count, products)) for _ in range(_REPEATS)]
-        gather_s = min(gathers for gathers, _ in found) / count
-        lost_s = min(computation for _, computation in found) - products * self._product_s
-        return Cost(gather_s, max(lost_s, 0.0) / count)
-
-    def _elapsed(self, issue: Issue | None, count: int, products: int) -> tuple[float, float]:
+    def elapsed(self, issue: Issue | None, count: int, products: int) -> tuple[float, float]:
         """Seconds of some gathers, one after another, and of the matrix products beside them."""
         torch.cuda.synchronize(self._mesh.device)
-        self._agree([0, 0])  # all begin together
+        self._meet([0])  # all begin together
         main = torch.cuda.current_stream(self._mesh.device)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
         torch.cuda._sleep(_PAUSE_CYCLES)  # pyright: ignore[reportPrivateUsage]
@@ -161,8 +194,3 @@ class _Trial:
         events[3].record()
         torch.cuda.synchronize(self._mesh.device)
         return events[0].elapsed_time(events[1]) / 1e3, events[2].elapsed_time(events[3]) / 1e3
-
-    def _slowest(self, seconds: tuple[float, float]) -> tuple[float, float]:
-        shown = self._agree([round(each * 1e9) for each in seconds])
-        gathers, products = (max(column) / 1e9 for column in zip(*shown, strict=True))
-        return gathers, products

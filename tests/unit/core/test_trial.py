@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from zeroshard.core.trial import Cost, tried
+from forked import run_ranks
+from zeroshard.core.collectives import DONE
+from zeroshard.core.mesh import build_mesh
+from zeroshard.core.trial import Cost, Costs, Issue, tried
 
 MIB = 1 << 20
 
@@ -44,3 +48,29 @@ def test_of_many_sizes_four_are_tried_and_those_that_are_too_small_follow_the_re
 @pytest.mark.parametrize("sizes", [[], [MIB - 1, 5]])
 def test_tiny_units_are_not_tried_and_not_pulled(sizes: list[int]) -> None:
     assert choose(sizes, {}) == (None, [])
+
+
+def test_all_ranks_see_the_costs_of_the_slowest_and_choose_alike() -> None:
+    """The time that a matrix product takes alone differs among them, too."""
+
+    def work(rank: int, world: int) -> tuple[list[Cost], int | None]:
+        def elapsed(issue: Issue | None, count: int, products: int) -> tuple[float, float]:
+            gather_s = 0.0 if issue is None else (2 + rank) * 1e-4
+            lost_s = 0.0 if issue is None else (world - rank) * 1e-5
+            return count * gather_s, products * (2 + rank % 2) * 1e-4 + count * lost_s
+
+        costs = Costs(elapsed, build_mesh(world, torch.device("cpu")))
+        seen: list[Cost] = []
+
+        def cost(size: int) -> Cost:
+            seen.append(costs.of(lambda: DONE))
+            return seen[-1]
+
+        return seen, tried([4 * MIB, 2 * MIB], lambda size: Cost(1.0, 2.5e-5), cost)
+
+    first, *others = run_ranks(work, 3)
+    assert first[0][0].gather_s == pytest.approx(4e-4)
+    # Rank 1 has the slowest products, whose own loss is 2e-5.
+    assert first[0][0].lost_s == pytest.approx(2e-5)
+    assert first[1] == 0 and len(first[0]) == 2
+    assert others == [first, first]
