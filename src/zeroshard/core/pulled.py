@@ -23,6 +23,7 @@ for all other ranks.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import platform
@@ -65,6 +66,7 @@ __all__ = [
     "withdraw",
 ]
 
+_log = logging.getLogger(__name__)
 _ALIGN_BYTES = 512
 _NUM_STREAMS = 2
 _SHARED_MEMORY = Path("/dev/shm")
@@ -173,6 +175,7 @@ class BatchedCopies:
         attributes.srcAccessOrder = cuda.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
         attributes.flags = int(cuda.cudaMemcpyFlags.cudaMemcpyFlagPreferOverlapWithCompute)
         self._call: Callable[..., Any] = cuda.cudaMemcpyBatchAsync
+        self._forget_error: Callable[[], object] = cuda.cudaGetLastError
         self._attributes = [attributes]
         self._device, self._stream = device, torch.cuda.Stream(device)
 
@@ -191,6 +194,7 @@ class BatchedCopies:
         count, handle = len(pairs), stream.cuda_stream
         status, *_ = self._call(targets, sources, sizes, count, self._attributes, [0], 1, handle)
         if int(status) != 0:
+            self._forget_error()  # else torch finds it after a call of its own
             raise RuntimeError(f"cudaMemcpyBatchAsync failed: {status}")
         return stream.record_event()
 
@@ -200,11 +204,21 @@ class BatchedCopies:
 
 
 def _copier(device: torch.device) -> Copier:
-    """The way to copy with the fewest calls that the installed libraries know."""
+    """The way to copy with the fewest calls that the installed libraries and the driver know."""
     try:
-        return BatchedCopies(device)
+        copier = BatchedCopies(device)
     except (ImportError, AttributeError):
         return StreamCopies(device)
+    try:
+        source = torch.ones(_ALIGN_BYTES, dtype=torch.uint8, device=device)
+        target = torch.zeros_like(source)
+        copier([(target, source)]).wait()
+        if not torch.equal(target, source):
+            raise RuntimeError("cudaMemcpyBatchAsync copied nothing")
+    except Exception as error:  # older drivers do not know the call, whatever the library says
+        _log.info("shards of other ranks are copied one by one: %s", error)
+        return StreamCopies(device)
+    return copier
 
 
 # Slabs
@@ -371,7 +385,7 @@ def _map_gpus(nbytes: int, mesh: Mesh) -> Slab:
                 own if rank == mesh.shard.rank else handle.get_buffer(rank, (nbytes,), torch.uint8)
                 for rank in range(mesh.shard.size)
             ]
-    return Slab(rows, mesh, _copier(device), (own, handle), handle)
+        return Slab(rows, mesh, _copier(device), (own, handle), handle)
 
 
 def map_slab(nbytes: int, mesh: Mesh) -> Slab:
