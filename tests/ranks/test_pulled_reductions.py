@@ -28,10 +28,12 @@ from reference import (
     relative_difference,
     train,
 )
+from zeroshard.core import reductions
 from zeroshard.core.collectives import reduce_mean
 from zeroshard.core.layout import Layout
 from zeroshard.core.mesh import Aside, Mesh, build_mesh
 from zeroshard.core.reductions import PulledReduction, Ring, _HostTurns, map_slots, reduce_by_pulls
+from zeroshard.core.rows import mean_of
 from zeroshard.core.unit import Unit
 from zeroshard.engine import build
 from zoo import ZOO, Case
@@ -344,6 +346,7 @@ def test_overflow_in_fp16_comes_through_the_sum() -> None:
         (2, {"zero_optimization": {"stage": 2, "reduce_scatter": False}}, "reduce_scatter"),
         (1, {}, "no gradients are reduced in every backward"),
         (3, {"no": "memory"}, "rank 1: no room is left"),
+        (3, {"no": "staging"}, "rank 1: no room is left"),
     ],
     ids=lambda value: next(iter(value), "plain") if isinstance(value, dict) else None,
 )
@@ -358,10 +361,14 @@ def test_where_collectives_are_needed_they_are_used_and_one_line_says_why(
 
     def work(rank: int, world: int) -> tuple[list[str], bool, float]:
         extra = dict(keys)
-        has_memory = not extra.pop("no", None)
+        lacking = extra.pop("no", None)
+        lacks = lacking if rank == 1 else None
         setting = Setting(stage, world, steps=1, extra=extra)
-        fails = rank == 1 and not has_memory
-        with told() as lines, mock.patch.object(os, "posix_fallocate", full if fails else reserve):
+        with (
+            told() as lines,
+            mock.patch.object(os, "posix_fallocate", full if lacks == "memory" else reserve),
+            mock.patch.object(reductions, "mean_of", full if lacks == "staging" else mean_of),
+        ):
             engine = make_engine(case, setting)
         losses, _ = train(engine, case, setting, rank)
         return lines, is_pulled(engine), losses[0]

@@ -31,7 +31,7 @@ from zeroshard.core.collectives import DONE, Ticket, meet
 from zeroshard.core.flat import FlatBuffer
 from zeroshard.core.layout import Layout
 from zeroshard.core.mesh import Axis, Mesh
-from zeroshard.core.pulled import Copier, Events, Slab, map_slab
+from zeroshard.core.pulled import Copier, Events, Slab, map_slab, on_all
 from zeroshard.core.reducer import CollectiveReduction
 from zeroshard.core.rows import Mean, mean_of
 from zeroshard.core.unit import Unit
@@ -286,10 +286,14 @@ def reduce_by_pulls(units: Sequence[Unit], mesh: Mesh, *, direct: bool = DIRECT)
     assert mesh.replicate.size == 1, "replicas hold no memory that is mapped here"
     most = max(unit.layout.full_numel * unit.gradient_dtype.itemsize for unit in units)
     slab = map_slots(most, mesh)
-    ring = Ring(slab, mesh, None if direct else slab.copy)
-    for unit in units:
+    with on_all(mesh):  # there may be no room for rows that are copied
+        ring = Ring(slab, mesh, None if direct else slab.copy)
+        reducers = [
+            PulledReduction(ring, unit.layout, unit.shapes, unit.gradient_dtype) for unit in units
+        ]
+    for unit, reducer in zip(units, reducers, strict=True):
         assert not unit.lifetime.grads_stay, f"{unit.name} keeps its full gradient"
-        unit.reducer = PulledReduction(ring, unit.layout, unit.shapes, unit.gradient_dtype)
+        unit.reducer = reducer
 
 
 def withdraw_reductions(units: Sequence[Unit]) -> list[Unit]:
