@@ -153,7 +153,7 @@ class _Trial:
             own = torch.Generator(device).manual_seed(0)  # the user's is not touched
             self._a = torch.randn(shape, device=device, dtype=torch.bfloat16, generator=own)
             self._out = torch.empty_like(self._a)
-            # What the first one loads and allocates is not to be measured, and may not fit.
+            # What the first product loads and allocates is not to be measured, and may not fit.
             torch.matmul(self._a, self._a, out=self._out)
             torch.cuda.synchronize(device)
         self._side = torch.cuda.Stream(device)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zeroshard.core.collectives import Answered, all_reduce_
+from zeroshard.core.collectives import Answered, Exchange, all_reduce_
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.norm import squared
 from zeroshard.core.slots import slot_of
@@ -262,6 +262,8 @@ class ShardedOptimizer:
             if is_asked_for or update is not None:
                 level = logging.INFO if is_asked_for else logging.DEBUG
                 self._fused = FusedAdam(inner, self.units, mesh.device, update, log_level=level)
+        has_replicas = self._fused is not None and mesh.replicate.size > 1
+        self._agree = Exchange(mesh, 1) if has_replicas else None
 
     def _common_update(self) -> Update | None:
         """The kernel that steps Adam, if it runs on all ranks: replicas must round alike."""
@@ -367,7 +369,7 @@ class ShardedOptimizer:
         if self.policy.clip > 0:
             # torch.nn.utils.clip_grad_norm_ has the same epsilon.
             clip = (self.policy.clip / (norm + 1e-6)).clamp(max=1.0)
-        fused = self._fused if self._fused is not None and self._fused.prepare() else None
+        fused = self._prepared()
         found_inf: Tensor | None = None
         self._overflow = False
         if self.policy.skip_on_overflow:
@@ -381,6 +383,17 @@ class ShardedOptimizer:
         if self.scaler is not None:
             self._conclude()
             self.scaler.update(self._overflow)
+
+    def _prepared(self) -> FusedAdam | None:
+        """What makes the next step in one pass, if it can on every rank that holds replicas.
+
+        Something may speak against it on some of them, such as a hook, and bits would differ.
+        """
+        can = self._fused is not None and self._fused.prepare()
+        if self._agree is not None:
+            with Answered(self.mesh.rank, "to step"):
+                can = all(each for (each,) in self._agree([int(can)]))
+        return self._fused if can else None
 
     @property
     def overflow(self) -> bool:

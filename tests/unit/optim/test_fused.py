@@ -228,6 +228,35 @@ def test_ranks_with_hooks_and_without_step_replicas_alike_to_the_bit(
         assert torch.equal(one, other)
 
 
+def test_a_hook_on_some_of_the_replicas_lets_all_of_them_be_stepped_by_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel that rounds in its own way must not step replicas of what torch steps."""
+    steps: list[int] = []
+
+    def otherwise(shards: Shards, rule: Rule, factor: Tensor, found_inf: Tensor | None) -> None:
+        update_(shards, rule, factor, found_inf)
+        shards.master.mul_(1 + 1e-6)
+        steps.append(rule.step)
+
+    monkeypatch.setattr("zeroshard.optim.sharded.triton_update", lambda device: otherwise)
+
+    def work(rank: int, world: int) -> tuple[set[int], list[Tensor]]:
+        sharded, units = make_sharded("auto", stage=0, world=world)
+        step(sharded, units, 0)
+        if rank == 1:
+            hook = sharded.inner.register_step_pre_hook(lambda *_: None)
+        step(sharded, units, 1)
+        if rank == 1:
+            hook.remove()
+        step(sharded, units, 2)
+        return set(steps), read(units)
+
+    (made, weights), (others_made, others_weights) = run_ranks(work, 2)
+    assert made == others_made == {1, 3}
+    assert all(torch.equal(a, b) for a, b in zip(weights, others_weights, strict=True))
+
+
 @pytest.mark.parametrize("kernels", ["fused", "torch"])
 def test_scalars_for_kernels_are_fp32_whatever_dtype_new_tensors_have(kernels: Kernels) -> None:
     scaler = LossScaler(ScalePolicy(initial=3.0))
