@@ -10,7 +10,10 @@ be handed out while a collective still touches it. Gathers and reductions have p
 therefore streams, of their own and overlap each other and the computation.
 
 Gradients may be copied into the buffer that is reduced on a stream beside the computation's, from
-which the reduction is started. What is copied stays alive until the reduction is waited for.
+which the reduction is started. What is copied stays alive until the reduction is waited for. The
+norms of what a reduction brings are computed on a stream of their own and lie in memory of that
+stream. The next use of it begins after what the compute stream was given by then, the reading of
+the norms included.
 """
 
 from __future__ import annotations
