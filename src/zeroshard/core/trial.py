@@ -155,6 +155,7 @@ class _Trial:
             self._out = torch.empty_like(self._a)
             # What the first product loads and allocates is not to be measured, and may not fit.
             torch.matmul(self._a, self._a, out=self._out)
+            self.pull(largest)().wait()  # no rank waits for another here, if it fails
             torch.cuda.synchronize(device)
         self._side = torch.cuda.Stream(device)
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import time
+import weakref
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 
 from forked import run_ranks
+from zeroshard.core import trial
 from zeroshard.core.collectives import DONE
-from zeroshard.core.mesh import build_mesh
-from zeroshard.core.trial import Cost, Costs, Issue, tried
+from zeroshard.core.mesh import Mesh, build_mesh
+from zeroshard.core.pulled import HostCopies, Slab, UnavailableError, map_slab
+from zeroshard.core.trial import Cost, Costs, Issue, least_bytes, tried
 
 MIB = 1 << 20
 
@@ -74,3 +82,63 @@ def test_all_ranks_see_the_costs_of_the_slowest_and_choose_alike() -> None:
     assert first[0][0].lost_s == pytest.approx(2e-5)
     assert first[1] == 0 and len(first[0]) == 2
     assert others == [first, first]
+
+
+class Clock:
+    """Stands in for an event of a GPU's."""
+
+    def __init__(self, **_: object) -> None:
+        self.time_s = 0.0
+
+    def record(self) -> None:
+        self.time_s = time.perf_counter()
+
+    def elapsed_time(self, end: Clock) -> float:
+        return (end.time_s - self.time_s) * 1e3
+
+
+GPU: dict[str, Any] = {
+    "Event": Clock,
+    "Stream": mock.MagicMock(),
+    "stream": lambda stream: nullcontext(),
+    "current_stream": lambda device: None,
+    "synchronize": lambda device: None,
+    "empty_cache": lambda: None,
+    "_sleep": lambda cycles: None,
+}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_trial_ends_on_all_ranks_alike_and_leaves_no_memory_behind(fails: bool) -> None:
+    """Where one of them cannot read the others' memory nobody waits for it."""
+
+    def work(rank: int, world: int) -> tuple[int | None, str, bool]:
+        slabs: list[weakref.ref[Slab]] = []
+
+        def watched(nbytes: int, mesh: Mesh) -> Slab:
+            slab = map_slab(nbytes, mesh)
+            slabs.append(weakref.ref(slab))
+            return slab
+
+        def refuse(*_: object, **__: object) -> None:
+            raise RuntimeError("refused")
+
+        copy = refuse if fails and rank == 1 else HostCopies.__call__
+        least, error = None, ""
+        with (
+            mock.patch.multiple(torch.cuda, **GPU),
+            mock.patch.multiple(trial, _SIDE=16, _LEAST_BYTES=1, _TRIAL_S=1e-4, map_slab=watched),
+            mock.patch.object(HostCopies, "__call__", copy),
+        ):
+            try:
+                least = least_bytes([4096, 1 << 16], build_mesh(world, torch.device("cpu")))
+            except UnavailableError as reason:
+                error = str(reason)
+        return least, error, slabs[0]() is None
+
+    first, *others = run_ranks(work, 2)
+    assert others == [first]
+    least, error, is_gone = first
+    assert is_gone
+    assert error == ("rank 1: refused" if fails else "")
+    assert least in ({None} if fails else {None, 0, 1 << 16})
