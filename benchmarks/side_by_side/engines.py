@@ -17,7 +17,7 @@ import zeroshard
 from side_by_side.workload import SHAPES, Variant, Workload
 from zeroshard.core.pulled import Slab
 
-__all__ = ["Trainer", "adamw", "build", "deepspeed_configuration", "unavailable"]
+__all__ = ["Trainer", "adamw", "build", "bytes_beside", "deepspeed_configuration", "unavailable"]
 
 SEED = 0
 CLIP = 1.0
@@ -249,13 +249,17 @@ def _zeroshard(model: nn.Module, variant: Variant, workload: Workload) -> Traine
     if workload.compile:
         engine.compile()
 
-    def bytes_of_slabs() -> int:
-        units = engine.runtime.units
-        slabs = {unit.transport.memory for unit in units}
-        shared = sum(slab.rows[0].nbytes for slab in slabs if isinstance(slab, Slab))
-        return shared + max(unit.reducer.nbytes for unit in units)
+    return Trainer(
+        numel, _steps_of(engine), engine.destroy, bytes_beside=lambda: bytes_beside(engine)
+    )
 
-    return Trainer(numel, _steps_of(engine), engine.destroy, bytes_beside=bytes_of_slabs)
+
+def bytes_beside(engine: zeroshard.Engine) -> int:
+    """Return the bytes that others read on this rank, which torch's allocator does not count."""
+    units = engine.runtime.units
+    slabs = {unit.transport.memory for unit in units}
+    shared = sum(slab.rows[0].nbytes for slab in slabs if isinstance(slab, Slab))
+    return shared + max(unit.reducer.nbytes for unit in units)
 
 
 def deepspeed_configuration(stage: int, batch: int, hidden: int) -> dict[str, Any]:
