@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
 from llama import Llama, LlamaConfig
 
+from side_by_side.engines import bytes_beside
 from side_by_side.profiles import profiled, summarize
 
 STAGES = (0, 1, 2, 3)
@@ -395,9 +396,9 @@ def check_memory(ctx: Context) -> dict[str, Any]:
             loss = loss_of(engine(x), x)
             engine.backward(loss)
             del loss
-            at_backward = (torch.cuda.memory_allocated() if ctx.on_gpu else 0) - base
+            at_backward = allocated(ctx) + bytes_beside(engine) - base
             engine.step()
-        between = (torch.cuda.memory_allocated() if ctx.on_gpu else 0) - base
+        between = allocated(ctx) + bytes_beside(engine) - base
         want = state_bytes(stage, numel, ctx.world, 2, 4, 12)
         two_units = 2 * 4 * max(u.layout.full_numel for u in engine.runtime.units)
         report = engine.memory()
@@ -577,7 +578,7 @@ def check_compile(ctx: Context) -> dict[str, Any]:
     backend = "inductor" if ctx.on_gpu else "eager"
     torch._dynamo.utils.counters.clear()
     difference: dict[str, float] = {}
-    runs = ((3, None), (3, False), (3, True), (2, None), (1, None), (0, None))
+    runs = tuple((stage, kind) for stage in (3, 2, 1, 0) for kind in (None, False, True))
     for stage, reentrant in runs:
         model = seeded(lambda: Recomputed(ctx.config))
         model.reentrant = reentrant
