@@ -371,7 +371,8 @@ class ExtensionConfig(_Block):
     always; "auto" is "fused" on GPUs where Triton runs, else "torch"."""
 
     gather: Transfer = "auto"
-    """How stage 3 gathers: by collectives, or by reading shards in the memory of other ranks."""
+    """How stage 3 gathers: by collectives, or by reading shards in the memory of other ranks;
+    "auto" tries both on GPUs of one host and takes what is faster there."""
 
     reduce: Transfer = "auto"
     """How stages 2 and 3 average gradients: by collectives, or by reading them in the memory of
