@@ -252,8 +252,9 @@ def check_pulls(ctx: Context) -> dict[str, Any]:
         return {"ok": True, "skipped": "one rank gathers nothing"}
     result: dict[str, Any] = {"ok": True}
     pulls = {"zeroshard": {"gather": "copy_engine", "lookahead_bytes": 1 << 20}}
+    collectives = {"zeroshard": {"gather": "nccl"}}
     for name, config in {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}.items():
-        sent, pulled = train(ctx, 3, **config), train(ctx, 3, **config, **pulls)
+        sent, pulled = (train(ctx, 3, **config, **how) for how in (collectives, pulls))
         result[name] = all(torch.equal(sent[key], pulled[key]) for key in sent)
     engine = make_engine(seeded(lambda: Llama(ctx.config)), 3, bf16={"enabled": True}, **pulls)
     units = engine.runtime.units
@@ -335,7 +336,7 @@ def check_pulled_reductions(ctx: Context) -> dict[str, Any]:
     if ctx.world == 1:
         return {"ok": True, "skipped": "one rank reduces nothing"}
     result: dict[str, Any] = {"ok": True}
-    pulls = {"zeroshard": {"reduce": "copy_engine"}}
+    pulls, collectives = ({"zeroshard": {"reduce": how}} for how in ("copy_engine", "nccl"))
     result["sums"] = [turns_are_right(ctx, direct=direct) for direct in (False, True)]
     result["ok"] &= all(result["sums"])
     for name, config, most in (
@@ -343,7 +344,7 @@ def check_pulled_reductions(ctx: Context) -> dict[str, Any]:
         ("bf16", {"bf16": {"enabled": True}, "communication_data_type": "bf16"}, 1e-2),
         ("fp32 sent as bf16", {"communication_data_type": "bf16"}, 1e-2),
     ):
-        sent = train(ctx, 3, **config)
+        sent = train(ctx, 3, **config, **collectives)
         runs = [train(ctx, stage, **config, **pulls) for stage in (3, 3, 2)]
         at_once = partial(reduce_by_pulls, direct=True)
         with mock.patch("zeroshard.engine.build.reduce_by_pulls", at_once):
@@ -625,9 +626,10 @@ def check_steady(ctx: Context) -> dict[str, Any]:
     if not ctx.on_gpu:
         return {"ok": True, "skipped": "only on GPUs"}
     result: dict[str, Any] = {}
-    for stage, fused in ((1, True), (2, True), (3, True), (3, False)):
+    for stage, step_by in ((1, "auto"), (2, "auto"), (3, "auto"), (3, "torch")):
         model = seeded(lambda: Llama(ctx.large))
-        engine = make_engine(model, stage, fused=fused, bf16={"enabled": True})
+        how = {"bf16": {"enabled": True}, "zeroshard": {"optimizer_step": step_by}}
+        engine = make_engine(model, stage, fused=True, **how)
         x = ctx.tokens(0, 0, ctx.rank, ctx.large)
 
         def step(engine: zeroshard.Engine = engine, x: Tensor = x) -> None:
@@ -649,7 +651,7 @@ def check_steady(ctx: Context) -> dict[str, Any]:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         stats = torch.cuda.memory_stats()
-        result[f"stage {stage}{', fused' if fused else ''}"] = {
+        result[f"stage {stage}, {step_by}"] = {
             "waited": waited,
             "allocations": stats["num_device_alloc"] - before,
             "reserved_over_allocated": round(
