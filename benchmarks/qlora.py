@@ -8,7 +8,8 @@ one layer at a time. The engines run one after another, each with a model of its
 transformers, peft and bitsandbytes, and for the engines of its name DeepSpeed.
 
 Of each engine: the median step, timed until the slowest rank has finished it; the bytes of the
-frozen base that a rank holds after ``initialize``, weights and statistics; and the peak in a step.
+frozen base that a rank holds after ``initialize``, weights and statistics; and the peak in a step,
+with the memory that other ranks read.
 A line of JSON for each engine is appended to DIR/qlora.jsonl as soon as it is measured.
 """
 
@@ -32,7 +33,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import zeroshard
 from side_by_side import records, render
-from side_by_side.engines import deepspeed_configuration, unavailable
+from side_by_side.engines import bytes_beside, deepspeed_configuration, unavailable
 from side_by_side.workload import Variant
 
 Step = Callable[[Tensor], Tensor]
@@ -252,7 +253,8 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> Result
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
-    built_gib = gib(torch.cuda.memory_allocated) if on_gpu else None
+    beside = bytes_beside(engine) if name.startswith("zeroshard") else 0
+    built_gib = gib(torch.cuda.memory_allocated() + beside) if on_gpu else None
     build_s = time.perf_counter() - began
     generator = torch.Generator(device=device).manual_seed(5 + dist.get_rank())
     shape = (size.batch, size.context)
@@ -275,8 +277,8 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> Result
         base,
         whole,
         built_gib,
-        gib(torch.cuda.max_memory_allocated) if on_gpu else None,
-        gib(torch.cuda.max_memory_reserved) if on_gpu else None,
+        gib(torch.cuda.max_memory_allocated() + beside) if on_gpu else None,
+        gib(torch.cuda.max_memory_reserved() + beside) if on_gpu else None,
         round(build_s, 2),
         losses,
     )
@@ -289,8 +291,8 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> Result
     return result
 
 
-def gib(nbytes: Callable[[], int]) -> float:
-    return round(nbytes() / 2**30, 3)
+def gib(nbytes: int) -> float:
+    return round(nbytes / 2**30, 3)
 
 
 def main() -> None:

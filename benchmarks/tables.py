@@ -29,10 +29,11 @@ NOTHING = "There are none yet: nothing has been measured with it so far."
 LEGEND = (
     "`plain` is PyTorch with bf16 weights and moments and no communication, `plain-master` the "
     "same with fp32 ones beside the weights, as the sharded engines have them, `fsdp2-kept` FSDP2 "
-    "with `reshard_after_forward=False`. A step is the median of those timed, until the slowest "
-    "rank is done; ratios are over the first engine of a table. Memory is GiB on the fullest GPU: "
-    "peaks of allocated and reserved in the timed steps, and what is in use on the device, NCCL "
-    "included. Losses are compared before any update / at most in the first steps."
+    "with `reshard_after_forward=False`; `fsdp2` reshards every block and the root, which its "
+    "default keeps. A step is the median of those timed, until the slowest rank is done; ratios "
+    "are over the first engine of a table. Memory is GiB on the fullest GPU: peaks of "
+    "allocated and reserved in the timed steps, and what is in use on the device, NCCL included. "
+    "Losses are compared before any update / at most in the first steps."
 )
 
 Record = Mapping[str, Any]

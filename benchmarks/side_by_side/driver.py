@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from side_by_side.plan import Entry, Plan
+from side_by_side.plan import HANDED_OVER, Entry, Plan
 
 __all__ = ["Report", "run"]
 
@@ -84,9 +84,8 @@ def _run_job(plan: Plan, ranks: int, start: Start) -> Iterator[Report]:
         finally:
             if job.poll() is None:
                 job.terminate()
-        # Ranks that end well before they are through leave the rest to others.
-        is_well = len(reports) == len(plan.entries) or (status == 0 and bool(reports))
-        if not is_well and (not reports or reports[-1].result is not None):
+        is_over = len(reports) == len(plan.entries) or (folder / HANDED_OVER).exists()
+        if not is_over and (not reports or reports[-1].result is not None):
             yield _unreported(folder, plan.entries[len(reports)], status)
 
 

@@ -17,7 +17,7 @@ import zeroshard
 from side_by_side.workload import SHAPES, Variant, Workload
 from zeroshard.core.pulled import Slab
 
-__all__ = ["Trainer", "adamw", "build", "deepspeed_configuration", "unavailable"]
+__all__ = ["Trainer", "adamw", "build", "bytes_beside", "deepspeed_configuration", "unavailable"]
 
 SEED = 0
 CLIP = 1.0
@@ -81,7 +81,7 @@ def build(variant: Variant, workload: Workload, device: torch.device) -> Trainer
         return _plain(model)
     if variant.family == "plain-master":
         return _plain_master(model)
-    return _fsdp2(model, workload, reshard=variant.family == "fsdp2")
+    return _fsdp2(model, workload, variant.family)
 
 
 def adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -186,15 +186,26 @@ def _plain_master(model: nn.Module) -> Trainer:
     )
 
 
-def _fsdp2(model: Any, workload: Workload, *, reshard: bool) -> Trainer:
+# Whether the blocks, and then the root with embedding and head, are resharded after forward. Left
+# to its default, FSDP2 keeps the root: one gather less, for the memory of its full parameters.
+_RESHARD = {
+    "fsdp2": (True, True),
+    "fsdp2-root-kept": (True, False),
+    "fsdp2-kept": (False, False),
+}
+
+
+def _fsdp2(model: Any, workload: Workload, kind: str) -> Trainer:
     numel = _numel(model)
     model.float()  # the master weights
     policy = MixedPrecisionPolicy(
         param_dtype=None if workload.dtype == "fp32" else DTYPES[workload.dtype],
         reduce_dtype=None if workload.dtype == "fp32" else DTYPES[workload.reduce],
     )
-    for module in (*model.model.layers, model):
-        fully_shard(module, mp_policy=policy, reshard_after_forward=reshard)
+    of_blocks, of_root = _RESHARD[kind]
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=policy, reshard_after_forward=of_blocks)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=of_root)
     optimizer = adamw(model.parameters())
 
     def step(x: Tensor) -> Tensor:
@@ -238,13 +249,17 @@ def _zeroshard(model: nn.Module, variant: Variant, workload: Workload) -> Traine
     if workload.compile:
         engine.compile()
 
-    def bytes_of_slabs() -> int:
-        units = engine.runtime.units
-        slabs = {unit.transport.memory for unit in units}
-        shared = sum(slab.rows[0].nbytes for slab in slabs if isinstance(slab, Slab))
-        return shared + max(unit.reducer.nbytes for unit in units)
+    return Trainer(
+        numel, _steps_of(engine), engine.destroy, bytes_beside=lambda: bytes_beside(engine)
+    )
 
-    return Trainer(numel, _steps_of(engine), engine.destroy, bytes_beside=bytes_of_slabs)
+
+def bytes_beside(engine: zeroshard.Engine) -> int:
+    """Return the bytes that others read on this rank, which torch's allocator does not count."""
+    units = engine.runtime.units
+    slabs = {unit.transport.memory for unit in units}
+    shared = sum(slab.rows[0].nbytes for slab in slabs if isinstance(slab, Slab))
+    return shared + max(unit.reducer.nbytes for unit in units)
 
 
 def deepspeed_configuration(stage: int, batch: int, hidden: int) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from side_by_side.workload import Variant, Workload
 
-__all__ = ["Entry", "Plan"]
+__all__ = ["HANDED_OVER", "Entry", "Plan"]
+
+HANDED_OVER = "handed-over"  # a file beside the report: new ranks are to measure what remains
 
 
 @dataclass(frozen=True)

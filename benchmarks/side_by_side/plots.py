@@ -20,6 +20,7 @@ Record = Mapping[str, Any]
 _COLOURS = {
     "zeroshard": "#0072B2",
     "fsdp2": "#E69F00",
+    "fsdp2-root-kept": "#E69F00",
     "fsdp2-kept": "#E69F00",
     "deepspeed": "#009E73",
     "plain": "#B0B0B0",

@@ -43,14 +43,18 @@ class Origin:
 
 
 def origin(commit: str | None = None) -> Origin:
-    """Describe this machine and this checkout; ``commit`` is for a copy without its history."""
-    found = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    """Describe this machine and this checkout.
+
+    ``commit`` is for a copy without its history, and says that nothing is changed there.
+    """
+    status = ("status", "--porcelain", "--untracked-files=no")
+    found = commit or _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changes = "" if commit else _output("git", "-C", str(ROOT), *status)
     now = datetime.now(timezone.utc)
     return Origin(
         uuid.uuid4().hex[:12],
         now.strftime("%Y-%m-%d %H:%M"),
-        (commit or found or "")[:12] or None,
+        (found or "")[:12] or None,
         bool(changes),
         _hardware(),
         {"python": platform.python_version(), **_versions()},

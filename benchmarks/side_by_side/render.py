@@ -16,7 +16,7 @@ Record = Mapping[str, Any]
 
 # Whose losses the others are compared with: the first of these that ran. The sharded engines have
 # fp32 master weights; plain PyTorch in bf16 rounds its updates, so it comes last.
-_REFERENCES = ("plain-master", "fsdp2", "fsdp2-kept", "ddp", "plain")
+_REFERENCES = ("plain-master", "fsdp2", "fsdp2-root-kept", "fsdp2-kept", "ddp", "plain")
 _EMPTY = "-"
 _NOTABLE_GIB = 0.1
 

@@ -34,7 +34,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 import zeroshard
 from side_by_side.claims import CLAIMS
 from side_by_side.engines import Trainer, build, unavailable
-from side_by_side.plan import Entry, Plan
+from side_by_side.plan import HANDED_OVER, Entry, Plan
 from side_by_side.profiles import profiled, summarize
 from side_by_side.workload import SHAPES, Workload
 
@@ -171,6 +171,11 @@ class _Rank:
             with (self.plan.report / "report.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"engine": entry.variant.label, **content}) + "\n")
 
+    def hand_over(self) -> None:
+        """Leave the engines that remain to other ranks, however these end."""
+        if self.number == 0:
+            (self.plan.report / HANDED_OVER).touch()
+
 
 def work(plan: Plan) -> None:
     """Measure the engines of a plan, or those up to one that does not give its memory back.
@@ -199,6 +204,7 @@ def work(plan: Plan) -> None:
         rank.say(f"{name}: {result['median_s']:.4f} s a step, all in {whole_s:.0f} s")
         if (result["left_gib"] or 0.0) > _MOST_LEFT_GIB:
             rank.say(f"{name} does not give all its memory back; new ranks measure the others")
+            rank.hand_over()
             break
     # What is left to do may hang, too, and everything has been reported.
     faulthandler.dump_traceback_later(_PATIENCE_S, exit=True, file=sys.__stderr__)

@@ -88,7 +88,7 @@ class Workload:
 
 
 _STAGED = {"zeroshard": "0123", "deepspeed": "0123"}
-_PLAIN = ("plain", "plain-master", "fsdp2", "fsdp2-kept")
+_PLAIN = ("plain", "plain-master", "fsdp2", "fsdp2-root-kept", "fsdp2-kept")
 _OF_WORKLOAD = ("compile", "checkpointing", "reduce")
 
 

@@ -41,7 +41,7 @@ def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_engine_runs_on_the_same_weights_and_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engines = ["plain", "plain-master", "fsdp2", "fsdp2-kept"]
+    engines = ["plain", "plain-master", "fsdp2", "fsdp2-root-kept", "fsdp2-kept"]
     ours = [f"zeroshard-{stage}" for stage in (1, 2, 3)]
     other = "zeroshard-3:checkpointing=full:zero_optimization.overlap_comm=false"
     wrong = "zeroshard-3:zero_optimization.stage=7"

@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
 from llama import Llama, LlamaConfig
 
+from side_by_side.engines import bytes_beside
 from side_by_side.profiles import profiled, summarize
 
 STAGES = (0, 1, 2, 3)
@@ -251,8 +252,9 @@ def check_pulls(ctx: Context) -> dict[str, Any]:
         return {"ok": True, "skipped": "one rank gathers nothing"}
     result: dict[str, Any] = {"ok": True}
     pulls = {"zeroshard": {"gather": "copy_engine", "lookahead_bytes": 1 << 20}}
+    collectives = {"zeroshard": {"gather": "nccl"}}
     for name, config in {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}.items():
-        sent, pulled = train(ctx, 3, **config), train(ctx, 3, **config, **pulls)
+        sent, pulled = (train(ctx, 3, **config, **how) for how in (collectives, pulls))
         result[name] = all(torch.equal(sent[key], pulled[key]) for key in sent)
     engine = make_engine(seeded(lambda: Llama(ctx.config)), 3, bf16={"enabled": True}, **pulls)
     units = engine.runtime.units
@@ -334,7 +336,7 @@ def check_pulled_reductions(ctx: Context) -> dict[str, Any]:
     if ctx.world == 1:
         return {"ok": True, "skipped": "one rank reduces nothing"}
     result: dict[str, Any] = {"ok": True}
-    pulls = {"zeroshard": {"reduce": "copy_engine"}}
+    pulls, collectives = ({"zeroshard": {"reduce": how}} for how in ("copy_engine", "nccl"))
     result["sums"] = [turns_are_right(ctx, direct=direct) for direct in (False, True)]
     result["ok"] &= all(result["sums"])
     for name, config, most in (
@@ -342,7 +344,7 @@ def check_pulled_reductions(ctx: Context) -> dict[str, Any]:
         ("bf16", {"bf16": {"enabled": True}, "communication_data_type": "bf16"}, 1e-2),
         ("fp32 sent as bf16", {"communication_data_type": "bf16"}, 1e-2),
     ):
-        sent = train(ctx, 3, **config)
+        sent = train(ctx, 3, **config, **collectives)
         runs = [train(ctx, stage, **config, **pulls) for stage in (3, 3, 2)]
         at_once = partial(reduce_by_pulls, direct=True)
         with mock.patch("zeroshard.engine.build.reduce_by_pulls", at_once):
@@ -395,9 +397,9 @@ def check_memory(ctx: Context) -> dict[str, Any]:
             loss = loss_of(engine(x), x)
             engine.backward(loss)
             del loss
-            at_backward = (torch.cuda.memory_allocated() if ctx.on_gpu else 0) - base
+            at_backward = allocated(ctx) + bytes_beside(engine) - base
             engine.step()
-        between = (torch.cuda.memory_allocated() if ctx.on_gpu else 0) - base
+        between = allocated(ctx) + bytes_beside(engine) - base
         want = state_bytes(stage, numel, ctx.world, 2, 4, 12)
         two_units = 2 * 4 * max(u.layout.full_numel for u in engine.runtime.units)
         report = engine.memory()
@@ -577,7 +579,7 @@ def check_compile(ctx: Context) -> dict[str, Any]:
     backend = "inductor" if ctx.on_gpu else "eager"
     torch._dynamo.utils.counters.clear()
     difference: dict[str, float] = {}
-    runs = ((3, None), (3, False), (3, True), (2, None), (1, None), (0, None))
+    runs = tuple((stage, kind) for stage in (3, 2, 1, 0) for kind in (None, False, True))
     for stage, reentrant in runs:
         model = seeded(lambda: Recomputed(ctx.config))
         model.reentrant = reentrant
@@ -624,9 +626,10 @@ def check_steady(ctx: Context) -> dict[str, Any]:
     if not ctx.on_gpu:
         return {"ok": True, "skipped": "only on GPUs"}
     result: dict[str, Any] = {}
-    for stage, fused in ((1, True), (2, True), (3, True), (3, False)):
+    for stage, step_by in ((1, "auto"), (2, "auto"), (3, "auto"), (3, "torch")):
         model = seeded(lambda: Llama(ctx.large))
-        engine = make_engine(model, stage, fused=fused, bf16={"enabled": True})
+        how = {"bf16": {"enabled": True}, "zeroshard": {"optimizer_step": step_by}}
+        engine = make_engine(model, stage, fused=True, **how)
         x = ctx.tokens(0, 0, ctx.rank, ctx.large)
 
         def step(engine: zeroshard.Engine = engine, x: Tensor = x) -> None:
@@ -648,7 +651,7 @@ def check_steady(ctx: Context) -> dict[str, Any]:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         stats = torch.cuda.memory_stats()
-        result[f"stage {stage}{', fused' if fused else ''}"] = {
+        result[f"stage {stage}, {step_by}"] = {
             "waited": waited,
             "allocations": stats["num_device_alloc"] - before,
             "reserved_over_allocated": round(

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 CHECKS = Path(__file__).with_name("checks.py")
+DROP_IN = Path(__file__).with_name("drop_in.py")
+HUGGING_FACE = ("deepspeed", "transformers", "accelerate", "peft")
 TRAIN_STEP = Path(__file__).resolve().parents[2] / "benchmarks" / "train_step.py"
 
 
@@ -27,7 +29,7 @@ def run_checks(
 ) -> dict[str, dict[str, object]]:
     command = [sys.executable, "-m", "zeroshard", "--num_gpus", str(ranks), str(CHECKS), *options]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, check=False, env=env
+        command, capture_output=True, text=True, timeout=700, check=False, env=env
     )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -44,7 +46,7 @@ def test_the_checks_for_gpus_pass_at_toy_size_on_two_cpu_ranks() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_gpus_match_plain_torch_repeat_their_bits_and_keep_to_the_formulas() -> None:
     """On one GPU, then on two: not at the same time, as two tests might be."""
     for ranks in range(1, min(int(os.environ["TEST_GPUS"]), 2) + 1):
@@ -65,3 +67,27 @@ def test_gathers_and_reductions_of_an_8b_step_lie_under_computation(tmp_path: Pa
     record = json.loads(line)
     assert record["status"] == "ok", record
     assert record["result"]["profile"]["hidden"]["both"] >= 0.9, record["result"]["profile"]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(700)
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in HUGGING_FACE),
+    reason=f"needs {', '.join(HUGGING_FACE)}",
+)
+def test_programs_of_hugging_face_train_alike_at_all_stages() -> None:
+    ranks = min(int(os.environ["TEST_GPUS"]), 2)
+    checks = ["trainer", "resume", "loading", "generation"]
+    checks += ["qlora"] if importlib.util.find_spec("bitsandbytes") else []
+    command = [sys.executable, "-m", "zeroshard", "--num_gpus", str(ranks), str(DROP_IN)]
+    done = subprocess.run(
+        [*command, "--only", *checks],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=with_gpus(),
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith('{"ok"')]
+    assert done.returncode == 0, f"{found}\n{done.stderr[-3000:]}"
+    assert len(found) == len(checks)

@@ -59,7 +59,9 @@ def measured(
     tmp_path: Path,
     build: Build,
     engines: tuple[str, ...],
-    **options: Any,
+    *,
+    isolate: bool = False,
+    ends_with: int = 0,
 ) -> tuple[list[Report], list[list[str]]]:
     """What two forked ranks report when engines are built in this way, and the jobs it took."""
     monkeypatch.setattr(worker, "build", build)
@@ -74,12 +76,11 @@ def measured(
         except RankError as error:
             print(error)
             return Ended(worker.BROKEN)
-        return Ended(0)
+        return Ended(ends_with)
 
     workload = Workload("tiny", 1, 8, warmup=1, steps=2)
     entries = tuple(Entry(workload, Variant.parse(engine)) for engine in engines)
     plan = Plan(entries, tmp_path, tmp_path, limit_s=15)
-    isolate = options.pop("isolate", False)
     return list(run(plan, 2, isolate=isolate, start=start)), jobs
 
 
@@ -113,8 +114,9 @@ def test_an_engine_that_fails_on_every_rank_is_reported_and_the_rest_goes_on_in_
     assert jobs == [["plain", "fsdp2", "zeroshard-3"], ["zeroshard-3"]]
 
 
-def test_an_engine_that_keeps_memory_ends_the_job_and_is_none_that_failed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("ends_with", [0, 1])  # as where leaving the process group hangs
+def test_an_engine_that_keeps_memory_ends_the_job_and_neither_it_nor_the_next_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ends_with: int
 ) -> None:
     left = {"deepspeed-3": 11.0}
     built: list[str] = []
@@ -125,7 +127,7 @@ def test_an_engine_that_keeps_memory_ends_the_job_and_is_none_that_failed(
 
     monkeypatch.setattr(worker, "_forget", lambda rank, trainer: left.get(built[-1], 0.1))
     names = ("plain", "deepspeed-3", "zeroshard-3", "fsdp2")
-    reports, jobs = measured(monkeypatch, tmp_path, build, names)
+    reports, jobs = measured(monkeypatch, tmp_path, build, names, ends_with=ends_with)
     assert [(each.entry.variant.label, each.status) for each in reports] == [
         (n, "ok") for n in names
     ]
@@ -165,6 +167,18 @@ def test_an_engine_that_is_not_installed_ends_no_job(
     plan = Plan(entries, tmp_path, tmp_path)
     reports = list(run(plan, 2, isolate=False, start=start))
     assert [each.status for each in reports] == ["not installed", "ok"]
+
+
+def test_a_job_that_ends_well_before_its_last_engine_has_failed_in_the_next(tmp_path: Path) -> None:
+    def start(path: Path, ranks: int) -> Ended:
+        line = json.dumps({"engine": "plain", "status": "ok", "result": {"median_s": 1.0}})
+        (path.parent / "report.jsonl").write_text(f"{line}\n", encoding="utf-8")
+        return Ended(0)
+
+    workload = Workload("tiny", 1, 8)
+    entries = tuple(Entry(workload, Variant.parse(name)) for name in ("plain", "fsdp2"))
+    reports = list(run(Plan(entries, tmp_path, tmp_path), 2, isolate=False, start=start))
+    assert [each.status for each in reports] == ["ok", "failed"]
 
 
 def test_a_job_that_ends_without_a_word_costs_one_engine_only(tmp_path: Path) -> None:
