@@ -39,7 +39,6 @@ from zeroshard.core.world import patience
 
 __all__ = [
     "DIRECT",
-    "PULLED_FROM_BYTES",
     "PulledReduction",
     "Ring",
     "map_slots",
@@ -48,13 +47,7 @@ __all__ = [
 ]
 
 DIRECT: Final = False
-"""Whether rows are added up where they are, without a copy to this rank; to be measured."""
-
-PULLED_FROM_BYTES: Final[int | None] = None
-"""Bytes of a full unit from which GPUs reduce faster by pulls than NCCL does under computation.
-
-None: not measured, so that pulls are used only where they are asked for by name.
-"""
+"""Whether rows are added up where they are, without a copy to this rank; on two GPUs as fast."""
 
 _SLOTS = 2
 _ALIGN_BYTES = 512

@@ -27,7 +27,7 @@ from zeroshard.core.leaves import CONTAINERS, marked
 from zeroshard.core.lifetime import Lifetime, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh, default_mesh
 from zeroshard.core.pulled import UnavailableError, share
-from zeroshard.core.reductions import PULLED_FROM_BYTES, reduce_by_pulls
+from zeroshard.core.reductions import reduce_by_pulls
 from zeroshard.core.schedule import Limits, Schedule
 from zeroshard.core.slots import is_waiting, slot_of
 from zeroshard.core.trial import least_bytes
@@ -657,18 +657,14 @@ def _faster_pulled(units: Sequence[Unit], mesh: Mesh) -> list[Unit]:
 
 def _share_gradients(units: Sequence[Unit], mesh: Mesh, how: str) -> None:
     """Let gradients be averaged by reads of other ranks' memory, where wanted and possible."""
-    if how == "nccl":
-        return
+    if how != "copy_engine":
+        return  # collectives are as fast, and hold no memory
     pulled = [unit for unit in units if unit.is_trained and not unit.lifetime.grads_stay]
-    if how == "auto":
-        least = PULLED_FROM_BYTES if mesh.device.type == "cuda" else None
-        pulled = [unit for unit in pulled if least is not None and unit.nbytes_full >= least]
-    elif not pulled:
+    if not pulled:
         _log.info(
             'zeroshard.reduce: "copy_engine" has no effect: no gradients are reduced in every '
             "backward."
         )
-    if not pulled:
         return
     try:
         if any(unit.precision.averaging != MEAN for unit in pulled):
@@ -678,11 +674,7 @@ def _share_gradients(units: Sequence[Unit], mesh: Mesh, how: str) -> None:
             )
         reduce_by_pulls(pulled, mesh)
     except UnavailableError as reason:
-        _log.log(
-            logging.INFO if how == "auto" else logging.WARNING,
-            "zeroshard.reduce: gradients are averaged by collectives: %s",
-            reason,
-        )
+        _log.warning("zeroshard.reduce: gradients are averaged by collectives: %s", reason)
 
 
 def _place_buffers(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None) -> None:

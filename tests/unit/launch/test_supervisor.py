@@ -422,6 +422,7 @@ class Terminal:
             try:
                 size = struct.pack("4H", 20, self.COLUMNS, 0, 0)
                 fcntl.ioctl(0, termios.TIOCSWINSZ, size)
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored by jobs in the background
                 os.execve(sys.executable, [*ZEROSHARD, *arguments], environment())
             finally:
                 os._exit(127)
