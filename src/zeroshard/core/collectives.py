@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from zeroshard.core.attendance import roll_call
 from zeroshard.core.mesh import Axis, Mesh
+from zeroshard.core.ticket import DONE, Ticket
 from zeroshard.errors import DistributedError, Error, compose
 
 __all__ = [
@@ -53,19 +54,6 @@ _gather_op: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 _scatter_op: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Ticket(Protocol):
-    """Something under way on another stream. See [Note: streams]."""
-
-    def wait(self) -> object:
-        """Make the compute stream wait for it; for gloo, make the host wait."""
-        ...
-
-
-class _Done:
-    def wait(self) -> None:
-        return
-
-
 class _Then:
     """A collective that something else must follow once it is waited for."""
 
@@ -75,9 +63,6 @@ class _Then:
     def wait(self) -> None:
         self._first.wait()
         self._follow()
-
-
-DONE: Ticket = _Done()
 
 
 class Answered:

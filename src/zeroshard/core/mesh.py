@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from zeroshard.core.ticket import DONE, Ticket
 from zeroshard.errors import UsageError
 
 __all__ = ["Aside", "Axis", "Mesh", "build_mesh", "default_mesh"]
@@ -34,26 +35,22 @@ class Axis:
     gather: dist.ProcessGroup | None = None
     reduce: dist.ProcessGroup | None = None
 
-
-class _Past:
-    """What is over already."""
-
-    def wait(self) -> None:
-        return
-
-
-_PAST = _Past()
+    @property
+    def others(self) -> list[int]:
+        """The other ranks, beginning with the next one: not all of them with the same."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
 
 
 class Aside:
     """A stream beside the computation's; without a GPU, the computation itself."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
         self._device = device if device.type == "cuda" else None
+        self._priority = priority
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self._device)
+        return torch.cuda.Stream(self._device, priority=self._priority)
 
     @property
     def exists(self) -> bool:
@@ -70,9 +67,9 @@ class Aside:
         with torch.cuda.stream(self._stream):
             yield
 
-    def end(self) -> Any:
-        """Something to wait for: the end of what was started inside so far."""
-        return _PAST if self._device is None else self._stream.record_event()
+    def end(self) -> Ticket:
+        """The end of what was started inside so far."""
+        return DONE if self._device is None else self._stream.record_event()
 
     def join(self) -> None:
         """Let the computation wait for all that was started inside."""

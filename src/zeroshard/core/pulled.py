@@ -55,11 +55,11 @@ from zeroshard.core.unit import Unit
 __all__ = [
     "BatchedCopies",
     "Copier",
-    "Events",
     "Pulled",
     "Slab",
     "StreamCopies",
     "UnavailableError",
+    "aligned",
     "map_slab",
     "on_all",
     "share",
@@ -70,6 +70,11 @@ _log = logging.getLogger(__name__)
 _ALIGN_BYTES = 512
 _NUM_STREAMS = 2
 _SHARED_MEMORY = Path("/dev/shm")
+
+
+def aligned(nbytes: int) -> int:
+    """So many bytes, or a few more, so that what follows them in a slab is aligned."""
+    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
 
 
 class UnavailableError(Exception):
@@ -86,13 +91,8 @@ Copy: TypeAlias = tuple[Tensor, Tensor]
 class Copier(Protocol):
     """A way to copy between the memories of two ranks."""
 
-    def __call__(self, copies: Sequence[Copy], own: Sequence[Copy] = ()) -> Ticket:
-        """Start copies, in order with what the compute stream has been given.
-
-        Args:
-            copies: out of other ranks' memory, or into it.
-            own: from this rank's memory to this rank's.
-        """
+    def __call__(self, copies: Sequence[Copy]) -> Ticket:
+        """Start copies, in order with what the compute stream has been given."""
         ...
 
     def join(self) -> None:
@@ -103,9 +103,9 @@ class Copier(Protocol):
 class HostCopies:
     """Copies by the calling thread."""
 
-    def __call__(self, copies: Sequence[Copy], own: Sequence[Copy] = ()) -> Ticket:
+    def __call__(self, copies: Sequence[Copy]) -> Ticket:
         """Copy."""
-        for target, source in (*copies, *own):
+        for target, source in copies:
             target.copy_(source)
         return DONE
 
@@ -114,14 +114,13 @@ class HostCopies:
 
 
 @dataclass(frozen=True, slots=True)
-class Events:
+class _Events:
     """The end of copies on several streams."""
 
     device: torch.device
     events: Sequence[Any]  # torch.cuda.Event
 
     def wait(self) -> None:
-        """Make the compute stream wait for them."""
         stream = torch.cuda.current_stream(self.device)
         for event in self.events:
             stream.wait_event(event)
@@ -134,9 +133,8 @@ class StreamCopies:
         self._device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(num_streams)]
 
-    def __call__(self, copies: Sequence[Copy], own: Sequence[Copy] = ()) -> Ticket:
+    def __call__(self, copies: Sequence[Copy]) -> Ticket:
         """Start the copies."""
-        copies = [*copies, *own]
         start = torch.cuda.current_stream(self._device).record_event()
         ends: list[Any] = []
         for number, stream in enumerate(self._streams):
@@ -148,7 +146,7 @@ class StreamCopies:
                 for target, source in share:
                     target.copy_(source, non_blocking=True)
             ends.append(stream.record_event())
-        return Events(self._device, ends)
+        return _Events(self._device, ends)
 
     def join(self) -> None:
         """Make the compute stream wait for all copies."""
@@ -179,7 +177,7 @@ class BatchedCopies:
         self._attributes = [attributes]
         self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def __call__(self, copies: Sequence[Copy], own: Sequence[Copy] = ()) -> Ticket:
+    def __call__(self, copies: Sequence[Copy]) -> Ticket:
         """Start the copies.
 
         Raises:
@@ -187,11 +185,10 @@ class BatchedCopies:
         """
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        pairs = [*copies, *own]
-        targets = [target.data_ptr() for target, _ in pairs]
-        sources = [source.data_ptr() for _, source in pairs]
-        sizes = [target.nbytes for target, _ in pairs]
-        count, handle = len(pairs), stream.cuda_stream
+        targets = [target.data_ptr() for target, _ in copies]
+        sources = [source.data_ptr() for _, source in copies]
+        sizes = [target.nbytes for target, _ in copies]
+        count, handle = len(copies), stream.cuda_stream
         status, *_ = self._call(targets, sources, sizes, count, self._attributes, [0], 1, handle)
         if int(status) != 0:
             self._forget_error()  # else torch finds it after a call of its own
@@ -263,13 +260,12 @@ class Pulled:
         return self._shards[rank]
 
     def gather(self, full: Tensor, shard: Tensor, axis: Axis) -> Ticket:
-        """Start copying the shards of all ranks, each rank beginning with its neighbour's."""
+        """Start copying the shards of all ranks, beginning with the next one's."""
         if not full.numel():
             return DONE
         parts = full.split(full.numel() // axis.size)
-        order = [(axis.rank + step) % axis.size for step in range(1, axis.size)]
-        copies = [(parts[rank], self._shards[rank]) for rank in order]
-        return self._slab.copy(copies, own=[(parts[axis.rank], shard)])
+        copies = [(parts[rank], self._shards[rank]) for rank in axis.others]
+        return self._slab.copy([*copies, (parts[axis.rank], shard)])
 
 
 @contextmanager
@@ -424,7 +420,7 @@ def share(units: Sequence[Unit], mesh: Mesh) -> None:
         assert not unit.lifetime.params_stay, f"{unit.name} is never gathered from its shards"
         starts.append(nbytes)
         size = unit.layout.shard_numel * unit.dtype.itemsize
-        nbytes += -(-size // _ALIGN_BYTES) * _ALIGN_BYTES
+        nbytes += aligned(size)
     slab = map_slab(max(nbytes, 1), mesh)
     for unit, start in zip(units, starts, strict=True):
         pulled = Pulled(slab, start, unit.layout.shard_numel, unit.dtype)

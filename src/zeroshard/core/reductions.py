@@ -30,8 +30,8 @@ from torch import Tensor
 from zeroshard.core.collectives import DONE, Ticket, meet
 from zeroshard.core.flat import FlatBuffer
 from zeroshard.core.layout import Layout
-from zeroshard.core.mesh import Axis, Mesh
-from zeroshard.core.pulled import Copier, Events, Slab, map_slab, on_all
+from zeroshard.core.mesh import Aside, Axis, Mesh
+from zeroshard.core.pulled import Copier, Slab, aligned, map_slab, on_all
 from zeroshard.core.reducer import CollectiveReduction
 from zeroshard.core.rows import Mean, mean_of
 from zeroshard.core.unit import Unit
@@ -50,13 +50,8 @@ DIRECT: Final = False
 """Whether rows are added up where they are, without a copy to this rank; on two GPUs as fast."""
 
 _SLOTS = 2
-_ALIGN_BYTES = 512
 _DIRECT_PROGRAMS = 32
 """Blocks of threads that read other GPUs' memory: they wait for it most of the time."""
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
 
 
 class _Turns(Protocol):
@@ -104,22 +99,19 @@ class _DeviceTurns:
     """Turns of GPUs, on a stream beside the computation."""
 
     def __init__(self, device: torch.device, handle: Any, timeout: timedelta) -> None:
-        self._device, self._handle = device, handle
+        self._handle, self._beside, self._met = handle, Aside(device, priority=-1), DONE
         # A rank that is waited for in vain must end the kernel that waits: it would run for ever.
         self._timeout_ms = int(timeout.total_seconds() * 1000)
-        self._stream = torch.cuda.Stream(device, priority=-1)
-        self._met = self._stream.record_event()
 
     def free(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._met)
+        self._met.wait()
 
     def read(self, read: Callable[[], object]) -> Ticket:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        with self._beside.entered():
             self._handle.barrier(0, self._timeout_ms)
-            self._met = self._stream.record_event()
+            self._met = self._beside.end()
             read()
-            return Events(self._device, [self._stream.record_event()])
+        return self._beside.end()
 
 
 class Ring:
@@ -146,7 +138,7 @@ class Ring:
         self._slot_nbytes = slab.rows[0].nbytes // _SLOTS
         self._staging: list[Tensor] = []
         if copy is not None:
-            nbytes = _aligned(-(-self._slot_nbytes // mesh.shard.size))
+            nbytes = aligned(-(-self._slot_nbytes // mesh.shard.size))
             size = (mesh.shard.size - 1) * nbytes
             flat = torch.empty(size, dtype=torch.uint8, device=mesh.device)
             self._staging = list(flat.split(nbytes))
@@ -195,11 +187,10 @@ class Ring:
         if copy is None:
             return mean_of(sources, self._num_programs)
         rows = list(sources)
-        order = [(axis.rank + step) % axis.size for step in range(1, axis.size)]
-        for rank, landed in zip(order, self._staging, strict=True):
+        for rank, landed in zip(axis.others, self._staging, strict=True):
             rows[rank] = landed[:nbytes].view(dtype)
         mean = mean_of(rows)
-        copies = [(rows[rank], sources[rank]) for rank in order]
+        copies = [(rows[rank], sources[rank]) for rank in axis.others]
 
         def read(out: Tensor) -> None:
             copy(copies).wait()
@@ -260,7 +251,7 @@ def map_slots(nbytes: int, mesh: Mesh) -> Slab:
     Raises:
         UnavailableError: on every rank.
     """
-    return map_slab(_SLOTS * _aligned(nbytes), mesh)
+    return map_slab(_SLOTS * aligned(nbytes), mesh)
 
 
 def reduce_by_pulls(units: Sequence[Unit], mesh: Mesh, *, direct: bool = DIRECT) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import logging
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Mean", "mean_of"]
+from zeroshard.core.with_triton import if_it_runs
 
-_log = logging.getLogger(__name__)
+__all__ = ["Mean", "mean_of"]
 
 Mean: TypeAlias = Callable[[Tensor], object]
 """Writes the mean of some rows into a tensor, in the dtype of that; on the current stream."""
@@ -48,16 +46,12 @@ def _mean(rows: Sequence[Tensor], out: Tensor) -> None:
 @functools.cache
 def _kernel(device: torch.device) -> Callable[[Sequence[Tensor], int | None], Mean] | None:
     """The Triton kernel, once it has run on this device; None where it cannot."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
-    try:
+
+    def load() -> Callable[[Sequence[Tensor], int | None], Mean]:
         from zeroshard.core import row_kernel  # noqa: PLC0415 - needs Triton
 
         rows = [torch.ones(8, dtype=torch.bfloat16, device=device) for _ in range(2)]
         row_kernel.mean_of(rows, None)(torch.empty(8, device=device))
-        torch.cuda.synchronize(device)
-    except Exception as error:
-        # Triton compiles its launcher with the host's C compiler, which may not be there.
-        _log.warning("Triton cannot run here, so torch's kernels add gradients up: %s", error)
-        return None
-    return row_kernel.mean_of
+        return row_kernel.mean_of
+
+    return if_it_runs(device, load, "torch's kernels add gradients up")

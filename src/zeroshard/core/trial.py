@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-from torch import Tensor
 
-from zeroshard.core.collectives import Exchange, Ticket, all_gather
+from zeroshard.core.collectives import Exchange, Ticket
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.pulled import Slab, map_slab, on_all
+from zeroshard.core.pulled import Pulled, Slab, aligned, map_slab, on_all
+from zeroshard.core.transport import COLLECTIVE, Transport
 
 __all__ = ["Cost", "Costs", "least_bytes", "tried"]
 
 _MOST_SIZES = 4
 _LEAST_BYTES = 1 << 20
-_ALIGN_BYTES = 512
 _SIDE = 4096  # of the square matrices
 _TRIAL_S = 0.006  # that the gathers of one measurement take alone
 _MOST_GATHERS = 24
@@ -101,7 +100,7 @@ def _tried_on(slab: Slab, sizes: Sequence[int], mesh: Mesh) -> int | None:
 
 
 def _shard_bytes(size: int, mesh: Mesh) -> int:
-    return max(size // mesh.shard.size // _ALIGN_BYTES, 1) * _ALIGN_BYTES
+    return aligned(size // mesh.shard.size)
 
 
 class Costs:
@@ -161,22 +160,17 @@ class _Trial:
 
     def collective(self, size: int) -> Issue:
         """An all-gather of a unit of so many bytes."""
-        full, shard = self._tensors(size)
-        return lambda: all_gather(full, shard, self._mesh.shard)
+        return self._gather(COLLECTIVE, _shard_bytes(size, self._mesh))
 
     def pull(self, size: int) -> Issue:
         """Reads of the other ranks' memory, for a unit of so many bytes."""
-        full, shard = self._tensors(size)
-        rank, world = self._mesh.shard.rank, self._mesh.shard.size
-        parts, nbytes = full.view(world, -1), shard.nbytes
-        others = [(rank + step) % world for step in range(1, world)]
-        copies = [(parts[other], self._slab.rows[other][:nbytes]) for other in others]
-        return lambda: self._slab.copy(copies, own=[(parts[rank], shard)])
-
-    def _tensors(self, size: int) -> tuple[Tensor, Tensor]:
         nbytes = _shard_bytes(size, self._mesh)
-        full = self._full[: nbytes * self._mesh.shard.size]
-        return full, self._slab.rows[self._mesh.shard.rank][:nbytes]
+        return self._gather(Pulled(self._slab, 0, nbytes, torch.uint8), nbytes)
+
+    def _gather(self, transport: Transport, nbytes: int) -> Issue:
+        axis = self._mesh.shard
+        full, shard = self._full[: nbytes * axis.size], self._slab.rows[axis.rank][:nbytes]
+        return lambda: transport.gather(full, shard, axis)
 
     def elapsed(self, issue: Issue | None, count: int, products: int) -> tuple[float, float]:
         """Seconds of some gathers, one after another, and of the matrix products beside them."""

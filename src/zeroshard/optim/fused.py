@@ -17,7 +17,6 @@ them, which is zero and stays it.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from zeroshard.core.unit import Unit
+from zeroshard.core.with_triton import if_it_runs
 from zeroshard.optim import adam
 from zeroshard.optim.adam import Rule, Shards, Update
 
@@ -345,17 +345,13 @@ def _runs(unit: Unit, number_of: Mapping[int, int]) -> Iterator[_Run]:
 @functools.cache
 def triton_update(device: torch.device) -> Update | None:
     """The Triton kernel, once it has run on this device; None where it cannot."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
-    try:
+
+    def load() -> Update:
         from zeroshard.optim import kernels  # noqa: PLC0415 - needs Triton
 
         one = torch.ones(1, device=device)
         shards = Shards(one, one.clone(), one.clone(), one.clone(), one.bfloat16())
         kernels.update_(shards, Rule(0.1, 0.9, 0.99, 1e-8, 0.0, True, 1), one[0], None)
-        torch.cuda.synchronize(device)
-    except Exception as error:
-        # Triton compiles its launcher with the host's C compiler, which may not be there.
-        _log.warning("Triton cannot run here, so torch's kernels step the optimizer: %s", error)
-        return None
-    return kernels.update_
+        return kernels.update_
+
+    return if_it_runs(device, load, "torch's kernels step the optimizer")

@@ -25,12 +25,12 @@ class Working(pulled.HostCopies):
 
 
 class Idle(Working):
-    def __call__(self, copies: Any, own: Any = ()) -> Any:
+    def __call__(self, copies: Any) -> Any:
         return super().__call__([])
 
 
 class Refused(Working):
-    def __call__(self, copies: Any, own: Any = ()) -> Any:
+    def __call__(self, copies: Any) -> Any:
         raise RuntimeError("the driver is too old")
 
 
