@@ -150,13 +150,9 @@ def report(
     """Print a line for each engine, and write its record."""
     source = records.origin(args.commit)
     for name, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, seconds["fsdp2"], strict=True)]
         result: dict[str, Any] = {
-            "median_s": round(statistics.median(own), 6),
-            "min_s": round(min(own), 6),
-            "max_s": round(max(own), 6),
+            **records.times(own, seconds["fsdp2"]),
             "tokens_per_s_per_rank": round(workload["tokens"] / statistics.median(own), 1),
-            "time_ratio": round(statistics.median(ratios), 4),
             **({"step_peak_gib": round(peaks[name], 3)} if peaks else {}),
         }
         peak = f"   {peaks[name]:6.2f} GiB" if peaks else ""

@@ -318,22 +318,21 @@ class Bench:
         shards[self.rank].copy_(shard)
         self.meet()
         parts = full.view(self.world, -1)
-        order = [(self.rank + step) % self.world for step in range(1, self.world)]
-        copies = [(parts[rank], shards[rank]) for rank in order]
-        own = [(parts[self.rank], shards[self.rank])] if with_own else []
+        ranks = [*self.mesh.shard.others, *([self.rank] if with_own else [])]
+        copies = [(parts[rank], shards[rank]) for rank in ranks]
 
         def check() -> bool:
             return self.is_gathered(full, without=None if with_own else self.rank)
 
-        return Variant("", lambda: copy(copies, own).wait(), check, self.received(size))
+        return Variant("", lambda: copy(copies).wait(), check, self.received(size))
 
     def push(self, size: int, copy: Copier) -> Variant:
         _, shard = self.tensors(size)
         fulls = self.rows(size)
         fulls[self.rank].zero_()
         self.meet()
-        order = [(self.rank + step) % self.world for step in range(1, self.world)]
-        copies = [(fulls[rank].view(self.world, -1)[self.rank], shard) for rank in order]
+        parts = [fulls[rank].view(self.world, -1)[self.rank] for rank in self.mesh.shard.others]
+        copies = [(part, shard) for part in parts]
 
         def check() -> bool:
             return self.is_gathered(fulls[self.rank], without=self.rank)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -143,13 +142,7 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
     is_claimed = args.model == "small" and not args.as_sharded and args.rounds >= 8
     found: list[dict[str, Any]] = []
     for name, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, seconds["plain"], strict=True)]
-        result: dict[str, Any] = {
-            "median_s": round(statistics.median(own), 6),
-            "min_s": round(min(own), 6),
-            "max_s": round(max(own), 6),
-            "time_ratio": round(statistics.median(ratios), 4),
-        }
+        result = records.times(own, seconds["plain"])
         print(f"{name:12} {1e3 * result['median_s']:8.2f} ms   x {result['time_ratio']:.3f}")
         one = records.record(
             source,

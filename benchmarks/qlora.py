@@ -28,13 +28,18 @@ import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import zeroshard
 from side_by_side import records, render
-from side_by_side.engines import bytes_beside, deepspeed_configuration, unavailable
-from side_by_side.workload import Variant
+from side_by_side.engines import (
+    bytes_beside,
+    deepspeed_configuration,
+    llama_config,
+    unavailable,
+)
+from side_by_side.workload import SHAPES, Shape, Variant
 
 Step = Callable[[Tensor], Tensor]
 
@@ -43,20 +48,15 @@ Step = Callable[[Tensor], Tensor]
 class Size:
     """Widths of a model, and the tokens that a rank trains on in one step."""
 
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocab: int
+    shape: Shape
     batch: int
     context: int
 
 
 SIZES = {
-    "toy": Size(256, 4, 8, 4, 768, 512, 2, 32),
-    "1b": Size(2048, 16, 32, 8, 8192, 128256, 4, 2048),
-    "8b": Size(4096, 32, 32, 8, 14336, 128256, 4, 2048),
+    "toy": Size(Shape(256, 4, 8, 4, 768, 512), 2, 32),
+    "1b": Size(SHAPES["1b"], 4, 2048),
+    "8b": Size(SHAPES["8b"], 4, 2048),
 }
 ENGINES = ("ddp", "zeroshard-2", "zeroshard-3", "deepspeed-2", "deepspeed-3")
 CLAIMED = ("ddp", "zeroshard-2", "zeroshard-3", "deepspeed-3")
@@ -81,18 +81,7 @@ class Result:
 
 def build(size: Size, storage: torch.dtype, device: torch.device) -> nn.Module:
     """A quantised Llama with adapters; no more than one of its layers is ever whole."""
-    config = LlamaConfig(
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        intermediate_size=size.intermediate,
-        vocab_size=size.vocab,
-        max_position_embeddings=8192,
-        use_cache=False,
-        tie_word_embeddings=False,
-        dtype=torch.bfloat16,
-    )
+    config = llama_config(size.shape, dtype=torch.bfloat16)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.model.rotary_emb = LlamaRotaryEmbedding(config, device=device)
@@ -189,12 +178,12 @@ def zero(model: nn.Module, stage: int, size: Size, on_gpu: bool) -> tuple[Any, S
             # What the Trainer of Hugging Face fills in for "auto".
             "zero_optimization": {
                 "stage": stage,
-                "reduce_bucket_size": size.hidden**2,
-                "stage3_prefetch_bucket_size": int(0.9 * size.hidden**2),
-                "stage3_param_persistence_threshold": 10 * size.hidden,
+                "reduce_bucket_size": size.shape.hidden**2,
+                "stage3_prefetch_bucket_size": int(0.9 * size.shape.hidden**2),
+                "stage3_param_persistence_threshold": 10 * size.shape.hidden,
             }
             if stage == 3
-            else {"stage": stage, "reduce_bucket_size": size.hidden**2},
+            else {"stage": stage, "reduce_bucket_size": size.shape.hidden**2},
         },
     )
     return engine, steps_of(engine)
@@ -204,8 +193,8 @@ def deepspeed(model: nn.Module, stage: int, size: Size, on_gpu: bool) -> tuple[A
     from deepspeed import initialize  # noqa: PLC0415 - seconds to import, and it is optional
 
     trained = [param for param in model.parameters() if param.requires_grad]
-    config = deepspeed_configuration(stage, size.batch, size.hidden)
-    config["zero_optimization"]["reduce_bucket_size"] = size.hidden**2
+    config = deepspeed_configuration(stage, size.batch, size.shape.hidden)
+    config["zero_optimization"]["reduce_bucket_size"] = size.shape.hidden**2
     engine, _, _, _ = initialize(
         model=model,
         config=config | {"bf16": {"enabled": True}},
@@ -258,7 +247,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> Result
     build_s = time.perf_counter() - began
     generator = torch.Generator(device=device).manual_seed(5 + dist.get_rank())
     shape = (size.batch, size.context)
-    x = torch.randint(0, size.vocab, shape, device=device, generator=generator)
+    x = torch.randint(0, size.shape.vocab, shape, device=device, generator=generator)
     seconds: list[float] = []
     losses: list[float] = []
     for number in range(args.warmup + args.steps):

@@ -111,10 +111,14 @@ BUDGET = replace(EAGER_LONG, warmup=8)  # it measures in the first steps
 ONE_GPU = Workload("3b", 4, 4096, checkpointing="full")
 
 _AUTO = "zeroshard-3:checkpointing=none:zeroshard.activation_budget=auto"
-_MEMORY = (
-    Requirement("zeroshard-3", "allocated", 1.0, "fsdp2"),
-    Requirement("zeroshard-3", "reserved", 1.1),
-)
+
+
+def _memory(ours: str, peer: str) -> tuple[Requirement, ...]:
+    return Requirement(ours, "allocated", 1.0, peer), Requirement(ours, "reserved", 1.1)
+
+
+_MEMORY = _memory("zeroshard-3", "fsdp2")
+_MEMORY_KEPT = _memory("zeroshard-2", "fsdp2-kept")
 
 CLAIMS = {
     "long": Claim(
@@ -160,8 +164,7 @@ CLAIMS = {
         (
             Requirement("zeroshard-2", "speed", 1.05, "deepspeed-2"),
             Requirement("zeroshard-2", "speed", 1.02, "fsdp2-kept"),
-            Requirement("zeroshard-2", "allocated", 1.0, "fsdp2-kept"),
-            Requirement("zeroshard-2", "reserved", 1.1),
+            *_MEMORY_KEPT,
         ),
     ),
     "stage2-compiled": Claim(
@@ -170,8 +173,7 @@ CLAIMS = {
         ("zeroshard-2", "fsdp2-kept"),
         (
             Requirement("zeroshard-2", "speed", 1.02, "fsdp2-kept"),
-            Requirement("zeroshard-2", "allocated", 1.0, "fsdp2-kept"),
-            Requirement("zeroshard-2", "reserved", 1.1),
+            *_MEMORY_KEPT,
         ),
     ),
     "budget": Claim(

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import zeroshard
-from side_by_side.workload import SHAPES, Variant, Workload
+from side_by_side.workload import SHAPES, Shape, Variant, Workload
 from zeroshard.core.pulled import Slab
 
-__all__ = ["Trainer", "adamw", "build", "bytes_beside", "deepspeed_configuration", "unavailable"]
+__all__ = [
+    "Trainer",
+    "adamw",
+    "build",
+    "bytes_beside",
+    "deepspeed_configuration",
+    "llama_config",
+    "unavailable",
+]
 
 SEED = 0
 CLIP = 1.0
@@ -89,11 +97,11 @@ def adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-def _model(workload: Workload, device: torch.device) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - seconds to import
+def llama_config(shape: Shape, **more: Any) -> Any:
+    """Return Hugging Face's configuration of a Llama of these widths."""
+    from transformers import LlamaConfig  # noqa: PLC0415 - seconds to import
 
-    shape = SHAPES[workload.model]
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
@@ -102,9 +110,15 @@ def _model(workload: Workload, device: torch.device) -> Any:
         vocab_size=shape.vocab,
         max_position_embeddings=8192,
         use_cache=False,
-        attn_implementation="sdpa",
         tie_word_embeddings=False,
+        **more,
     )
+
+
+def _model(workload: Workload, device: torch.device) -> Any:
+    from transformers import LlamaForCausalLM  # noqa: PLC0415 - seconds to import
+
+    config = llama_config(SHAPES[workload.model], attn_implementation="sdpa")
     before = torch.get_default_dtype()
     torch.manual_seed(SEED)
     torch.set_default_dtype(DTYPES[workload.dtype])

@@ -14,15 +14,16 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OK", "Origin", "add_out", "origin", "read", "record", "write"]
+__all__ = ["OK", "Origin", "add_out", "origin", "read", "record", "times", "write"]
 
 OK = "ok"
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -59,6 +60,17 @@ def origin(commit: str | None = None) -> Origin:
         _hardware(),
         {"python": platform.python_version(), **_versions()},
     )
+
+
+def times(own: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
+    """Return the figures of steps that took turns with those of a peer, of so many seconds each."""
+    ratios = [a / b for a, b in zip(own, peer, strict=True)]
+    return {
+        "median_s": round(statistics.median(own), 6),
+        "min_s": round(min(own), 6),
+        "max_s": round(max(own), 6),
+        "time_ratio": round(statistics.median(ratios), 4),
+    }
 
 
 def record(
