@@ -5,6 +5,7 @@
     |-- UsageError         a call came at the wrong time, or on the wrong object
     |-- CheckpointError    a checkpoint is missing, damaged, foreign, or of another model
     |-- LossScaleError     fp16 training cannot find a loss scale that works
+    |-- OffloadError       memory of the host, or a file of offloaded state, cannot be had or used
     `-- DistributedError   ranks disagree, or one did not answer
 
 A message states the fact, then its cause or consequence, then names the next action after a blank
@@ -19,6 +20,7 @@ __all__ = [
     "DistributedError",
     "Error",
     "LossScaleError",
+    "OffloadError",
     "UsageError",
     "compose",
 ]
@@ -42,6 +44,10 @@ class CheckpointError(Error, RuntimeError):
 
 class LossScaleError(Error, RuntimeError):
     """fp16 gradients overflow even at the smallest loss scale."""
+
+
+class OffloadError(Error, RuntimeError):
+    """Memory of the host, or a file of offloaded state, cannot be had, read or written."""
 
 
 class DistributedError(Error, RuntimeError):
