@@ -3,8 +3,8 @@
 [Note: flat state]
 Gradient and master weights of a unit are flat tensors, and here an optimizer's averages are, too.
 What ``optimizer.state`` holds for a slice are views of them, under torch's own names. So whoever
-reads or edits state by parameter finds it where torch has it, and whatever steps a unit or moves its
-state does so with a few large tensors.
+reads or edits state by parameter finds it where torch has it, and whatever steps a unit or moves
+its state does so with a few large tensors.
 """
 
 from __future__ import annotations

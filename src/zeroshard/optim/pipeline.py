@@ -12,10 +12,10 @@ ones after it arrive, and the bus works in both directions at once:
 
 There are few buffers, used in turn: reading into one waits for the writing out of it. Reading ahead
 begins in backward, as far as the buffers go; nothing but the update itself needs the norm of all
-gradients, so the time until that is known goes into reading. The computation waits for no more than
-the units it uses next, so the end of a step runs under the next forward. What a load is kept in may
-be read again as soon as it was written out, in the order of the streams; the host, which looks at it
-between two steps, waits (`settle`).
+gradients, so the time until that is known goes into reading. The computation waits for no more
+than the units it uses next, so the end of a step runs under the next forward. What a load is kept
+in may be read again as soon as it was written out, in the order of the streams; the host, which
+looks at it between two steps, waits (`settle`).
 
 Buffers are allocated and freed on the compute stream: what was there before is over when the first
 load arrives, and the computation has waited for the last one to leave before they are freed.
