@@ -9,7 +9,7 @@ from pathlib import Path
 from zeroshard.host import cgroup
 from zeroshard.host.cgroup import Cgroup
 
-__all__ = ["bytes_free"]
+__all__ = ["bytes_free", "in_words"]
 
 
 def bytes_free(meminfo: Path = Path("/proc/meminfo"), group: Cgroup | None = None) -> int | None:
@@ -27,3 +27,11 @@ def bytes_free(meminfo: Path = Path("/proc/meminfo"), group: Cgroup | None = Non
         if line := re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE):
             known.append(int(line[1]) << 10)
     return min((free for free in known if free is not None), default=None)
+
+
+def in_words(nbytes: int) -> str:
+    """A number of bytes for people."""
+    for shift, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if nbytes >= 1 << shift:
+            return f"{nbytes / (1 << shift):.1f} {name}"
+    return f"{nbytes} bytes"
