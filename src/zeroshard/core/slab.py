@@ -4,9 +4,10 @@
 torch's own pinned memory comes in powers of two, up to twice of what is asked for, and is locked
 block by block. Here tensors lie side by side in a few *slabs*. A slab is a range of addresses that
 takes up memory only where its tensors were written. `seal` ends it behind its last tensor, has
-several threads back it by memory, and page-locks it in one call. So no tensor, whatever its size,
-lies in two locked ranges, which a copy must not cross; no page is in two of them; and what a tensor
-needs beyond its bytes is less than 64 of them, or less than a page from 1 MiB on.
+several threads back it by memory, and page-locks it in one call; in one more for each large part
+that was given back before, which is left out. So no tensor, whatever its size, lies in two locked
+ranges, which a copy must not cross; no page is in two of them; and what a tensor needs beyond its
+bytes is less than 64 of them, or less than a page from 1 MiB on.
 
 What is locked, a GPU may be reading or writing without the kernel's knowledge. So it is kept from
 forked processes, where the kernel would copy each page of it into each child (or, older ones, give
@@ -108,21 +109,25 @@ class _Lock:
 
     def __init__(self, pinner: Pinner | None) -> None:
         self.nbytes = 0
-        self._pinner, self._address, self._owner = pinner, 0, os.getpid()
+        self._addresses: list[int] = []
+        self._pinner, self._owner = pinner, os.getpid()
 
     def close(self, address: int, nbytes: int) -> str | None:
         """Lock a range; the reason where that is refused."""
         assert self._pinner is not None
         reason = self._pinner.lock(address, nbytes)
         if reason is None:
-            self._address, self.nbytes = address, nbytes
+            self._addresses.append(address)
+            self.nbytes += nbytes
         return reason
 
     def open(self) -> None:
-        """Unlock the range, if there is one and it belongs to this process."""
-        if self.nbytes and self._pinner is not None and os.getpid() == self._owner:
-            self.nbytes = 0
-            reason = self._pinner.unlock(self._address)
+        """Unlock what is locked, if it belongs to this process."""
+        if self._pinner is None or os.getpid() != self._owner:
+            return
+        self.nbytes = 0
+        while self._addresses:
+            reason = self._pinner.unlock(self._addresses.pop())
             if reason is not None:
                 _log.warning("host memory stays page-locked until the process ends: %s", reason)
 
@@ -190,10 +195,24 @@ class _Slab:
             self.pages.clear(start, stop)
         self._add_holes((start, stop))
 
+    def used(self) -> list[_Range]:
+        """The ranges of whole pages between holes that are large enough to be left out."""
+        starts = [0, *(last // PAGE_BYTES * PAGE_BYTES for _, last in self._large_holes())]
+        stops = [*(up_to_page(first) for first, _ in self._large_holes()), up_to_page(self.top)]
+        return [(first, last) for first, last in zip(starts, stops, strict=True) if first < last]
+
+    def end_here(self) -> None:
+        """Let nothing be found behind the last tensor, nor in holes that were left out."""
+        large = self._large_holes()
+        self.end, self.holes = self.top, [hole for hole in self.holes if hole not in large]
+
     def unlock(self) -> None:
         """End the page-locking, if it is locked."""
         self.lock.open()
         self.pages.keep_from_children(False)
+
+    def _large_holes(self) -> list[_Range]:
+        return [(first, last) for first, last in self.holes if last - first >= _LARGE_BYTES]
 
     def _add_holes(self, *added: _Range) -> None:
         holes: list[_Range] = []
@@ -301,7 +320,8 @@ class HostDepot:
         slabs = [slab for slab in self._slabs if not slab.is_locked]
         if self._pinner is None or not slabs:
             return
-        total, begin = sum(up_to_page(slab.top) for slab in slabs), time.monotonic()
+        total = sum(last - first for slab in slabs for first, last in slab.used())
+        begin = time.monotonic()
         done, said = 0, begin
         cpus = near_cpus(self._device)
         num_threads = min(_MOST_THREADS, len(cpus), num_usable_cpus())
@@ -323,7 +343,7 @@ class HostDepot:
             raise
         _log.log(
             logging.INFO if total >= _QUIET_BYTES else logging.DEBUG,
-            "page-locked %s of host memory for %s in %.1f s (%d calls)",
+            "page-locked %s of host memory for %s in %.1f s (%d slabs)",
             *(in_words(total), self._name, time.monotonic() - begin, len(slabs)),
         )
 
@@ -401,13 +421,14 @@ class HostDepot:
         Raises:
             OffloadError: the host has not enough memory left.
         """
-        for start, stop in _cut(0, up_to_page(slab.top), _LOOK_BYTES):
-            missing, free = stop - start - slab.pages.resident_bytes(start, stop), None
-            if missing:
-                free = self._bytes_free()
-            if free is not None and missing * (1 + _PER_BYTE) > free:
-                raise self._exhausted(missing, free)
-            list(threads.map(slab.pages.touch, *zip(*_cut(start, stop, _TOUCH_BYTES), strict=True)))
+        for used in slab.used():
+            for start, stop in _cut(*used, _LOOK_BYTES):
+                missing = stop - start - slab.pages.resident_bytes(start, stop)
+                free = self._bytes_free() if missing else None
+                if free is not None and missing * (1 + _PER_BYTE) > free:
+                    raise self._exhausted(missing, free)
+                starts, stops = zip(*_cut(start, stop, _TOUCH_BYTES), strict=True)
+                list(threads.map(slab.pages.touch, starts, stops))
 
     def _lock(self, slab: _Slab, total: int) -> None:
         """Page-lock a slab, behind whose last tensor it ends from now on.
@@ -416,15 +437,18 @@ class HostDepot:
             OffloadError: it is refused.
         """
         slab.pages.keep_from_children(True)
-        reason = slab.lock.close(slab.pages.address, up_to_page(slab.top))
-        if reason is None:
-            slab.end = slab.top
-            return
+        for start, stop in slab.used():
+            reason = slab.lock.close(slab.pages.address + start, stop - start)
+            if reason is not None:
+                raise self._refused(stop - start, total, reason)
+        slab.end_here()
+
+    def _refused(self, nbytes: int, total: int, reason: str) -> OffloadError:
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-        raise OffloadError(
+        return OffloadError(
             compose(
                 f"rank {rank_so_far()} cannot page-lock {in_words(total)} of host memory for "
-                f"{self._name}: CUDA refused {in_words(up_to_page(slab.top))} after "
+                f"{self._name}: CUDA refused {in_words(nbytes)} after "
                 f"{in_words(self.locked_bytes)}: {reason}. The limit of locked memory "
                 "(RLIMIT_MEMLOCK) is "
                 f"{'none' if limit == resource.RLIM_INFINITY else in_words(limit)}.",

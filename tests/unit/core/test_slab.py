@@ -271,6 +271,26 @@ def test_a_seal_locks_what_was_taken_since_the_last_one() -> None:
     assert locks.calls[1:] == [("lock", second.data_ptr(), 3 * PAGE_BYTES)]
 
 
+def test_what_was_given_back_before_a_seal_is_not_locked_if_it_is_large() -> None:
+    locks = Locks()
+    home = depot(locks)
+    tensors = [
+        home.take(numel, torch.uint8) for numel in (100, 2 * MIB + 9, 3000, 4 * MIB + 7, 5, 2 * MIB)
+    ]
+    for large in tensors[1::2]:
+        home.give_back(large)
+    home.seal()
+    assert home.locked_bytes <= 4 * PAGE_BYTES
+    assert all(locks.hold(tensor) for tensor in tensors[::2])
+    again = [home.take(5 * MIB, torch.uint8), home.take(10, torch.uint8)]
+    assert home.locked_bytes <= 4 * PAGE_BYTES
+    home.seal()
+    assert all(locks.hold(tensor) for tensor in again)
+    for tensor in (*tensors[::2], *again):
+        home.give_back(tensor)
+    assert locks.ranges == {}
+
+
 def test_nothing_is_locked_on_a_cpu_or_where_it_is_not_wanted() -> None:
     locks = Locks()
     homes = [depot(locks, pin=False), HostDepot(CPU, pin=True, name="optimizer state")]
@@ -322,7 +342,7 @@ def test_small_seals_are_quiet_and_long_ones_say_how_far_they_are(
     assert [re.sub(r"[\d.]+ s\b", "T", message) for message in caplog.messages] == [
         "page-locking host memory for optimizer state: 1.0 MiB of 3.0 MiB after T",
         "page-locking host memory for optimizer state: 2.0 MiB of 3.0 MiB after T",
-        "page-locked 3.0 MiB of host memory for optimizer state in T (3 calls)",
+        "page-locked 3.0 MiB of host memory for optimizer state in T (3 slabs)",
     ]
 
 
