@@ -220,11 +220,11 @@ def test_after_sealing_a_file_takes_no_host_memory(tmp_path: Path) -> None:
 
 def test_many_transfers_at_once_end_each_in_its_own_place(tmp_path: Path) -> None:
     depot = FileDepot(tmp_path, name="rank 0", settings=SMALL)
-    homes = [depot.take(3 * ALIGNMENT + 8 * index, torch.uint8) for index in range(20)]
+    homes = [depot.take(30 * ALIGNMENT + 8 * index, torch.uint8) for index in range(20)]
     sources = [torch.full_like(home, index + 1) for index, home in enumerate(homes)]
-    for home, source in zip(homes, sources, strict=True):
-        depot.write(home, source)
+    written = [depot.write(*pair) for pair in zip(homes, sources, strict=True)]
     depot.drain()
+    assert all(future.done() for future in written)
     into = [torch.zeros_like(home) for home in homes]
     for future in [depot.read(home, memory) for home, memory in zip(homes, into, strict=True)]:
         future.result()
