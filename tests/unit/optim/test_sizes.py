@@ -58,8 +58,8 @@ def test_nothing_is_foretold_of_an_unknown_optimizer() -> None:
 
 
 def test_quantised_state_is_about_a_byte_for_an_element_and_average() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
     for name, bytes_each in (("Adam8bit", 2), ("Lion8bit", 1), ("PagedAdamW32bit", 8)):
-        optimizer = getattr(bitsandbytes.optim, name)([nn.Parameter(torch.ones(2))])
+        kind = type(name, (torch.optim.Optimizer,), {})  # packages that have them load slowly
+        optimizer = kind([nn.Parameter(torch.ones(2))], {})
         foretold = bytes_of_averages(optimizer, optimizer.param_groups[0], 4)
         assert foretold == pytest.approx(bytes_each, rel=0.03)
