@@ -21,7 +21,8 @@ from types import ModuleType
 
 import psutil
 
-from zeroshard.launch import cgroup, cores, gpus
+from zeroshard.host import cgroup, cpus
+from zeroshard.launch import cores, gpus
 
 __all__ = ["Feature", "Report", "collect"]
 
@@ -217,10 +218,10 @@ def _networks() -> list[str]:
 
 
 def _cpus() -> str:
-    described = cores.read_cores(cores.allowed_cpus())
+    described = cores.read_cores(cpus.allowed_cpus())
     nodes = sorted({core.node for core in described})
     return (
-        f"{len(cores.allowed_cpus())} of {psutil.cpu_count()} may be used: {len(described)} cores "
+        f"{len(cpus.allowed_cpus())} of {psutil.cpu_count()} may be used: {len(described)} cores "
         f"on {len(nodes)} NUMA {'node' if len(nodes) == 1 else 'nodes'}"
     )
 
