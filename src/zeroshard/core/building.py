@@ -21,7 +21,7 @@ from zeroshard.core.pending import PendingParameter
 from zeroshard.core.pulled import withdraw
 from zeroshard.core.reductions import withdraw_reductions
 from zeroshard.core.slots import disown, enrol, full_shape, is_waiting, slot_of, strike
-from zeroshard.core.store import DeviceStore
+from zeroshard.core.store import ON_DEVICE, Place
 from zeroshard.core.unit import Companion, Keeper, Member, Precision, Unit, plain
 from zeroshard.core.values import deal, pass_round, put
 
@@ -146,6 +146,7 @@ def build_unit(
     lifetime: Lifetime,
     mesh: Mesh,
     precision: Precision,
+    shards: Place = ON_DEVICE,
     as_bytes: bool = False,
 ) -> Unit:
     """Move parameters into a new unit, with the values of rank 0. A collective.
@@ -160,6 +161,8 @@ def build_unit(
         lifetime: when full parameters and gradients exist.
         mesh: the ranks.
         precision: the dtypes of parameters and gradients.
+        shards: where the shard is kept if parameters do not stay full. One that is the master
+            weights stays with them.
         as_bytes: keep parameters and companions as they are, each in its dtype; for frozen ones.
             See [Note: byte units].
     """
@@ -185,6 +188,12 @@ def build_unit(
         _vacate(members, mesh)
         if full is None:
             full = torch.empty(layout.full_numel, dtype=compute, device=mesh.device)
+        buffer = pieces.buffer(full, layout, as_bytes=as_bytes)
+        if not lifetime.params_stay:
+            buffer.release()
+        is_master = trained and compute == wide
+        place = ON_DEVICE if lifetime.params_stay or is_master else shards
+        store = place.store(shard, mesh)
         master = shard
         if trained and compute != wide:
             # Of a larger buffer only a part is kept, which must not keep the rest.
@@ -199,8 +208,8 @@ def build_unit(
         members,
         lifetime,
         mesh,
-        full=pieces.buffer(full, layout, as_bytes=as_bytes),
-        store=DeviceStore(shard),
+        full=buffer,
+        store=store,
         master=master if trained else None,
         gradient=gradient,
         precision=precision,
@@ -212,7 +221,7 @@ def build_unit(
     if lifetime.params_stay:
         unit.wait()
     else:
-        unit.free()
+        unit.hide()
     return unit
 
 
@@ -236,8 +245,7 @@ def _values(
             waiting.setdefault(piece.unit, []).append((index, piece.index))
     for unit, places in waiting.items():
         old = unit.layout
-        shard = unit._store.read(out.new_empty(old.shard_numel))
-        for given, row in pass_round(shard, old, unit.mesh):
+        for given, row in pass_round(unit._store.home, old, unit.mesh):
             for index, old_index in places:
                 inside = old.within(old_index, given)
                 start = old.full(old_index).start + inside.start - given.start

@@ -13,11 +13,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Depot", "DeviceDepot"]
+__all__ = ["Depot", "DeviceDepot", "PlainDepot"]
 
 
 class Depot(Protocol):
     """A home for tensors."""
+
+    @property
+    def is_near(self) -> bool:
+        """Whether kernels of the device work on its tensors where they are."""
+        ...
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +56,8 @@ class Depot(Protocol):
 class DeviceDepot:
     """The memory of the device itself."""
 
+    is_near = True
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.nbytes = 0
@@ -70,3 +77,12 @@ class DeviceDepot:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class PlainDepot(DeviceDepot):
+    """Ordinary memory of the host: each tensor's goes back to the system with the tensor."""
+
+    is_near = False
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
