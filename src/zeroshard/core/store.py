@@ -16,7 +16,7 @@ for both before it touches the memory itself.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -26,7 +26,24 @@ from zeroshard.core.depot import Depot
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.ticket import DONE, Mark, Ticket
 
-__all__ = ["ON_DEVICE", "DeviceStore", "HostStore", "OnDevice", "OnHost", "Place", "Store"]
+__all__ = [
+    "ON_DEVICE",
+    "DeviceStore",
+    "HostStore",
+    "OnDevice",
+    "OnHost",
+    "Place",
+    "Reader",
+    "Store",
+]
+
+
+class Reader(Protocol):
+    """Reads shards ahead of their gathers."""
+
+    def expect(self, coming: Iterable[Store]) -> None:
+        """Read what is to come, nearest first, as far as there is room."""
+        ...
 
 
 class Store(Protocol):
@@ -40,6 +57,16 @@ class Store(Protocol):
     @property
     def tensors(self) -> Sequence[Tensor]:
         """What it keeps on the device."""
+        ...
+
+    @property
+    def reader(self) -> Reader | None:
+        """What brings it nearer ahead of its use; None where it is near enough."""
+        ...
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether :meth:`feed` makes the host wait for nothing."""
         ...
 
     @property
@@ -82,6 +109,9 @@ class Store(Protocol):
 
 class DeviceStore:
     """A shard in device memory, possibly a part of a larger tensor."""
+
+    reader = None
+    is_at_hand = True
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -130,6 +160,8 @@ class HostStore:
 
     nbytes = 0
     tensors = ()
+    reader = None
+    is_at_hand = True
 
     def __init__(self, home: Tensor, depot: Depot, mesh: Mesh) -> None:
         self._home, self._copies = home, _Copies()

@@ -345,6 +345,11 @@ class Unit:
         return self.transport.memory is not None
 
     @property
+    def store(self) -> Store:
+        """What keeps the shard."""
+        return self._store
+
+    @property
     def is_shard_near(self) -> bool:
         """Whether the shard is kept on the device."""
         return bool(self._store.tensors)
