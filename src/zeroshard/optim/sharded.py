@@ -505,6 +505,7 @@ class ShardedOptimizer:
         """Step inside, beside the computation if state comes from elsewhere."""
         if not self._far:
             yield
+            self.mesh.parcels.settle()
             return
         for unit in self.units:
             unit.end_gather()
