@@ -420,9 +420,13 @@ class Unit:
         Args:
             edits: they are about to be changed there, so nothing that was read ahead holds.
         """
-        self.end_step()
+        self.await_step()
         if self.recall is not None:
             self.recall(edits)
+
+    def await_step(self) -> None:
+        """Let the current stream wait for a step under way, which the computation still waits for."""
+        self._step.wait()
 
     def _end_gather(self) -> None:
         self.end_step()
