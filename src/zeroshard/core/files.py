@@ -20,7 +20,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ class FileSettings:
 
     Attributes:
         block_bytes: what one request reads or writes at most; rounded up to :data:`ALIGNMENT`.
-        depth: requests under way at once, reads and writes together.
+        depth: reads under way at once, and writes beside them.
         direct: whether to go around the page cache where the file system can.
     """
 
@@ -104,11 +104,11 @@ class _Job:
 class FileDepot:
     """A file in a folder on a drive, as a home for tensors.
 
-    Reads and writes run in the order in which they are asked for, but overlap: two of them that
-    concern the same bytes need a wait in between. The tensors are coherent with them, in both
-    directions: what was written is seen through the tensor, and an edit through the tensor is what
-    the next read brings. The first bytes of the file are there to try that out on the spot; where
-    it does not hold, and where direct I/O is refused, everything goes through the page cache.
+    Reads begin in the order in which they are asked for, and so do writes, but all overlap: two of
+    them that concern the same bytes need a wait in between. The tensors are coherent with them, in
+    both directions: what was written is seen through the tensor, and an edit through the tensor is
+    what the next read brings. The first bytes of the file are there to try that out on the spot;
+    where it does not hold, and where direct I/O is refused, everything goes through the page cache.
 
     After a failed read or write the file is not used any more: every later call raises.
     """
@@ -135,9 +135,14 @@ class FileDepot:
         self._failure: str | None = None
         self._jobs: set[Future[None]] = set()
         self._bounce = threading.local()
-        self._pool = ThreadPoolExecutor(settings.depth, thread_name_prefix="zeroshard-files")
+        # Two, for a read that the step waits for is not to queue up behind writes that can wait.
+        self._readers, self._writers = (
+            ThreadPoolExecutor(settings.depth, f"zeroshard-files-{what}") for what in ("in", "out")
+        )
         self._plain, direct = self._open(want_direct=settings.direct)
-        self._close = weakref.finalize(self, _close, self._plain, direct, self._pool)
+        self._close = weakref.finalize(
+            self, _close, (self._readers, self._writers), (self._plain, direct)
+        )
         self._trial = self._map(self._extend(ALIGNMENT))
         self._direct: int | None = direct
         if settings.direct and (reason := self._why_not_direct()):
@@ -215,11 +220,11 @@ class FileDepot:
                 future if this one does.
             UsageError: these tensors cannot be the two sides of a read.
         """
-        return self._start(home, into, self._read_block)
+        return self._start(home, into, self._readers, self._read_block)
 
     def write(self, home: Tensor, source: Tensor) -> Future[None]:
         """Write host memory to a range of the file; as :meth:`read`, the other way round."""
-        return self._start(home, source, self._write_block)
+        return self._start(home, source, self._writers, self._write_block)
 
     def drain(self) -> None:
         """Wait until no read or write is under way.
@@ -351,7 +356,11 @@ class FileDepot:
     # Reads and writes.
 
     def _start(
-        self, home: Tensor, memory: Tensor, block: Callable[[int, memoryview], None]
+        self,
+        home: Tensor,
+        memory: Tensor,
+        pool: ThreadPoolExecutor,
+        block: Callable[[int, memoryview], None],
     ) -> Future[None]:
         self.check()
         offset = self._offset(home)
@@ -378,7 +387,7 @@ class FileDepot:
 
         for start in starts:
             try:
-                self._pool.submit(run, start)
+                pool.submit(run, start)
             except RuntimeError as error:  # the interpreter is going down
                 job.end(error)
         return job.future
@@ -486,9 +495,10 @@ def _why_no_file(folder: Path, name: str, error: OSError) -> str:
     )
 
 
-def _close(plain: int, direct: int | None, pool: ThreadPoolExecutor) -> None:
-    pool.shutdown(wait=True)
-    for handle in (plain, direct):
+def _close(pools: Iterable[ThreadPoolExecutor], handles: Iterable[int | None]) -> None:
+    for pool in pools:
+        pool.shutdown()
+    for handle in handles:
         if handle is not None:
             os.close(handle)
 
