@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from zeroshard.core.files import ALIGNMENT, FileDepot, FileSettings
+from zeroshard.core.slab import HostDepot
 
 __all__ = [
     "BYTES_OF_AN_UPDATE",
     "Bus",
     "Drive",
-    "aligned",
     "bus",
     "drive",
     "host_copy",
+    "host_memory",
     "host_update",
 ]
 
@@ -153,11 +154,18 @@ def drive(
         depot.close()
 
 
-def aligned(nbytes: int, *, pin: bool) -> Tensor:
-    """Host memory that begins at a multiple of 4096 bytes, of random content."""
-    memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pin)
-    begin = -memory.data_ptr() % ALIGNMENT
-    return memory[begin : begin + nbytes].random_()
+def host_memory(device: torch.device, count: int, nbytes: int) -> list[Tensor]:
+    """Pieces of host memory of so many bytes each, as training has them for this device.
+
+    They are page-locked for a GPU, for as long as one of them lives.
+
+    Raises:
+        OffloadError: the host has not enough memory left, or does not let it be locked.
+    """
+    depot = HostDepot(device, pin=True, name="io-bench")
+    pieces = [depot.take(nbytes, torch.uint8).random_() for _ in range(count)]
+    depot.seal()
+    return pieces
 
 
 class _Lane:
@@ -165,12 +173,9 @@ class _Lane:
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         self.device = device
-        with torch.cuda.device(device):
-            self._here, self._there = (
-                [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)],
-                [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2)],
-            )
-            self._streams = [torch.cuda.Stream(device) for _ in range(2)]
+        self._here = host_memory(device, 2, nbytes)
+        self._there = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)]
         torch.cuda.synchronize(device)
 
     def copy_in(self) -> None:

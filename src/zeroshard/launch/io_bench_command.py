@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 
 from zeroshard.errors import UsageError, compose
+from zeroshard.host.memory import bytes_free, in_words
 
 __all__ = ["BusRate", "DriveRate", "Model", "Rates", "Room", "io_bench", "what_it_means"]
 
@@ -198,14 +199,13 @@ def io_bench(
     if nbytes > free:
         raise UsageError(
             compose(
-                f"the file would take {nbytes / _GIB:.2f} GiB in {path}, and {free / _GIB:.2f} GiB "
-                "are free.",
+                f"the file would take {in_words(nbytes)} in {path}, and {in_words(free)} are free.",
                 hint="name a smaller --size, or another folder.",
             )
         )
     settings = [(max(round(block * _MIB), 1), depth) for block in blocks for depth in depths]
     rates = _measure(path, nbytes, seconds, settings)
-    room = Room(host_bytes_free=_host_bytes_free(), drive_bytes_free=free)
+    room = Room(host_bytes_free=bytes_free() or 0, drive_bytes_free=free)
     models = tuple(what_it_means(count, rates, room) for count in parameters)
     found = Found(str(path), rates, room, models)
     if as_json:
@@ -227,12 +227,13 @@ def _measure(path: Path, nbytes: int, seconds: float, settings: Sequence[tuple[i
         found = rates.bus(chosen, buffer, seconds)
         return BusRate(len(chosen), found.to_devices, found.to_host, found.both_ways)
 
-    memory = rates.aligned(buffer, pin=bool(devices)), rates.aligned(buffer, pin=bool(devices))
+    device = devices[0] if devices else torch.device("cpu")
+    source, target = rates.host_memory(device, 2, buffer)
     drives: list[DriveRate] = []
     is_direct = True
     for number, (block, depth) in enumerate(settings, 1):
         _say(f"measuring the drive, {number} of {len(settings)}")
-        found = rates.drive(path, FileSettings(block, depth), nbytes, memory, seconds)
+        found = rates.drive(path, FileSettings(block, depth), nbytes, (source, target), seconds)
         drives.append(DriveRate(block, depth, found.write, found.read, found.both_ways))
         is_direct = is_direct and found.is_direct
     _say("measuring the host")
@@ -252,12 +253,6 @@ def _measure(path: Path, nbytes: int, seconds: float, settings: Sequence[tuple[i
         drive=tuple(drives),
         drive_is_direct=is_direct,
     )
-
-
-def _host_bytes_free() -> int:
-    import psutil  # noqa: PLC0415 - as above
-
-    return psutil.virtual_memory().available
 
 
 def _say(what: str) -> None:

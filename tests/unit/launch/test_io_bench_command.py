@@ -118,7 +118,7 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_measured(
 ) -> None:
     code, out, err = run(str(tmp_path), "--size", "1e9")
     assert (code, out) == (2, "")
-    assert f"the file would take 1000000000.00 GiB in {tmp_path}, and " in err
+    assert f"the file would take 1000000000.0 GiB in {tmp_path}, and " in err
     assert "hint: name a smaller --size" in err
 
 
