@@ -84,12 +84,7 @@ class CudaPinner:
         cudart: Any = torch.cuda.cudart()
         with torch.cuda.device(self.device):
             status = cudart.cudaHostRegister(address, nbytes, 1)  # cudaHostRegisterPortable
-            if int(status) == 0:
-                return None
-            # The runtime tells an error once more, to whoever launches the next kernel.
-            with suppress(RuntimeError):
-                torch.ones(1, device=self.device)
-        return self._reason(cudart, status)
+            return self._reason(cudart, status)
 
     def unlock(self, address: int) -> str | None:
         """Wait for the device, and unlock what was locked at an address; the reason if not."""
@@ -97,11 +92,14 @@ class CudaPinner:
         with torch.cuda.device(self.device):
             with suppress(RuntimeError):  # of a kernel that failed, whoever wants its result hears
                 torch.cuda.synchronize()
-            status = cudart.cudaHostUnregister(address)
-        return None if int(status) == 0 else self._reason(cudart, status)
+            return self._reason(cudart, cudart.cudaHostUnregister(address))
 
-    @staticmethod
-    def _reason(cudart: Any, status: Any) -> str:
+    def _reason(self, cudart: Any, status: Any) -> str | None:
+        if int(status) == 0:
+            return None
+        # The runtime tells an error once more, to whoever launches the next kernel.
+        with suppress(RuntimeError):
+            torch.ones(1, device=self.device)
         return f"{cudart.cudaGetErrorString(status)} (CUDA error {int(status)})"
 
 
