@@ -113,6 +113,8 @@ class FileDepot:
     After a failed read or write the file is not used any more: every later call raises.
     """
 
+    is_near = False
+
     def __init__(
         self, folder: str | os.PathLike[str], *, name: str, settings: FileSettings | None = None
     ) -> None:
