@@ -26,7 +26,7 @@ from zeroshard.core.hooks import Runtime, Site
 from zeroshard.core.host import trim
 from zeroshard.core.init import suspended
 from zeroshard.core.leaves import CONTAINERS, marked
-from zeroshard.core.lifetime import Lifetime, lifetime
+from zeroshard.core.lifetime import Lifetime, Offload, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh, default_mesh
 from zeroshard.core.pulled import UnavailableError, share
 from zeroshard.core.reductions import reduce_by_pulls
@@ -42,12 +42,13 @@ from zeroshard.engine.activations import Activations, forget, layers_of
 from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.budget import GIB
 from zeroshard.engine.data import ShardedLoader, make_loader
-from zeroshard.engine.depots import Depots
+from zeroshard.engine.depots import Depots, staging_bytes
 from zeroshard.engine.engine import Engine, Settings
 from zeroshard.engine.headroom import Claim, Folder, check_room
 from zeroshard.engine.meter import meter_of
 from zeroshard.engine.optimizer import ZeroOptimizer
 from zeroshard.engine.placement import (
+    Home,
     Placed,
     Sizes,
     averages,
@@ -159,9 +160,12 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     settle(model)
     device = world.device()
     batch = settings.batch(dist.get_world_size())
-    life = lifetime(settings.zero_optimization.stage, dist.get_world_size())
-
     trains = optimizer is not None or settings.optimizer is not None
+    life = lifetime(
+        settings.zero_optimization.stage,
+        dist.get_world_size(),
+        _offloads(settings, trains=trains),
+    )
     _take_over(model, device, trains=trains)
     inner = _resolve_optimizer(optimizer, model, model_parameters, settings)
     trained = set(optimizer_parameters(inner)) if inner is not None else set[nn.Parameter]()
@@ -187,11 +191,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     groups = _choose_groups(model, trained, life, settings, device)
     placed = _place(groups, life, shard_size, inner, settings, device)
 
-    wanted = settings.compile
-    if wanted.enabled:
-        problem = compiled.objection(wanted.backend, wanted.kwargs, frees=not life.params_stay)
-        if problem is not None:
-            raise ConfigError(f'"compile": {problem}')
+    _check_compile(settings.compile, frees=not life.params_stay)
 
     mesh = build_mesh(shard_size, device, timeout=world.patience())
     depots = _make_depots(model, placed, settings, mesh)
@@ -232,8 +232,8 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         training_dataloader=loader,
         local_rank=world.local_rank(),
     )
-    if wanted.enabled:
-        engine.compile(wanted.backend, wanted.kwargs)
+    if settings.compile.enabled:
+        engine.compile(settings.compile.backend, settings.compile.kwargs)
     _limit_activations(engine, settings)
     return engine, engine.optimizer, loader, scheduler
 
@@ -563,6 +563,14 @@ def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
         )
 
 
+def _check_compile(wanted: configuration.CompileConfig, *, frees: bool) -> None:
+    problem = None
+    if wanted.enabled:
+        problem = compiled.objection(wanted.backend, wanted.kwargs, frees=frees)
+    if problem is not None:
+        raise ConfigError(f'"compile": {problem}')
+
+
 def _choose_groups(
     model: nn.Module,
     trained: set[nn.Parameter],
@@ -625,6 +633,13 @@ def _place(
     return plan(groups, sizes.of, wished, partial(buffer_bytes, wished, optimizer, device))
 
 
+def _offloads(settings: configuration.Config, *, trains: bool) -> list[Offload]:
+    """What may leave the device."""
+    wished = wishes(settings, trains=trains)
+    homes: Mapping[Offload, Home] = {"parameters": wished.shards, "state": wished.state}
+    return [kind for kind, home in homes.items() if home != "none"]
+
+
 def _shard(
     model: nn.Module,
     placed: Sequence[Placed],
@@ -642,13 +657,16 @@ def _shard(
     units: list[Unit] = []
     for each in placed:
         group = each.group
+        # On one rank, a shard that stays on the device is better off as a unit that stays full.
+        stays = group.kind.persistent or (mesh.shard.size == 1 and each.shard == "none")
         unit = build_unit(
             group.members,
             trained=group.kind.trained,
-            lifetime=life.with_params_that_stay() if group.kind.persistent else life,
+            lifetime=life.with_params_that_stay() if stays else life,
             mesh=mesh,
             precision=replace(dtypes, compute=group.kind.compute),
             state=depots.state(each.state),
+            shards=depots.shards(each.shard),
             as_bytes=group.kind.as_bytes,
         )
         units.append(unit)
@@ -675,7 +693,7 @@ def _make_depots(
     try:
         if any(each.state != "none" or each.shard != "none" for each in placed):
             claim = Claim(
-                host_bytes=host_bytes(placed),
+                host_bytes=host_bytes(placed) + staging_bytes(placed, settings),
                 returned_bytes=_bytes_on_host(model) if mesh.device.type != "cpu" else 0,
                 folders=[
                     Folder(f"zero_optimization.{name}.nvme_path", block.nvme_path or "", nbytes)
@@ -691,8 +709,7 @@ def _make_depots(
             )
             check_room(claim, mesh, bytes_free)
             with agreed(mesh, "make a home for what leaves its device", OffloadError):
-                for each in placed:
-                    depots.state(each.state)
+                depots.make(placed)
     except OffloadError:
         mesh.destroy()
         raise
@@ -734,11 +751,13 @@ def _share(units: Sequence[Unit], mesh: Mesh, how: str) -> None:
     """Let units be gathered by reads of other ranks' memory, where that is wanted and possible."""
     if how == "nccl":
         return
-    pulled = [unit for unit in units if not unit.lifetime.params_stay]
+    # Nobody reads host memory of another rank.
+    pulled = [unit for unit in units if not unit.lifetime.params_stay and unit.is_shard_near]
     if not pulled:
         if how != "auto":
             _log.info(
-                'zeroshard.gather: "copy_engine" has no effect: no parameters are freed after use.'
+                'zeroshard.gather: "copy_engine" has no effect: no parameters are freed after use '
+                "whose shards are on the device."
             )
         return
     if how == "auto" and mesh.device.type == "cpu":

@@ -261,6 +261,7 @@ class Pipeline:
         for slot in self._idle:
             slot.left.wait()
         self._idle.clear()
+        self._mesh.parcels.settle()
 
 
 def _free_bytes(device: torch.device) -> int:
