@@ -233,6 +233,8 @@ class HostDepot:
     For one thread at a time.
     """
 
+    is_near = False
+
     def __init__(
         self,
         device: torch.device,
