@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -278,6 +278,15 @@ CLAIMS = {
 }
 
 
+_OF_GPUS = ("allocated", "reserved")
+# Why there may be no figure although the engine ran.
+_WITHOUT = {
+    "hidden": "no profile with communication",
+    "pinned": "nothing is off the device",
+    "disk": "nothing was read or written",
+}
+
+
 def judge(requirement: Requirement, records: Sequence[Record]) -> Verdict:
     """Compare a requirement with the records of one run."""
     ours = [each for each in records if each["engine"] == requirement.ours]
@@ -292,15 +301,10 @@ def judge(requirement: Requirement, records: Sequence[Record]) -> Verdict:
     if requirement.figure == "scaling" and len({each["ranks"] for each in ours}) < 2:
         return Verdict(requirement, asked, None, "one number of ranks only")
     figures = [each["result"] for each in (*ours, *peers)]
-    mine = max(ours, key=lambda each: each["ranks"])["result"]
-    if requirement.figure == "hidden" and _hidden(mine) is None:
-        return Verdict(requirement, asked, None, "no profile with communication")
-    if requirement.figure == "pinned":
-        if not _pinned(mine):
-            return Verdict(requirement, asked, None, "nothing is off the device")
-    elif requirement.is_ceiling and any(each["allocated_gib"] is None for each in figures):
+    if requirement.figure in _OF_GPUS and any(each["allocated_gib"] is None for each in figures):
         return Verdict(requirement, asked, None, "no GPU")
-    return Verdict(requirement, asked, _measured(requirement, ours, peers))
+    measured = _measured(requirement, ours, peers)
+    return Verdict(requirement, asked, measured, _WITHOUT.get(requirement.figure, ""))
 
 
 def _hidden(result: Record) -> float | None:
@@ -308,27 +312,31 @@ def _hidden(result: Record) -> float | None:
 
 
 def _pinned(result: Record) -> float | None:
-    """Page-locked bytes over bytes of state, on the rank with most of them for its state."""
+    """Page-locked bytes over bytes of state, on the rank where that is most."""
     found = [each for each in result.get("off_device", ()) if each]
     return max((each["pinned_bytes"] / each["state_bytes"] for each in found), default=None)
 
 
-def _measured(requirement: Requirement, ours: list[Record], peers: list[Record]) -> float:
+_ALONE: Mapping[str, Callable[[Record], float | None]] = {
+    "hidden": _hidden,
+    "pinned": _pinned,
+    "reserved": lambda mine: mine["reserved_gib"] / mine["allocated_gib"],
+    "disk": lambda mine: mine["disk_ratio"],
+}
+_OVER_A_PEER: Mapping[str, Callable[[Record, Record], float]] = {
+    "speed": lambda mine, theirs: theirs["median_s"] / mine["median_s"],
+    "allocated": lambda mine, theirs: mine["allocated_gib"] / theirs["allocated_gib"],
+    "parameters": lambda mine, theirs: mine["parameters"] / theirs["parameters"],
+}
+
+
+def _measured(
+    requirement: Requirement, ours: Sequence[Record], peers: Sequence[Record]
+) -> float | None:
     mine = max(ours, key=lambda each: each["ranks"])["result"]
-    if requirement.figure == "hidden":
-        return mine["profile"]["hidden"]["both"]
-    if requirement.figure == "pinned":
-        return _pinned(mine) or 0.0
-    if requirement.figure == "disk":
-        return mine["disk_ratio"]
-    if requirement.figure == "reserved":
-        return mine["reserved_gib"] / mine["allocated_gib"]
     if requirement.figure == "scaling":
         fewest = min(ours, key=lambda each: each["ranks"])["result"]
         return fewest["median_s"] / mine["median_s"]
-    theirs = peers[0]["result"]
-    if requirement.figure == "parameters":
-        return mine["parameters"] / theirs["parameters"]
-    if requirement.figure == "speed":
-        return theirs["median_s"] / mine["median_s"]
-    return mine["allocated_gib"] / theirs["allocated_gib"]
+    if requirement.figure in _ALONE:
+        return _ALONE[requirement.figure](mine)
+    return _OVER_A_PEER[requirement.figure](mine, peers[0]["result"])

@@ -28,6 +28,7 @@ __all__ = [
     "llama_config",
     "off_device",
     "unavailable",
+    "zeroshard_configuration",
 ]
 
 SEED = 0
@@ -291,13 +292,9 @@ def _zeroshard(model: nn.Module, variant: Variant, workload: Workload) -> Traine
         model=model,
         optimizer=adamw(model.parameters()),
         config=variant.configuration(
-            {
-                "train_micro_batch_size_per_gpu": workload.batch,
-                "gradient_clipping": CLIP,
-                "bf16": {"enabled": workload.dtype == "bf16"},
-                "communication_data_type": workload.reduce if workload.dtype == "bf16" else "fp32",
-                "zero_optimization": {"stage": variant.stage},
-            }
+            zeroshard_configuration(
+                variant.stage or 0, workload.batch, workload.dtype, workload.reduce
+            )
         ),
     )
     if workload.compile:
@@ -310,6 +307,19 @@ def _zeroshard(model: nn.Module, variant: Variant, workload: Workload) -> Traine
         bytes_beside=lambda: bytes_beside(engine),
         off_device=lambda: off_device(engine),
     )
+
+
+def zeroshard_configuration(
+    stage: int, batch: int, dtype: str = "bf16", reduce: str = "bf16"
+) -> dict[str, Any]:
+    """Return our JSON, in which only what the engines have in common is set."""
+    return {
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_clipping": CLIP,
+        "bf16": {"enabled": dtype == "bf16"},
+        "communication_data_type": reduce if dtype == "bf16" else "fp32",
+        "zero_optimization": {"stage": stage},
+    }
 
 
 def off_device(engine: zeroshard.Engine) -> OffDevice | None:

@@ -125,10 +125,10 @@ def _rows(records: Sequence[Record]) -> list[list[str]]:
 
 
 def _loss(one: Record, reference: Record | None) -> str:
-    if one is reference:
-        return "reference"
     if reference is None or "losses" not in one["result"] or one["ranks"] != reference["ranks"]:
         return _EMPTY
+    if one is reference:
+        return "reference"
     first, most = loss_differences(one, reference)
     return f"{first:.0e} / {most:.0e}"
 

@@ -21,6 +21,13 @@ class Shape:
     intermediate: int
     vocab: int = 128256
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model, whose head is not its embedding."""
+        attention = 2 * self.hidden * self.hidden // self.heads * (self.heads + self.kv_heads)
+        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return self.layers * layer + (2 * self.vocab + 1) * self.hidden
+
 
 SHAPES = {
     "tiny": Shape(64, 2, 4, 2, 128, 256),
