@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zeroshard.core.collectives import broadcast_
+from zeroshard.core.depot import Depot, DeviceDepot
 from zeroshard.core.flat import FlatBuffer
 from zeroshard.core.freed import FreedParameter, freed_class
 from zeroshard.core.layout import Layout, Range
@@ -146,6 +147,7 @@ def build_unit(
     lifetime: Lifetime,
     mesh: Mesh,
     precision: Precision,
+    state: Depot | None = None,
     as_bytes: bool = False,
 ) -> Unit:
     """Move parameters into a new unit, with the values of rank 0. A collective.
@@ -160,10 +162,12 @@ def build_unit(
         lifetime: when full parameters and gradients exist.
         mesh: the ranks.
         precision: the dtypes of parameters and gradients.
+        state: where master weights and the optimizer's state are kept; None is the device.
         as_bytes: keep parameters and companions as they are, each in its dtype; for frozen ones.
             See [Note: byte units].
     """
     assert not (trained and as_bytes), f"{members[0].name}: only frozen parameters are bytes"
+    state = DeviceDepot(mesh.device) if state is None else state
     params = [member.param for member in members]
     pieces = _pieces_of(members)
     own_dtype = torch.uint8 if as_bytes else params[0].dtype
@@ -186,7 +190,9 @@ def build_unit(
         if full is None:
             full = torch.empty(layout.full_numel, dtype=compute, device=mesh.device)
         master = shard
-        if trained and compute != wide:
+        if trained and not state.is_near:
+            master = state.take(values.numel(), wide).copy_(values)
+        elif trained and compute != wide:
             # Of a larger buffer only a part is kept, which must not keep the rest.
             master = values.to(wide, copy=lifetime.params_stay)
         if trained:
@@ -202,6 +208,7 @@ def build_unit(
         full=pieces.buffer(full, layout, as_bytes=as_bytes),
         store=DeviceStore(shard),
         master=master if trained else None,
+        state=state,
         gradient=gradient,
         precision=precision,
         companions=pieces.companions,

@@ -20,6 +20,11 @@ class Depot(Protocol):
     """A home for tensors."""
 
     @property
+    def is_near(self) -> bool:
+        """Whether kernels of the device work on its tensors where they are."""
+        ...
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors that were taken and not given back."""
         ...
@@ -50,6 +55,8 @@ class Depot(Protocol):
 
 class DeviceDepot:
     """The memory of the device itself."""
+
+    is_near = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
