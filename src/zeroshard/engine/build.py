@@ -20,16 +20,18 @@ from zeroshard import config as configuration
 from zeroshard.core import world
 from zeroshard.core.building import build_unit
 from zeroshard.core.collectives import MEAN, Exchange, all_reduce_, broadcast_
+from zeroshard.core.depot import PlainDepot
 from zeroshard.core.hooks import Runtime, Site
 from zeroshard.core.host import trim
 from zeroshard.core.init import suspended
 from zeroshard.core.leaves import CONTAINERS, marked
-from zeroshard.core.lifetime import Lifetime, lifetime
+from zeroshard.core.lifetime import Lifetime, Offload, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh, default_mesh
 from zeroshard.core.pulled import UnavailableError, share
 from zeroshard.core.reductions import reduce_by_pulls
 from zeroshard.core.schedule import Limits, Schedule
 from zeroshard.core.slots import is_waiting, slot_of
+from zeroshard.core.store import ON_DEVICE, OnHost
 from zeroshard.core.trial import least_bytes
 from zeroshard.core.unit import Unit
 from zeroshard.core.usage import GradientWatch
@@ -143,7 +145,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     settle(model)
     device = world.device()
     batch = settings.batch(dist.get_world_size())
-    life = lifetime(settings.zero_optimization.stage, dist.get_world_size())
+    life = lifetime(settings.zero_optimization.stage, dist.get_world_size(), _offloads(settings))
 
     trains = optimizer is not None or settings.optimizer is not None
     _take_over(model, device, trains=trains)
@@ -580,6 +582,11 @@ def _choose_groups(
     )
 
 
+def _offloads(settings: configuration.Config) -> list[Offload]:
+    """What is kept off the device."""
+    return ["parameters"] if settings.zero_optimization.offload_param.device != "none" else []
+
+
 def _shard(
     model: nn.Module,
     groups: list[Group],
@@ -593,6 +600,7 @@ def _shard(
     dtypes = precision(settings, mesh.world)
     if any(is_waiting(param) for param in model.parameters()):
         gc.collect()  # waiting parameters that were replaced keep their shards in a cycle
+    shards = OnHost(PlainDepot()) if "parameters" in _offloads(settings) else ON_DEVICE
     units: list[Unit] = []
     for group in groups:
         unit = build_unit(
@@ -601,6 +609,7 @@ def _shard(
             lifetime=life.with_params_that_stay() if group.kind.persistent else life,
             mesh=mesh,
             precision=replace(dtypes, compute=group.kind.compute),
+            shards=shards,
             as_bytes=group.kind.as_bytes,
         )
         units.append(unit)
@@ -617,11 +626,13 @@ def _share(units: Sequence[Unit], mesh: Mesh, how: str) -> None:
     """Let units be gathered by reads of other ranks' memory, where that is wanted and possible."""
     if how == "nccl":
         return
-    pulled = [unit for unit in units if not unit.lifetime.params_stay]
+    # Nobody reads host memory of another rank.
+    pulled = [unit for unit in units if not unit.lifetime.params_stay and unit.is_shard_near]
     if not pulled:
         if how != "auto":
             _log.info(
-                'zeroshard.gather: "copy_engine" has no effect: no parameters are freed after use.'
+                'zeroshard.gather: "copy_engine" has no effect: no parameters are freed after use '
+                "whose shards are on the device."
             )
         return
     if how == "auto" and mesh.device.type == "cpu":

@@ -516,13 +516,14 @@ class ShardedOptimizer:
         """Step each unit in one pass and publish it, before the next one is stepped."""
         with self._stepping_inside():
             self.inner.step()  # finds no gradients; whoever wraps it knows that there was a step
-        factor = scaling.factor(self.mesh.device)
-        self._scalars = (factor, scaling)
+        scale = (scaling.factor(self.mesh.device), scaling.found_inf)
+        self._scalars = scale
         with torch.no_grad(), self._beside():
             for unit in self.units:
+                out = unit.shard_to_write()
                 for part in fused.parts(unit):
                     with self._pipeline.visiting(part.load) as tensors:
-                        fused.update(unit, part, tensors, factor, scaling.found_inf)
+                        fused.update(unit, part, tensors, out, scale)
                 self._publish([unit], is_written=True)
         fused.advance(scaling.found_inf)
 
