@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 import zeroshard
 from side_by_side.workload import SHAPES, Shape, Variant, Workload
 from zeroshard.core.pulled import Slab
+from zeroshard.core.slab import HostDepot
 
 __all__ = [
     "OffDevice",
@@ -323,13 +324,12 @@ def zeroshard_configuration(
 
 
 def off_device(engine: zeroshard.Engine) -> OffDevice | None:
-    """Return what an engine of ours keeps off the device on this rank, None where that is nothing.
-
-    Without a report of it, as that of an engine that keeps all on the device, too.
-    """
-    report = engine.memory()
-    state = getattr(report, "offloaded_bytes", 0)
-    return OffDevice(state, getattr(report, "pinned_bytes", 0)) if state else None
+    """Return what an engine of ours keeps off the device on this rank, None if that is nothing."""
+    of_units = {unit.state for unit in engine.runtime.units}
+    depots = [each for each in getattr(engine, "depots", of_units) if not each.is_near]
+    state = sum(depot.nbytes for depot in depots)
+    pinned = sum(depot.locked_bytes for depot in depots if isinstance(depot, HostDepot))
+    return OffDevice(state, pinned) if state else None
 
 
 def bytes_beside(engine: zeroshard.Engine) -> int:
