@@ -1060,10 +1060,10 @@ class Unit:
 
     @property
     def master_bytes(self) -> int:
-        """Bytes of master weights kept beside the parameters."""
-        if self.master is None or self.master.dtype == self._full.tensor.dtype:
+        """Bytes of master weights kept on the device, beside the parameters."""
+        if self.master is None or not self.state.is_near:
             return 0
-        return self.master.nbytes
+        return 0 if self.master.dtype == self._full.tensor.dtype else self.master.nbytes
 
 
 def plain(param: Tensor) -> Tensor:

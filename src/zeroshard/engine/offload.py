@@ -175,6 +175,8 @@ def offload(
 ) -> Offloaded:
     """Move kinds of state to the host; for the time between two passes.
 
+    State that is kept off the device already stays where it is.
+
     Raises:
         UsageError: parameters are gathered by somebody.
     """
@@ -206,7 +208,7 @@ def _copy_unit(unit: Unit, kinds: frozenset[OffloadStateTypeEnum], mover: _Mover
     wanted: list[Tensor | None] = []
     if _Kind.lp_params in kinds:
         wanted += held.parameters
-    if _Kind.hp_params in kinds:
+    if _Kind.hp_params in kinds and unit.state.is_near:
         wanted.append(held.master)
     if _Kind.lp_grads in kinds:
         wanted.append(held.grad_shard)
@@ -225,12 +227,11 @@ def _move_state(
     optimizer: torch.optim.Optimizer, units: Sequence[Unit], pin: bool, non_blocking: bool
 ) -> list[_MovedState]:
     moved: list[_MovedState] = []
-    for unit in units:
-        for piece in unit.slices:
-            for value in optimizer.state.get(piece, {}).values():
-                if not isinstance(value, Tensor) or not value.dim():
-                    continue
-                moved.append(_MovedState(value, value.device))
-                host = torch.empty_like(value, device="cpu", pin_memory=pin and value.is_cuda)
-                value.data = host.copy_(value, non_blocking=non_blocking)
+    for piece in (piece for unit in units if unit.state.is_near for piece in unit.slices):
+        for value in optimizer.state.get(piece, {}).values():
+            if not isinstance(value, Tensor) or not value.dim():
+                continue
+            moved.append(_MovedState(value, value.device))
+            host = torch.empty_like(value, device="cpu", pin_memory=pin and value.is_cuda)
+            value.data = host.copy_(value, non_blocking=non_blocking)
     return moved
