@@ -641,11 +641,6 @@ def _offloads(settings: configuration.Config, *, trains: bool) -> list[Offload]:
     return [kind for kind, home in homes.items() if home != "none"]
 
 
-def _place_of_shards(settings: configuration.Config) -> Place:
-    """Where the shards are kept of units that are freed after use."""
-    return OnHost(PlainDepot()) if "parameters" in _offloads(settings) else ON_DEVICE
-
-
 def _shard(
     model: nn.Module,
     placed: Sequence[Placed],
