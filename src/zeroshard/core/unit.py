@@ -396,7 +396,6 @@ class Unit:
         """Start making the parameters full. A collective over the shard axis, or a pull."""
         self.check_present()
         self._end_gather()
-        self.mesh.parcels.settle()
         with self._span("gather"):
             self._full.allocate()
             self._num_users = self._full.num_users
