@@ -281,8 +281,8 @@ class FileDepot:
         try:
             os.posix_fallocate(self._plain, offset, padded)
         except OSError as error:
+            os.ftruncate(self._plain, offset)  # gives back the part that it has got
             free = free_bytes(self._folder)
-            os.ftruncate(self._plain, offset)  # what it had got of it
             raise OffloadError(
                 compose(
                     f"{self._name} asked for {in_words(padded)} in {self._folder}, beside "

@@ -286,6 +286,22 @@ def test_a_full_drive_is_known_when_room_is_taken(drive: Path) -> None:
     depot.close()
 
 
+def test_the_part_that_a_full_drive_has_given_is_free_again(
+    drive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depot = FileDepot(drive, name="rank 0")
+    true, free = os.posix_fallocate, free_bytes(drive)
+
+    def give_half(handle: int, offset: int, nbytes: int) -> None:
+        true(handle, offset, nbytes // 2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", give_half)
+    with pytest.raises(OffloadError, match=f"and {in_words(free)} are free: No space left"):
+        depot.take(2 * MIB, torch.uint8)
+    depot.close()
+
+
 def test_what_is_given_back_is_room_for_others(drive: Path) -> None:
     depot = FileDepot(drive, name="rank 0")
     free = free_bytes(drive)
