@@ -141,9 +141,8 @@ class FileDepot:
             ThreadPoolExecutor(settings.depth, f"zeroshard-files-{what}") for what in ("in", "out")
         )
         self._plain, direct = self._open(want_direct=settings.direct)
-        self._close = weakref.finalize(
-            self, _close, (self._readers, self._writers), (self._plain, direct)
-        )
+        pools = self._readers, self._writers
+        self._close = weakref.finalize(self, _close, pools, (self._plain, direct))
         self._trial = self._bytes_of(self._extend(ALIGNMENT))
         self._direct: int | None = direct
         if settings.direct and (reason := self._why_not_direct()):
@@ -250,6 +249,8 @@ class FileDepot:
         Those that have not begun fail. Space is held for as long as a tensor that was taken lives.
         """
         self._failure = self._failure or f"{self._file} was closed."
+        for pool in (self._readers, self._writers):
+            pool.shutdown()
         self._close()
         self._places.clear()
         self.nbytes = 0
@@ -488,8 +489,9 @@ def _why_no_file(folder: Path, name: str, error: OSError) -> str:
 
 
 def _close(pools: Iterable[ThreadPoolExecutor], handles: Iterable[int | None]) -> None:
+    """End what a depot has when nothing is under way, since that would keep the depot alive."""
     for pool in pools:
-        pool.shutdown()
+        pool.shutdown(wait=False)  # this may be one of its threads
     for handle in handles:
         if handle is not None:
             os.close(handle)

@@ -434,6 +434,19 @@ def test_closing_ends_the_block_under_way_and_fails_those_that_wait(
     depot.close()
 
 
+def test_a_depot_that_nobody_closes_goes_when_its_last_transfer_is_over(tmp_path: Path) -> None:
+    depot = FileDepot(tmp_path, name="rank 0", settings=SMALL)
+    home = depot.take(64 * ALIGNMENT, torch.uint8)
+    future = depot.write(home, torch.full_like(home, 4))
+    del depot
+    future.result()
+    assert home.eq(4).all()
+    del home, future
+    with pytest.raises(AssertionError, match="is open"):
+        while descriptor(tmp_path):
+            os.sched_yield()
+
+
 # Where direct I/O cannot be had.
 
 
