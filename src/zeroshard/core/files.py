@@ -140,19 +140,18 @@ class FileDepot:
         self._readers, self._writers = (
             ThreadPoolExecutor(settings.depth, f"zeroshard-files-{what}") for what in ("in", "out")
         )
-        self._plain, direct = self._open(want_direct=settings.direct)
+        self._plain, self._direct, reason = self._open(want_direct=settings.direct)
         pools = self._readers, self._writers
-        self._close = weakref.finalize(self, _close, pools, (self._plain, direct))
+        self._close = weakref.finalize(self, _close, pools, (self._plain, self._direct))
         self._trial = self._bytes_of(self._extend(ALIGNMENT))
-        self._direct: int | None = direct
-        if settings.direct and (reason := self._why_not_direct()):
+        if self._direct is not None:
+            reason = self._why_not_direct(self._direct)
+        if reason:
             self._direct = None
             _log.warning(
                 "%s: files in %s are read and written through the page cache, which costs a copy "
                 "and host memory: %s",
-                name,
-                self._folder,
-                reason,
+                *(name, self._folder, reason),
             )
 
     @property
@@ -177,10 +176,16 @@ class FileDepot:
         return tensor
 
     def give_back(self, tensor: Tensor) -> None:
-        """Give the range back to the drive; no read or write of it may be under way."""
+        """Give the range back to the drive; no read or write of it is under way.
+
+        Raises:
+            UsageError: it is none of this depot, or was given back before.
+        """
         if not tensor.numel():
             return
-        place = self._places.pop(tensor.data_ptr())
+        place = self._places.pop(tensor.data_ptr(), None)
+        if place is None:
+            raise UsageError(f"a tensor was given back that was not taken from {self._file}.")
         self.nbytes -= place.nbytes
         punch(self._plain, place.offset, place.pages.nbytes)
 
@@ -261,20 +266,21 @@ class FileDepot:
     def _file(self) -> str:
         return f"the offload file of {self._name} in {self._folder}"
 
-    def _open(self, *, want_direct: bool) -> tuple[int, int | None]:
-        """Two descriptors of a new file without a name, the second for direct I/O."""
+    def _open(self, *, want_direct: bool) -> tuple[int, int | None, str]:
+        """Two descriptors of a new file, the second for direct I/O; or why there is no second."""
         try:
             plain, path = tempfile.mkstemp(prefix=".zeroshard-", dir=self._folder)
         except OSError as error:
             raise OffloadError(_why_no_file(self._folder, self._name, error)) from error
         try:
-            direct = os.open(path, os.O_RDWR | os.O_CLOEXEC | _O_DIRECT) if want_direct else None
-        except OSError:
-            direct = None
+            if want_direct:
+                return plain, os.open(path, os.O_RDWR | os.O_CLOEXEC | _O_DIRECT), ""
+        except OSError as error:
+            return plain, None, f"opening it for direct I/O: {error.strerror}."
         finally:
             # A run that is killed then leaves nothing behind, and nobody else can find the file.
             Path(path).unlink()
-        return plain, direct
+        return plain, None, ""
 
     def _extend(self, nbytes: int) -> _Place:
         """Lengthen the file by whole pages, whose space is had for certain."""
@@ -283,7 +289,7 @@ class FileDepot:
             os.posix_fallocate(self._plain, offset, padded)
         except OSError as error:
             os.ftruncate(self._plain, offset)  # gives back the part that it has got
-            free = free_bytes(self._folder)
+            free = _free(os.fstatvfs(self._plain))
             raise OffloadError(
                 compose(
                     f"{self._name} asked for {in_words(padded)} in {self._folder}, beside "
@@ -303,23 +309,21 @@ class FileDepot:
     def _bytes_of(place: _Place) -> Tensor:
         return torch.frombuffer(place.pages.buffer, dtype=torch.uint8, count=place.nbytes)
 
-    def _why_not_direct(self) -> str:
+    def _why_not_direct(self, handle: int) -> str:
         """Why direct I/O cannot be used here; nothing if it can.
 
         That the system refuses it may show at the first request only, and that it does not keep a
         mapping coherent never would.
         """
-        if self._direct is None:
-            return "it cannot be opened for direct I/O."
         page = mmap.mmap(-1, ALIGNMENT)
         try:
             for value in range(3):
                 self._trial.fill_(255 - value)
-                os.preadv(self._direct, [page], 0)
+                os.preadv(handle, [page], 0)
                 if page[:] != bytes([255 - value]) * ALIGNMENT:
                     return "direct I/O does not see what was stored through a mapping."
                 page[:] = bytes([value]) * ALIGNMENT
-                os.pwritev(self._direct, [page], 0)
+                os.pwritev(handle, [page], 0)
                 if not bool((self._trial == value).all()):
                     return "a mapping does not show what direct I/O has written."
         except OSError as error:
@@ -382,7 +386,7 @@ class FileDepot:
             try:
                 pool.submit(run, start)
             except RuntimeError as error:  # the interpreter is going down
-                job.end(error)
+                job.end(OffloadError(f"{self._file} cannot be used any more: {error}"))
         return job.future
 
     def _offset(self, home: Tensor) -> int:
@@ -472,20 +476,31 @@ def free_bytes(folder: Path) -> int:
         found = os.statvfs(folder)
     except OSError as error:
         raise OffloadError(_why_no_file(folder, "this process", error)) from error
+    return _free(found)
+
+
+def _free(found: os.statvfs_result) -> int:
     return found.f_bavail * found.f_frsize
 
 
 def _why_no_file(folder: Path, name: str, error: OSError) -> str:
     fact = f"{name} cannot make a file in {folder}: {error.strerror}."
     absolute = folder.absolute()
-    if absolute.is_dir():
+    if _is_folder(absolute):
         return compose(fact, hint="name a folder as nvme_path that this user may write to.")
-    existing = next(path for path in absolute.parents if path.is_dir())
+    existing = next(path for path in absolute.parents if _is_folder(path))
     return compose(
         f"{fact} Of its path, {existing} exists.",
         hint="mount the drive, correct nvme_path, or make the folder: it is not made here, lest "
         "files that are meant for a drive fill the disk of the system.",
     )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # in a folder that this user may not search
+        return False
 
 
 def _close(pools: Iterable[ThreadPoolExecutor], handles: Iterable[int | None]) -> None:

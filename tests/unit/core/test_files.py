@@ -117,6 +117,8 @@ def test_tensors_are_zeros_of_any_dtype_and_only_they_are_counted(tmp_path: Path
     assert [t.unique().tolist() for t in taken] == [[1], [2], [], [4]]
     depot.give_back(taken[1])
     assert depot.nbytes == 10 + 56
+    with pytest.raises(UsageError, match="given back that was not taken"):
+        depot.give_back(taken[1])
     depot.close()
     assert depot.nbytes == 0
 
@@ -491,7 +493,7 @@ def keep_what_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
-        (refuse_at_opening, "it cannot be opened for direct I/O"),
+        (refuse_at_opening, "opening it for direct I/O: Invalid argument"),
         (refuse_at_the_first_request, "direct I/O: Invalid argument"),
         (ignore_what_is_cached, "direct I/O does not see what was stored through a mapping"),
         (keep_what_is_mapped, "a mapping does not show what direct I/O has written"),
