@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 ALIGNMENT = 4096
 
 _MIB = 1 << 20
+_MOST_THREADS = 64  # in each direction; more of them wait for the same drive
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux alone has it
 
 
@@ -54,7 +55,7 @@ class FileSettings:
 
     Attributes:
         block_bytes: what one request reads or writes at most; rounded up to :data:`ALIGNMENT`.
-        depth: reads under way at once, and writes beside them.
+        depth: reads under way at once, and writes beside them; what is beyond 64 is not used.
         direct: whether to go around the page cache where the file system can.
     """
 
@@ -137,8 +138,9 @@ class FileDepot:
         self._jobs: set[Future[None]] = set()
         self._bounce = threading.local()
         # Two, for a read that the step waits for is not to queue up behind writes that can wait.
+        threads = min(settings.depth, _MOST_THREADS)
         self._readers, self._writers = (
-            ThreadPoolExecutor(settings.depth, f"zeroshard-files-{what}") for what in ("in", "out")
+            ThreadPoolExecutor(threads, f"zeroshard-files-{way}") for way in ("in", "out")
         )
         self._plain, self._direct, reason = self._open(want_direct=settings.direct)
         pools = self._readers, self._writers

@@ -160,7 +160,7 @@ def what_it_means(parameters: float, rates: Rates, room: Room) -> Model:
 @click.option(
     "--depth",
     "depths",
-    type=click.IntRange(1, 256),
+    type=click.IntRange(1, 64),
     multiple=True,
     default=(1, 8, 32),
     show_default=True,

@@ -436,6 +436,26 @@ def test_closing_ends_the_block_under_way_and_fails_those_that_wait(
     depot.close()
 
 
+def test_however_deep_the_queue_there_are_64_threads_in_a_direction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depot = FileDepot(tmp_path, name="rank 0", settings=FileSettings(ALIGNMENT, 256))
+    home = depot.take(100 * ALIGNMENT, torch.uint8)
+    may_go_on = threading.Event()
+
+    def wait(true: Callable[..., int], *args: Any) -> int:
+        may_go_on.wait()
+        return true(*args)
+
+    replace_calls(monkeypatch, "preadv", wait)
+    future = depot.read(home, aligned(home.nbytes))
+    names = [thread.name for thread in threading.enumerate()]
+    assert sum(name.startswith("zeroshard-files-in") for name in names) == 64
+    may_go_on.set()
+    future.result()
+    depot.close()
+
+
 def test_a_depot_that_nobody_closes_goes_when_its_last_transfer_is_over(tmp_path: Path) -> None:
     depot = FileDepot(tmp_path, name="rank 0", settings=SMALL)
     home = depot.take(64 * ALIGNMENT, torch.uint8)
