@@ -18,6 +18,7 @@ import mmap
 import os
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -40,6 +41,7 @@ ALIGNMENT = 4096
 
 _MIB = 1 << 20
 _MOST_THREADS = 64  # in each direction; more of them wait for the same drive
+_QUIET_BYTES = 1 << 30
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux alone has it
 
 
@@ -132,7 +134,7 @@ class FileDepot:
         self._folder, self._name = Path(folder), name
         self._block = _padded(settings.block_bytes)
         self.nbytes = 0
-        self._size = 0
+        self._size = self._sealed_bytes = 0
         self._places: dict[int, _Place] = {}  # by address
         self._failure: str | None = None
         self._jobs: set[Future[None]] = set()
@@ -198,6 +200,10 @@ class FileDepot:
             OffloadError: the drive did not take it.
         """
         self.drain()
+        begin, new = time.monotonic(), self.nbytes - self._sealed_bytes
+        level = logging.INFO if new >= _QUIET_BYTES else logging.DEBUG
+        what = self._name, in_words(self.nbytes), self._folder
+        _log.log(level, "%s: bringing %s to the drive of %s", *what)
         try:
             os.fdatasync(self._plain)
             for place in self._places.values():
@@ -205,6 +211,12 @@ class FileDepot:
             os.posix_fadvise(self._plain, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise self._fail(f"cannot be brought to the drive: {error.strerror}.") from error
+        self._sealed_bytes = self.nbytes
+        _log.log(
+            level,
+            "%s: %s are in a file without a name in %s after %.1f s: df shows it, ls does not",
+            *(*what, time.monotonic() - begin),
+        )
 
     def read(self, home: Tensor, into: Tensor) -> Future[None]:
         """Read a range of the file into host memory.

@@ -229,6 +229,7 @@ def _measure(path: Path, nbytes: int, seconds: float, settings: Sequence[tuple[i
 
     device = devices[0] if devices else torch.device("cpu")
     source, target = rates.host_memory(device, 2, buffer)
+    source.view(torch.int64).random_()
     drives: list[DriveRate] = []
     is_direct = True
     for number, (block, depth) in enumerate(settings, 1):
