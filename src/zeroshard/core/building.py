@@ -205,10 +205,9 @@ def build_unit(
             # Of a larger buffer only a part is kept, which must not keep the rest.
             master = values.to(wide, copy=lifetime.params_stay)
         if trained:
-            kept = precision.accumulate if lifetime.grads_stay else precision.reduce
-            buffer_dtype = torch.float64 if own_dtype == torch.float64 else kept
-            flat = torch.empty(layout.full_numel, dtype=buffer_dtype, device=mesh.device)
-            gradient = pieces.buffer(flat, layout)
+            gradient = pieces.buffer(
+                _gradient(own_dtype, layout, lifetime, mesh, precision), layout
+            )
             gradient.release()
     unit = Unit(
         members,
@@ -230,6 +229,16 @@ def build_unit(
     else:
         unit.hide()
     return unit
+
+
+def _gradient(
+    own: torch.dtype, layout: Layout, lifetime: Lifetime, mesh: Mesh, precision: Precision
+) -> Tensor:
+    """Memory of the full gradient, in the dtype in which it is added up or sent."""
+    dtype = precision.accumulate if lifetime.grads_stay else precision.reduce
+    if own == torch.float64:
+        dtype = own
+    return torch.empty(layout.full_numel, dtype=dtype, device=mesh.device)
 
 
 def _values(

@@ -31,7 +31,7 @@ from zeroshard.core.mesh import Mesh, build_mesh, default_mesh
 from zeroshard.core.pulled import UnavailableError, share
 from zeroshard.core.reductions import reduce_by_pulls
 from zeroshard.core.schedule import Limits, Schedule
-from zeroshard.core.slots import is_waiting, slot_of
+from zeroshard.core.slots import full_nbytes, is_waiting, slot_of
 from zeroshard.core.trial import least_bytes
 from zeroshard.core.unit import Unit
 from zeroshard.core.usage import GradientWatch
@@ -66,6 +66,7 @@ from zeroshard.engine.precision import (
     make_scaler,
     precision,
 )
+from zeroshard.engine.progress import Progress
 from zeroshard.engine.recompute import CAN_COUNT
 from zeroshard.engine.space import Fixed, Measured, Space
 from zeroshard.errors import ConfigError, OffloadError, UsageError, compose
@@ -656,7 +657,9 @@ def _shard(
     if any(is_waiting(param) for param in model.parameters()):
         gc.collect()  # waiting parameters that were replaced keep their shards in a cycle
     units: list[Unit] = []
-    for each in placed:
+    sizes = [sum(full_nbytes(member.param) for member in each.group.members) for each in placed]
+    progress = Progress("sharded", len(placed), sum(sizes))
+    for each, nbytes in zip(placed, sizes, strict=True):
         group = each.group
         # On one rank, a shard that stays on the device is better off as a unit that stays full.
         stays = group.kind.persistent or (mesh.shard.size == 1 and each.shard == "none")
@@ -672,6 +675,7 @@ def _shard(
         )
         units.append(unit)
         trim()
+        progress.tell(nbytes)
     _share(units, mesh, settings.zeroshard.gather)
     _share_gradients(units, mesh, settings.zeroshard.reduce)
     schedule = Schedule(units, mesh, _limits(units, settings))
@@ -823,7 +827,11 @@ def _place_buffers(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None) -> N
 def _limits(units: Sequence[Unit], settings: configuration.Config) -> Limits:
     """Turn counts of elements into bytes of the units that are gathered."""
     zero = settings.zero_optimization
-    largest = max((u.nbytes_full for u in units if not u.lifetime.params_stay), default=0)
+    freed = [unit for unit in units if not unit.lifetime.params_stay]
+    least = max((unit.nbytes_full for unit in freed), default=0)
+    is_far = not all(unit.is_shard_near for unit in freed)
+    if is_far:
+        least *= 2  # while one is copied to the device, the next is in line, however large it is
     numel = sum(unit.layout.full_numel for unit in units)
     per_element = sum(unit.nbytes_full for unit in units) / max(numel, 1)
 
@@ -833,7 +841,9 @@ def _limits(units: Sequence[Unit], settings: configuration.Config) -> Limits:
     ahead = settings.zeroshard.lookahead_bytes
     if ahead is None and (prefetch := nbytes(zero.stage3_prefetch_bucket_size)) is not None:
         # One unit is always worth it: without any, no gather overlaps the computation.
-        ahead = max(prefetch, largest) if prefetch else 0
+        ahead = max(prefetch, least) if prefetch else 0
+    elif ahead is None and is_far:
+        ahead = least
     return Limits(
         ahead=ahead,
         live=nbytes(zero.stage3_max_live_parameters),

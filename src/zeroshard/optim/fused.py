@@ -29,8 +29,8 @@ from zeroshard.core.unit import Unit
 from zeroshard.core.with_triton import if_it_runs
 from zeroshard.optim import adam
 from zeroshard.optim.adam import Rule, Shards, Update
+from zeroshard.optim.carriers import Load
 from zeroshard.optim.flat_state import FlatState
-from zeroshard.optim.pipeline import Load
 
 __all__ = ["FusedAdam", "Part", "is_adam", "is_watched", "triton_update"]
 

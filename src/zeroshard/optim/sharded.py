@@ -53,6 +53,7 @@ Kernels = Literal["auto", "fused", "torch"]
 """Who steps the slices: one pass over each shard, or the optimizer's own step."""
 
 _log = logging.getLogger(__name__)
+_PAGE_NUMEL = 4096
 _MOST_NUMEL = 2**24  # elements that come from elsewhere at once: some 200 MB of Adam's state
 # Whose fused kernels take scalars of the device. A first step of SGD that is skipped leaves its
 # momentum undefined.
@@ -90,6 +91,12 @@ class StepPolicy:
     most_numel: int | None = None
     kernels: Kernels = "auto"
     num_buffers: int | None = None
+
+
+def _numel_at_once(policy: StepPolicy) -> int:
+    """Elements of state that come from elsewhere at once: whole pages of files."""
+    most = min(policy.most_numel or _MOST_NUMEL, _MOST_NUMEL)
+    return -(-most // _PAGE_NUMEL) * _PAGE_NUMEL
 
 
 class _OnItsWay:
@@ -277,7 +284,7 @@ class ShardedOptimizer:
                     self._states,
                     mesh.device,
                     update,
-                    most_numel=min(policy.most_numel or _MOST_NUMEL, _MOST_NUMEL),
+                    most_numel=_numel_at_once(policy),
                     log_level=logging.INFO if is_asked_for else logging.DEBUG,
                 )
                 self._fused.reserve()
@@ -614,9 +621,9 @@ class ShardedOptimizer:
         """Give the optimizer its parameters back; state, which is of slices, is dropped."""
         self._guard.remove()
         self.recall()
+        self._pipeline.close()
         self.inner.state.clear()
         self.let_go_of_state()
-        self._pipeline.release()
         for unit, far in self._far.items():
             far.give_back()
             unit.recall = None
