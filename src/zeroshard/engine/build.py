@@ -225,6 +225,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
             else None,
             autocast=autocast_dtype(settings, device),
         ),
+        depots,
         sharded=sharded,
         watch=None
         if settings.zero_optimization.ignore_unused_parameters
@@ -744,13 +745,12 @@ def _seal(
         depots.seal()
     is_gpu = mesh.device.type == "cuda"
     _log.info(
-        "%s (on each of %d ranks).",
+        "each rank: %s.",
         describe(
             placed,
             pins_state=is_gpu and zero.offload_optimizer.pin_memory,
             pins_shards=is_gpu and zero.offload_param.pin_memory,
         ),
-        mesh.world,
     )
 
 

@@ -640,11 +640,13 @@ class ShardedOptimizer:
             self._fused.let_go()
 
     def state_bytes(self) -> int:
-        """Bytes of state on this rank: moments, and master weights kept beside parameters."""
+        """Bytes of state on this rank's device: moments, and master weights beside parameters."""
+        near = [unit for unit in self.units if unit.state.is_near]
         moments = sum(
             _bytes_of(value)
-            for state in self.inner.state.values()
-            for value in state.values()
+            for unit in near
+            for piece in unit.slices
+            for value in self.inner.state.get(piece, {}).values()
             if isinstance(value, Tensor) and value.dim()
         )
-        return moments + sum(unit.master_bytes for unit in self.units)
+        return moments + sum(unit.master_bytes for unit in near)
