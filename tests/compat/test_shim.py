@@ -255,10 +255,10 @@ def test_batches_are_moved_with_their_containers() -> None:
     assert moved["y"][1] == "text"
 
 
-def test_scripts_learn_that_state_cannot_be_kept_on_nvme() -> None:
+def test_scripts_learn_that_state_can_be_kept_on_nvme() -> None:
     builder = resolve("ops.aio.AsyncIOBuilder")
-    assert deepspeed.ops.__compatible_ops__[builder.NAME] is False
-    assert not builder().is_compatible()
+    assert deepspeed.ops.__compatible_ops__[builder.NAME] is True
+    assert builder().is_compatible()
 
 
 def test_copies_for_a_file_are_compact_and_tied_tensors_stay_tied() -> None:

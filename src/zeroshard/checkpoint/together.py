@@ -7,21 +7,24 @@ from contextlib import contextmanager
 
 from zeroshard.core.collectives import Answered, Exchange, broadcast_bytes
 from zeroshard.core.mesh import Mesh
-from zeroshard.errors import DistributedError, UsageError, compose
+from zeroshard.errors import DistributedError, Error, UsageError, compose
 
 __all__ = ["agreed", "check_equal", "from_rank_0"]
 
 
 @contextmanager
-def agreed(mesh: Mesh, what: str) -> Iterator[None]:
+def agreed(
+    mesh: Mesh, what: str, error_elsewhere: type[Error] = DistributedError
+) -> Iterator[None]:
     """Around local work; a collective at its end.
 
     Args:
         mesh: the ranks.
         what: the work, as in "could not ...".
+        error_elsewhere: what is raised if another rank failed, though this one did not.
 
     Raises:
-        DistributedError: another rank failed, though this one did not.
+        Error: of that class.
     """
     error: Exception | None = None
     try:
@@ -37,7 +40,7 @@ def agreed(mesh: Mesh, what: str) -> Iterator[None]:
         raise error
     if first is not None:
         fact, _, hint = text.decode(errors="replace").partition("\n\nhint: ")
-        raise DistributedError(
+        raise error_elsewhere(
             compose(
                 f"rank {first} could not {what}, so no rank did. {fact}",
                 hint=hint or f"look at the error of rank {first}, which is the cause.",

@@ -14,6 +14,7 @@ from zeroshard.config.explain import Entry, explain
 from zeroshard.config.parse import ConfigSource, load, peek
 from zeroshard.config.schema import (
     ActivationCheckpointing,
+    AioConfig,
     Bf16Config,
     CompileConfig,
     Config,
@@ -31,6 +32,7 @@ from zeroshard.config.schema import (
 
 __all__ = [
     "ActivationCheckpointing",
+    "AioConfig",
     "Batch",
     "Bf16Config",
     "CompileConfig",

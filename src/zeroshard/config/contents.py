@@ -129,15 +129,6 @@ _EXPERT_PARALLEL = {
 _Tree = Mapping[str, "Kind | _Tree"]
 
 _TREE: _Tree = {
-    "aio": {
-        "block_size": Count,
-        "queue_depth": Count,
-        "intra_op_parallelism": Count,
-        "thread_count": Count,  # the name in DeepSpeed's pages, which its code does not know
-        "single_submit": Flag,
-        "overlap_events": Flag,
-        "use_gds": Flag,
-    },
     "autotuning": _AUTOTUNING,
     "checkpoint": _CHECKPOINT,
     "comet": {

@@ -37,7 +37,6 @@ __all__ = [
     "Path",
     "Refused",
     "Treatment",
-    "on_device",
 ]
 
 Path = tuple[str, ...]
@@ -135,11 +134,6 @@ def _nothing_given(value: object) -> bool:
     return not value if is_block(value) else _not_given(value)
 
 
-def on_device(value: object) -> bool:
-    """Accept an offload block that leaves everything on the device."""
-    return _only("none")(value.get("device")) if is_block(value) else _only(False)(value)
-
-
 def _nothing_enabled(value: object) -> bool:
     """Accept a block in which no nested switch is on."""
     inner = value.values() if is_block(value) else ()
@@ -205,7 +199,7 @@ def _removed(
 
 
 _UNOBSERVED = "Monitoring and profiling are not built yet."
-_NO_OFFLOAD = "It tunes offloading, which is not built yet."
+_THREADS = "Each read or write is one call of a thread; none is handed in for later."
 _ONE_CHECKPOINT = "Checkpoints are written in one way, and fit any number of ranks."
 _WHOLE_UNITS = "Parameters are gathered, reduced and freed by units."
 _ALWAYS_FREE = "It guards a mechanism that this library does not have."
@@ -213,7 +207,6 @@ _OUTSIDE = "Communication stays outside of compiled graphs, so no pass has to pl
 _AT_THE_TOP = 'Only the key inside the block "zero_optimization" counts, as in DeepSpeed.'
 
 _TOP: Mapping[str, NoEffect | Refused] = {
-    "aio": _settings(_NO_OFFLOAD),
     "amp": _removed(
         "Apex AMP", instead='remove it, and enable "torch_autocast", "bf16" or "fp16" instead.'
     ),
@@ -284,7 +277,7 @@ _TOP: Mapping[str, NoEffect | Refused] = {
     "vocabulary_size": NoEffect("It only makes DeepSpeed print a warning.", kind=CountOrNone),
     "wall_clock_breakdown": _without_effect(_UNOBSERVED),
     "wandb": _block(_UNOBSERVED),
-    "zero_force_ds_cpu_optimizer": _without_effect(_NO_OFFLOAD),
+    "zero_force_ds_cpu_optimizer": _without_effect("Any optimizer may step offloaded state."),
     # Some frameworks write these three dotted names at the top by mistake; DeepSpeed ignores them.
     "zero_optimization.reduce_bucket_size": NoEffect(_AT_THE_TOP),
     "zero_optimization.stage3_param_persistence_threshold": NoEffect(_AT_THE_TOP),
@@ -357,7 +350,9 @@ _ZERO: Mapping[str, NoEffect | Refused] = {
     "override_module_apply": _without_effect(_ALWAYS_FREE),
     "parameter_alignment": _without_effect(_WHOLE_UNITS),
     "pipeline_loading_checkpoint": _without_effect(_ALWAYS_FREE),
-    "save_muon_momentum_buffer_in_memory": _without_effect(_NO_OFFLOAD),
+    "save_muon_momentum_buffer_in_memory": _without_effect(
+        "Momentum is optimizer state, which offload_optimizer places as a whole."
+    ),
     "stage3_allgather_sequential": _without_effect(_WHOLE_UNITS),
     "stage3_module_granularity_threshold": NoEffect(
         _WHOLE_UNITS, kind=LargestNumel, asks_for_nothing=_only(0)
@@ -386,6 +381,21 @@ _ZERO: Mapping[str, NoEffect | Refused] = {
     ),
 }
 
+_OFFLOAD_OPTIMIZER: Mapping[str, NoEffect | Refused] = {
+    "super_offload": _without_effect(
+        "It steps before the gradients' norm is known, and takes a wrong step back. Here state is "
+        "on its way while the norm is computed, on any GPU."
+    ),
+}
+
+_AIO: Mapping[str, NoEffect | Refused] = {
+    "overlap_events": NoEffect(_THREADS, kind=Flag, asks_for_nothing=_only(True)),
+    "single_submit": _without_effect(_THREADS),
+    "use_gds": _without_effect(
+        "Files are read and written by way of page-locked host memory, which takes no driver."
+    ),
+}
+
 _BLOCKS: Mapping[Path, Mapping[str, NoEffect | Refused]] = {
     (): _TOP,
     ("optimizer",): _OPTIMIZER,
@@ -393,7 +403,9 @@ _BLOCKS: Mapping[Path, Mapping[str, NoEffect | Refused]] = {
     ("fp16",): _FP16,
     ("bf16",): _BF16,
     ("compile",): _COMPILE,
+    ("aio",): _AIO,
     ("zero_optimization",): _ZERO,
+    ("zero_optimization", "offload_optimizer"): _OFFLOAD_OPTIMIZER,
 }
 
 ROWS: Mapping[Path, NoEffect | Refused] = {

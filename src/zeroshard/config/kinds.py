@@ -28,6 +28,7 @@ __all__ = [
     "Flag",
     "FlagOrNone",
     "Fraction",
+    "FractionOrNone",
     "Kernels",
     "Kind",
     "LargestNumel",
@@ -44,6 +45,7 @@ __all__ = [
     "Stage",
     "StepsPerPrint",
     "Text",
+    "Where",
     "Whole",
     "expected",
     "misfit",
@@ -148,6 +150,12 @@ def _budget(value: object) -> object:
     message = misfit(NotNegative, value)
     if message is not None:
         raise expected('"auto", a number of GiB of at least 0 or null')
+    return value
+
+
+def _fraction_or_none(value: object) -> object:
+    if value is not None and misfit(Fraction, value) is not None:
+        raise expected("a number from 0 to 1 or null")
     return value
 
 
@@ -270,6 +278,7 @@ DtypeName = Annotated[Literal["fp32", "fp16", "bf16"] | None, BeforeValidator(_d
 Flag = Annotated[bool, _flag()]
 FlagOrNone = Annotated[bool | None, _flag(nullable=True)]
 Fraction = Annotated[float, _number("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+FractionOrNone = Annotated[float | None, BeforeValidator(_fraction_or_none)]
 Kernels = Annotated[Literal["auto", "fused", "torch"], _choice("auto", "fused", "torch")]
 LargestNumel = Annotated[int | None, _bound(0)]
 LargestNumelFromOne = Annotated[int | None, _bound(1)]
@@ -286,4 +295,5 @@ Stage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_stage)]
 StepsPerPrint = Annotated[CountOrNone, BeforeValidator(_steps_per_print)]
 Text = Annotated[str, BeforeValidator(_text)]
 Transfer = Annotated[Literal["auto", "nccl", "copy_engine"], _choice("auto", "nccl", "copy_engine")]
+Where = Annotated[Literal["auto", "gpu", "cpu"], _choice("auto", "gpu", "cpu")]
 Whole = Annotated[int, _whole()]

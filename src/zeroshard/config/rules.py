@@ -16,6 +16,7 @@ _FP16: Path = ("fp16", "enabled")
 _BF16: Path = ("bf16", "enabled")
 _AUTOCAST: Path = ("torch_autocast", "enabled")
 _STAGE: Path = ("zero_optimization", "stage")
+_GPU_BUDGET: Path = ("zeroshard", "gpu_budget")
 
 
 def _one_precision(config: Config) -> Problem | None:
@@ -100,6 +101,29 @@ def _a_folder(name: str) -> Callable[[Config], Problem | None]:
     return check
 
 
+def _one_amount(config: Config) -> Problem | None:
+    ratio, budget = config.zero_optimization.offload_optimizer.ratio, config.zeroshard.gpu_budget
+    if ratio == 1 or budget is None:
+        return None
+    return Problem(
+        f"zero_optimization.offload_optimizer.ratio cannot be {ratio} beside zeroshard.gpu_budget",
+        tail="\nBoth say how much leaves the device: the ratio as a part, the budget by what may "
+        "stay.",
+        hint="remove one of the two keys.",
+    )
+
+
+def _one_that_measures(config: Config) -> Problem | None:
+    extension = config.zeroshard
+    if not extension.gpu_budget == extension.activation_budget == "auto":
+        return None
+    return Problem(
+        'zeroshard.gpu_budget and zeroshard.activation_budget cannot both be "auto"',
+        tail="\nEach of them would take what the other one has found free.",
+        hint="name a number of GiB for one of them.",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Rule:
     keys: tuple[Path, ...]
@@ -123,6 +147,8 @@ _RULES = (
         _Rule((_offload(name, "device"), _offload(name, "nvme_path")), _a_folder(name))
         for name in ("offload_optimizer", "offload_param")
     ),
+    _Rule((_offload("offload_optimizer", "ratio"), _GPU_BUDGET), _one_amount),
+    _Rule((_GPU_BUDGET, ("zeroshard", "activation_budget")), _one_that_measures),
 )
 
 

@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from zeroshard.config.batch import Batch, resolve
-from zeroshard.config.keys import Always, NoEffect, on_device
+from zeroshard.config.keys import Always
 from zeroshard.config.kinds import (
     Budget,
     Count,
@@ -27,6 +27,7 @@ from zeroshard.config.kinds import (
     Flag,
     FlagOrNone,
     Fraction,
+    FractionOrNone,
     Kernels,
     LargestNumel,
     LargestNumelFromOne,
@@ -42,11 +43,13 @@ from zeroshard.config.kinds import (
     Stage,
     StepsPerPrint,
     Transfer,
+    Where,
     expected,
 )
 
 __all__ = [
     "ActivationCheckpointing",
+    "AioConfig",
     "Bf16Config",
     "CompileConfig",
     "Config",
@@ -65,11 +68,9 @@ __all__ = [
 _ONE_BUFFER = Always(True, "The gradients of a unit always lie in one buffer.")
 _GATHERED = Always(True, "Parameters are always gathered by all-gather.")
 _NO_PATCH = Always(True, "torch.nn.functional.linear is never replaced.")
-_OFFLOADED = NoEffect(
-    "Offloading is not built yet: the state stays on the device, so no memory is saved, and the "
-    "numbers are the same.",
-    asks_for_nothing=on_device,
-)
+_PREALLOCATED = Always(True, "Files are preallocated, and filled once.")
+_READ_AHEAD = Always(True, "What is in files is always read before it is needed.")
+_WRITTEN_BEHIND = Always(True, "What goes to files is always written while work goes on.")
 
 
 class _Block(BaseModel):
@@ -210,37 +211,37 @@ class CompileConfig(_Block):
 
 
 class OffloadOptimizer(_Block):
-    """Where optimizer state and master weights live."""
+    """Where optimizer state and master weights live, at every stage."""
 
     device: Device = "none"
     """The device that trains with "none", host memory with "cpu", files with "nvme"."""
 
     nvme_path: PathOrNone = None
-    """The folder for the files of "nvme"."""
-
-    buffer_count: Count = 4
-    """Buffers between host memory and files."""
+    """The folder for the files of "nvme", which has to exist; each run makes files of its own."""
 
     pin_memory: Flag = True
-    """Whether host memory is page-locked."""
-
-    pipeline_read: Flag = False
-    """Whether a part is read while the one before it is stepped."""
-
-    pipeline_write: Flag = False
-    """Whether a part is written while the one after it is stepped."""
-
-    fast_init: Flag = False
-    """Whether the files are made the quick way."""
+    """Whether host memory is page-locked, without which copies are slow and wait for each other."""
 
     ratio: Fraction = 1.0
-    """The part of the state that is moved."""
+    """The part of the bytes of this state that leaves the device, exact to one parameter's slice.
+    What the first layers need stays (DeepSpeed: of groups of sub_group_size, at stage 3 only)."""
 
-    super_offload: Flag = False
-    """Whether DeepSpeed's variant for GPUs with a fast link to the host is meant."""
+    buffer_count: CountOrNone = None
+    """Buffers on the device that state streams through; null is the engine's choice by what is
+    free (DeepSpeed: 4, between host memory and files)."""
 
-    cpuadam_cores_perc: Fraction = 0.8
-    """The part of the host's cores that step the state."""
+    cpuadam_cores_perc: FractionOrNone = None
+    """The part of a rank's cores that an update on the host uses, at least one core; null is all
+    (DeepSpeed: 0.8)."""
+
+    pipeline_read: Annotated[Flag, _READ_AHEAD] = True
+    """Whether a part is read while the one before it is stepped (DeepSpeed: false)."""
+
+    pipeline_write: Annotated[Flag, _WRITTEN_BEHIND] = True
+    """Whether a part is written while the one after it is stepped (DeepSpeed: false)."""
+
+    fast_init: Annotated[Flag, _PREALLOCATED] = True
+    """Whether making the files writes nothing but what they are to hold (DeepSpeed: false)."""
 
 
 class OffloadParam(_Block):
@@ -250,19 +251,40 @@ class OffloadParam(_Block):
     """The device that trains with "none", host memory with "cpu", files with "nvme"."""
 
     nvme_path: PathOrNone = None
-    """The folder for the files of "nvme"."""
-
-    buffer_count: Count = 5
-    """Buffers between host memory and files."""
-
-    buffer_size: LargestNumelFromOne = 100_000_000
-    """Elements of one buffer."""
-
-    max_in_cpu: LargestNumel = 1_000_000_000
-    """Most elements in host memory with "nvme"."""
+    """The folder for the files of "nvme", which has to exist; each run makes files of its own."""
 
     pin_memory: Flag = True
-    """Whether host memory is page-locked."""
+    """Whether host memory is page-locked, without which copies are slow and wait for each other."""
+
+    buffer_count: CountOrNone = None
+    """With "nvme", buffers in host memory that shards pass through; null is the engine's choice
+    (DeepSpeed: 5)."""
+
+    buffer_size: LargestNumelFromOne = None
+    """Most elements of one such buffer; larger shards pass in pieces. null is the engine's choice
+    (DeepSpeed: 1e8)."""
+
+    max_in_cpu: LargestNumel = None
+    """With "nvme", elements of a rank's shards that are kept in host memory all the same, those
+    needed first; null is 0 (DeepSpeed: 1e9)."""
+
+
+class AioConfig(_Block):
+    """How the files of "nvme" are read and written."""
+
+    block_size: CountOrNone = None
+    """Bytes of one read or write; null is the engine's choice (DeepSpeed: 1048576)."""
+
+    queue_depth: CountOrNone = None
+    """Reads and writes under way at once for each of intra_op_parallelism; null is the engine's
+    choice (DeepSpeed: 8)."""
+
+    intra_op_parallelism: CountOrNone = None
+    """What queue_depth is multiplied by, to give the threads of a rank that read and write, each
+    one block at a time; null is 1."""
+
+    thread_count: CountOrNone = None
+    """As intra_op_parallelism, which goes before it, by the name in DeepSpeed's pages."""
 
 
 class LeafModule(_Block):
@@ -344,10 +366,10 @@ class ZeroConfig(_Block):
     leaf_module: LeafModule = LeafModule()
     """Modules that are gathered as one."""
 
-    offload_optimizer: Annotated[OffloadOptimizer, _OFFLOADED] = OffloadOptimizer()
+    offload_optimizer: OffloadOptimizer = OffloadOptimizer()
     """Where optimizer state and master weights live."""
 
-    offload_param: Annotated[OffloadParam, _OFFLOADED] = OffloadParam()
+    offload_param: OffloadParam = OffloadParam()
     """Where the shards of parameters live."""
 
     @field_validator("offload_optimizer", "offload_param", mode="before")
@@ -381,6 +403,16 @@ class ExtensionConfig(_Block):
 
     activation_budget: Budget = None
     """GiB that blocks may keep for backward, others run again; "auto" measures what is free."""
+
+    gpu_budget: Budget = None
+    """GiB of model state that may stay on a rank's device between steps, the buffers that offloaded
+    state streams through included; "auto" takes back what fits once a step has shown what is free;
+    null is no limit. What leaves goes where offload_optimizer and, as a last resort, offload_param
+    say, optimizer state without them to "cpu"."""
+
+    offload_update: Where = "auto"
+    """Where offloaded state is stepped: on the device with "gpu", through which it streams, or on
+    the host with "cpu"; "auto" measures which is faster here."""
 
 
 class Config(_Block):
@@ -440,6 +472,9 @@ class Config(_Block):
     dataloader_drop_last: Flag = False
     """Whether the engine's data loader drops an incomplete last batch."""
 
+    aio: AioConfig = AioConfig()
+    """How the files of offloaded state are read and written."""
+
     zero_optimization: ZeroConfig = ZeroConfig()
     """What is sharded over the ranks; true and false are old names of stages 1 and 0."""
 
@@ -471,6 +506,7 @@ BLOCKS: Mapping[tuple[str, ...], type[BaseModel]] = {
     ("data_types",): DataTypes,
     ("activation_checkpointing",): ActivationCheckpointing,
     ("compile",): CompileConfig,
+    ("aio",): AioConfig,
     ("zero_optimization",): ZeroConfig,
     ("zero_optimization", "leaf_module"): LeafModule,
     ("zero_optimization", "offload_optimizer"): OffloadOptimizer,
@@ -486,6 +522,8 @@ AUTO_IS_A_VALUE = frozenset(
     {
         ("data_types", "keep_in_fp32_modules"),
         ("zeroshard", "activation_budget"),
+        ("zeroshard", "gpu_budget"),
+        ("zeroshard", "offload_update"),
         ("zeroshard", "optimizer_step"),
     }
 )

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from zeroshard.errors import ConfigError, compose
-
 __all__ = ["Choice", "render"]
 
 _SHARDED = (
@@ -46,30 +44,8 @@ def render(choice: Choice, *, comments: bool = True) -> str:
     Args:
         choice: what it is for.
         comments: whether to explain the values; tools that read strict JSON want none.
-
-    Raises:
-        ConfigError: the stage has nothing to offload, or not to files.
     """
-    _check(choice)
     return "\n".join(_block(list(_top(choice)), comments, indent=2)) + "\n"
-
-
-def _check(choice: Choice) -> None:
-    stage, offload = choice.stage, choice.offload
-    if offload != "none" and stage == 0:
-        raise ConfigError(
-            compose(
-                f'stage 0 has no shard to offload to "{offload}".',
-                hint="choose stage 1, 2 or 3, or no offloading.",
-            )
-        )
-    if offload == "nvme" and stage < _LAST_STAGE:
-        raise ConfigError(
-            compose(
-                f"files are for stage 3, but the stage is {stage}, as in DeepSpeed.",
-                hint='choose stage 3, or offload to "cpu".',
-            )
-        )
 
 
 def _top(choice: Choice) -> Iterator[_Line]:
@@ -110,9 +86,8 @@ def _precision(name: str) -> tuple[str, str, object]:
 
 def _zero(choice: Choice) -> Iterator[_Line]:
     yield _Line(_SHARDED[choice.stage], "stage", choice.stage)
-    if choice.stage == 0:
-        return
-    yield _Line("Communicates while it computes.", "overlap_comm", True)
+    if choice.stage:
+        yield _Line("Communicates while it computes.", "overlap_comm", True)
     if choice.stage == _LAST_STAGE:
         yield _Line(
             "Lets engine.save_16bit_model put the whole model together.",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zeroshard.core.collectives import broadcast_
+from zeroshard.core.depot import Depot, DeviceDepot
 from zeroshard.core.flat import FlatBuffer
 from zeroshard.core.freed import FreedParameter, freed_class
 from zeroshard.core.layout import Layout, Range
@@ -146,6 +147,7 @@ def build_unit(
     lifetime: Lifetime,
     mesh: Mesh,
     precision: Precision,
+    state: Depot | None = None,
     shards: Place = ON_DEVICE,
     as_bytes: bool = False,
 ) -> Unit:
@@ -161,12 +163,14 @@ def build_unit(
         lifetime: when full parameters and gradients exist.
         mesh: the ranks.
         precision: the dtypes of parameters and gradients.
+        state: where master weights and the optimizer's state are kept; None is the device.
         shards: where the shard is kept if parameters do not stay full. One that is the master
             weights stays with them.
         as_bytes: keep parameters and companions as they are, each in its dtype; for frozen ones.
             See [Note: byte units].
     """
     assert not (trained and as_bytes), f"{members[0].name}: only frozen parameters are bytes"
+    state = DeviceDepot(mesh.device) if state is None else state
     params = [member.param for member in members]
     pieces = _pieces_of(members)
     own_dtype = torch.uint8 if as_bytes else params[0].dtype
@@ -191,18 +195,19 @@ def build_unit(
         buffer = pieces.buffer(full, layout, as_bytes=as_bytes)
         if not lifetime.params_stay:
             buffer.release()
-        is_master = trained and compute == wide
+        is_master = trained and compute == wide and state.is_near
         place = ON_DEVICE if lifetime.params_stay or is_master else shards
         store = place.store(shard, mesh)
         master = shard
-        if trained and compute != wide:
+        if trained and not state.is_near:
+            master = state.take(values.numel(), wide).copy_(values)
+        elif trained and compute != wide:
             # Of a larger buffer only a part is kept, which must not keep the rest.
             master = values.to(wide, copy=lifetime.params_stay)
         if trained:
-            kept = precision.accumulate if lifetime.grads_stay else precision.reduce
-            buffer_dtype = torch.float64 if own_dtype == torch.float64 else kept
-            flat = torch.empty(layout.full_numel, dtype=buffer_dtype, device=mesh.device)
-            gradient = pieces.buffer(flat, layout)
+            gradient = pieces.buffer(
+                _gradient(own_dtype, layout, lifetime, mesh, precision), layout
+            )
             gradient.release()
     unit = Unit(
         members,
@@ -211,6 +216,7 @@ def build_unit(
         full=buffer,
         store=store,
         master=master if trained else None,
+        state=state,
         gradient=gradient,
         precision=precision,
         companions=pieces.companions,
@@ -223,6 +229,16 @@ def build_unit(
     else:
         unit.hide()
     return unit
+
+
+def _gradient(
+    own: torch.dtype, layout: Layout, lifetime: Lifetime, mesh: Mesh, precision: Precision
+) -> Tensor:
+    """Memory of the full gradient, in the dtype in which it is added up or sent."""
+    dtype = precision.accumulate if lifetime.grads_stay else precision.reduce
+    if own == torch.float64:
+        dtype = own
+    return torch.empty(layout.full_numel, dtype=dtype, device=mesh.device)
 
 
 def _values(

@@ -69,9 +69,27 @@ class Aside:
         with torch.cuda.stream(self._stream):
             yield
 
+    @contextmanager
+    def after(self, *tickets: Ticket) -> Iterator[None]:
+        """Work inside starts after these, whatever else the computation was given."""
+        if self._device is None:
+            for ticket in tickets:
+                ticket.wait()
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            for ticket in tickets:
+                ticket.wait()
+            yield
+
     def end(self) -> Mark:
         """The end of what was started inside so far."""
         return DONE if self._device is None else self._stream.record_event()
+
+    def finish(self) -> None:
+        """Let the host wait for all that was started inside."""
+        if self._device is not None and "_stream" in vars(self):
+            self._stream.synchronize()
 
     def join(self) -> None:
         """Let the computation wait for all that was started inside."""
@@ -115,10 +133,19 @@ class Mesh:
         self.shard, self.replicate, self.control, self.device = shard, replicate, control, device
         self.world = shard.size * replicate.size
         self.copying, self.measuring = Aside(device), Aside(device)
+        # State that is kept off the device: on its way in, stepped, and on its way out.
+        self.incoming, self.outgoing = Aside(device), Aside(device)
+        self.stepping = Aside(device, priority=-1)  # the next forward waits for it
         self.reading, self.writing = Aside(device), Aside(device)  # shards off the device
         self.parcels = Parcels()
         self.rank = replicate.rank * shard.size + shard.rank
         self.is_destroyed = False
+
+    def now(self) -> Ticket:
+        """What the current stream was given so far."""
+        if self.device.type != "cuda":
+            return DONE
+        return torch.cuda.current_stream(self.device).record_event()
 
     def destroy(self) -> None:
         """Give the process groups back; nothing may use the mesh afterwards."""

@@ -60,6 +60,7 @@ __all__ = [
     "StreamCopies",
     "UnavailableError",
     "aligned",
+    "host_number",
     "map_slab",
     "on_all",
     "share",
@@ -332,7 +333,7 @@ def _without_multicast() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _host_number() -> int:
+def host_number() -> int:
     """A number that two ranks share if they are on one host."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     name = platform.node() + (boot.read_text() if boot.exists() else "")
@@ -346,7 +347,7 @@ def _check_gpus(mesh: Mesh) -> None:
         UnavailableError: on every rank.
     """
     mine = mesh.device.index
-    shown = Exchange(mesh, 2)([_host_number(), mine])
+    shown = Exchange(mesh, 2)([host_number(), mine])
     hosts = _of_my_row([host for host, _ in shown], mesh)
     devices = _of_my_row([device for _, device in shown], mesh)
     with on_all(mesh):

@@ -6,8 +6,9 @@ Five tensors, and no others, hold a unit on a rank:
     full           the whole flat buffer in the compute dtype; the parameters are views into it
     shard          this rank's range of it, kept by the store; part of ``full`` where that stays,
                    and off the device where the store says so
-    master         this rank's range in the master dtype, which the optimizer steps; the memory of
-                   ``shard`` itself where the two dtypes are equal
+    master         this rank's range in the master dtype, which the optimizer steps; in the unit's
+                   state depot, which may be off the device. The memory of ``shard`` itself where
+                   the two dtypes are equal and neither is elsewhere
     full gradient  a flat buffer like ``full``; exists only while gradients are full, and not here
                    where the unit's reducer has room for it
     grad shard     the average over ranks of this rank's range, summed over micro-steps
@@ -21,6 +22,13 @@ freed parameter points at an empty placeholder instead; its ``nn.Parameter`` obj
 The optimizer sees one slice of ``master`` per parameter, never the flat tensor: hyper-parameters
 and state stay per parameter, and a frozen parameter cannot decay. For the same reason a unit is
 uniform in dtype and in whether it is trained.
+
+[Note: steps beside the computation]
+Where state is off the device, a step takes as long as the bus takes for it, so it runs on streams
+of its own while the computation goes on: the unit has the *ticket* of its step, and every verb that
+touches parameters or gradients first makes the computation wait for it. Until then the gradient,
+which the step reads, stays allocated. Master weights off the device are current only once the way
+back has ended, too: whoever reads or edits them calls `at_home` first.
 
 [Note: byte units]
 A unit of frozen parameters may be made of bytes instead. Its flat buffer is of ``uint8``, each
@@ -55,6 +63,7 @@ from zeroshard.core.collectives import (
     Averaging,
     Ticket,
 )
+from zeroshard.core.depot import Depot
 from zeroshard.core.flat import FlatBuffer
 from zeroshard.core.layout import Range
 from zeroshard.core.lifetime import Lifetime
@@ -209,6 +218,7 @@ class Unit:
         full: FlatBuffer,
         store: Store,
         master: Tensor | None,
+        state: Depot,
         gradient: FlatBuffer | None,
         precision: Precision,
         companions: Sequence[tuple[Companion, int]],
@@ -217,7 +227,7 @@ class Unit:
     ) -> None:
         self.members = tuple(members)
         self.layout, self.lifetime, self.mesh = full.layout, lifetime, mesh
-        self.master, self.precision = master, precision
+        self.master, self.state, self.precision = master, state, precision
         self._full, self._store, self._gradient = full, store, gradient
         self.transport: Transport = COLLECTIVE
         self.reducer: Reducer = CollectiveReduction(mesh, precision.averaging)
@@ -244,6 +254,10 @@ class Unit:
         self._reducing: _Reduction | None = None
         self._arrived: _Arrived | None = None
         self._sources: list[Tensor] = []  # of copies behind the computation, alive until they end
+        self._step: Ticket = DONE  # see [Note: steps beside the computation]
+        self._spent: list[Tensor] = []  # gradients that the step under way reads
+        # Set by the optimizer: waits until the state of all units is in its depot.
+        self.recall: Callable[[bool], object] | None = None
         self.has_gradient = False
         self.grad_shard: Tensor | None = None
         self._norms: list[Tensor] | None = None  # of its rows, where they are known
@@ -382,7 +396,6 @@ class Unit:
         """Start making the parameters full. A collective over the shard axis, or a pull."""
         self.check_present()
         self._end_gather()
-        self.mesh.parcels.settle()
         with self._span("gather"):
             self._full.allocate()
             self._num_users = self._full.num_users
@@ -392,7 +405,27 @@ class Unit:
     def _gather_with(self, shard: Tensor) -> Ticket:
         return self.transport.gather(self._full.tensor, shard, self.mesh.shard)
 
+    def end_step(self) -> None:
+        """Let the computation wait for a step that runs beside it."""
+        if self._step is not DONE:
+            step, self._step = self._step, DONE
+            step.wait()
+            self._spent.clear()
+            if self._gradient is not None:
+                self._gradient.release()
+
+    def at_home(self, *, edits: bool = False) -> None:
+        """Wait until the master weights and the optimizer's state are where they are kept.
+
+        Args:
+            edits: they are about to be changed there, so nothing that was read ahead holds.
+        """
+        self.end_step()
+        if self.recall is not None:
+            self.recall(edits)
+
     def _end_gather(self) -> None:
+        self.end_step()
         writing, self._writing = self._writing, DONE
         writing.wait()
         if self._gathering is not DONE:
@@ -588,7 +621,7 @@ class Unit:
         """
         return self._store.write(shard)
 
-    def publish(self, *, is_written: bool = False) -> None:
+    def publish(self, *, is_written: bool = False, step: Ticket = DONE) -> None:
         """Put the stepped master weights where gathers read; start one where parameters stay.
 
         The gather may run on under the next forward: whoever reads a parameter waits for it. Where
@@ -596,6 +629,7 @@ class Unit:
 
         Args:
             is_written: the step has put them there itself.
+            step: its end, if it runs beside the computation, on the stream that is current.
         """
         if is_written:
             self._send_staged()
@@ -604,15 +638,18 @@ class Unit:
             self.write_master()
         if self.gathers_alone or not (self.lifetime.params_stay or self._num_holds):
             self.free()
+            self._step = step
             return
         self.wait()  # where nobody has touched it since the last step; users are counted alike
         num_users = self._full.num_users
         self.gather()
+        self._step = step
         # Who kept a view of the memory reads it without a word; a class of its own has its ways.
         self._own_users = min(self._own_users, num_users)
         is_ours = num_users == self._own_users and set(self._classes) == {nn.Parameter}
-        if is_ours and not self._num_holds and self._gathering is not DONE:
-            self._defer()
+        coming = step if self._gathering is DONE else self._gathering
+        if is_ours and not self._num_holds and coming is not DONE:
+            self._defer(coming)
         else:
             self.wait()
 
@@ -621,8 +658,8 @@ class Unit:
         if staged is not None:
             self.mesh.parcels.send(staged, self._store.write(staged))
 
-    def _defer(self) -> None:
-        """Let whoever touches a parameter wait for the gather under way.
+    def _defer(self, coming: Ticket) -> None:
+        """Let whoever touches a parameter wait for its values.
 
         Parameters have no numbers meanwhile, for those who read memory without touching them.
         """
@@ -630,7 +667,7 @@ class Unit:
         for param, outline, view in zip(self._params, self._outlines, views, strict=True):
             param.data = outline
             param.__class__ = self._pending_class
-            vars(param)[COMING] = Coming(weakref.ref(self), self._gathering, view)
+            vars(param)[COMING] = Coming(weakref.ref(self), coming, view)
         self._is_readable, self._is_deferred = False, True
 
     def _end_deferral(self) -> None:
@@ -655,6 +692,10 @@ class Unit:
         self._end_gather()
         self._writing = self._store.write(self.master)
         self._note_edit()
+
+    def end_gather(self) -> None:
+        """Let the computation wait for a gather under way, if any."""
+        self._end_gather()
 
     def _note_edit(self) -> None:
         # A graph from before the step must not be run backward with the weights after it.
@@ -692,7 +733,8 @@ class Unit:
         dtype = self._full.tensor.dtype
         if self.master is None or self.master.dtype == dtype or not self.lifetime.params_stay:
             return False
-        made = self.master.to(dtype)
+        self.at_home()
+        made = self.master.to(self._mine.device).to(dtype)
         return bool(((self._mine != made) & ~made.isnan()).any())
 
     def adopt(self, edit: Callable[[Tensor], object]) -> None:
@@ -710,9 +752,11 @@ class Unit:
         mine = self._mine
         self._store.write(mine).wait()
         if self.master is not None and self.master.data_ptr() != mine.data_ptr():
+            self.at_home(edits=True)
             # What was not edited keeps the digits that the compute dtype cannot hold.
-            same = self.master.to(mine.dtype) == mine
-            self.master.copy_(torch.where(same, self.master, mine.to(self.master.dtype)))
+            master = self.master.to(mine.device)
+            same = master.to(mine.dtype) == mine
+            self.master.copy_(torch.where(same, master, mine.to(master.dtype)))
         self._versions = self._count_edits()
         if misfits:
             hint = "give the module a new parameter instead."
@@ -723,12 +767,14 @@ class Unit:
     def read_kept(self) -> Tensor:
         """This rank's range with all digits that are kept: master weights, or a frozen shard."""
         if self.master is not None:
+            self.at_home()
             return self.master
         return self._store.home
 
     def load_kept(self, values: Tensor) -> None:
         """Replace this rank's range by what has been read; gathers see it from now on."""
         if self.master is not None:
+            self.at_home(edits=True)
             if values.data_ptr() != self.master.data_ptr():
                 self.master.copy_(values)
             self.write_master()
@@ -860,6 +906,7 @@ class Unit:
 
     def _fresh_gradient(self) -> FlatBuffer:
         """The full gradient's memory with undefined content, once nothing else uses it."""
+        self.end_step()
         self.settle()
         if self.grad_shard is not None and self.lifetime.grads_stay:
             # The last reduction of this step left its result in the buffer.
@@ -895,6 +942,7 @@ class Unit:
 
         The result is in the dtype of the accumulation: the sum has digits that the wire has not.
         """
+        self.end_step()
         self.settle()
         numel, dtype = self.layout.shard_numel, self._wide(self.precision.accumulate)
         out = torch.empty(numel, dtype=dtype, device=self.mesh.device)
@@ -960,10 +1008,16 @@ class Unit:
         if self.grad_shard is not None:
             self.grad_shard = self.grad_shard.to(self._wide(self.precision.accumulate))
 
-    def clear_gradients(self) -> None:
-        """Forget everything accumulated since the last optimizer step."""
+    def clear_gradients(self, *, is_read: bool = False) -> None:
+        """Forget everything accumulated since the last optimizer step.
+
+        Args:
+            is_read: by a step beside the computation, until which the memory stays.
+        """
         self.settle()
         self._rejoin()
+        if is_read and self.grad_shard is not None:
+            self._spent.append(self.grad_shard)
         self.grad_shard = self._norms = self._arrived = None
         self.has_gradient = False
         for piece in self.slices:
@@ -971,7 +1025,8 @@ class Unit:
         with torch._C.DisableTorchFunctionSubclass():
             for param in self._params:
                 param.grad = None
-        if self._gradient is not None:
+        # While a step is under way there is no other gradient than the one that it reads.
+        if self._gradient is not None and not is_read and self._step is DONE:
             self._gradient.release()
 
     def expose_gradients(self) -> None:

@@ -30,7 +30,15 @@ from zeroshard.core.slots import full_nbytes, full_shape
 from zeroshard.core.unit import Companion, Member
 from zeroshard.errors import ConfigError, compose
 
-__all__ = ["Group", "Kind", "choose_groups", "find_blocks", "find_leaves", "find_persistent"]
+__all__ = [
+    "Group",
+    "Kind",
+    "choose_groups",
+    "cut",
+    "find_blocks",
+    "find_leaves",
+    "find_persistent",
+]
 
 _REPEATED_IN = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Attributes repeat from this number on: a pair (encoder and decoder) is no stack of layers.
@@ -71,6 +79,15 @@ class Group:
     kind: Kind
     members: list[Member] = field(default_factory=list[Member])
     sites: list[nn.Module] = field(default_factory=list[nn.Module])
+
+
+def cut(group: Group, at: int) -> tuple[Group, Group]:
+    """Two groups in place of one: its first so many parameters, and the others.
+
+    Both are gathered wherever the one was.
+    """
+    first, second = group.members[:at], group.members[at:]
+    return Group(group.kind, first, list(group.sites)), Group(group.kind, second, group.sites)
 
 
 def find_blocks(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:

@@ -123,6 +123,7 @@ class Engine(Getters):
             self._optimizer = ZeroOptimizer(sharded, self._step_now, self.zero_grad)
             # The gradients are here, so forgetting them is, too.
             sharded.inner.zero_grad = self.zero_grad
+            runtime.before_step = sharded.read_ahead
         self._shown_optimizer: Any = self._optimizer
         self._allow_foreign_steps = weakref.finalize(self, refuse_foreign_steps().remove)
         self._allow_foreign_steps.atexit = False

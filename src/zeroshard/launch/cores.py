@@ -7,21 +7,15 @@ arithmetic units.
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from zeroshard.errors import UsageError, compose
-from zeroshard.launch import cgroup
+from zeroshard.host.cpus import read_list
 
-__all__ = ["Core", "allowed_cpus", "assign", "num_usable_cpus", "parse_list", "read_cores"]
+__all__ = ["Core", "assign", "read_cores"]
 
 
 @dataclass(frozen=True)
@@ -74,41 +68,6 @@ def _place(sizes: dict[int, int], wishes: Sequence[int | None]) -> list[int] | N
     return None
 
 
-def parse_list(text: str) -> frozenset[int]:
-    """Read a list of CPUs, such as ``0-25,27``.
-
-    Raises:
-        UsageError: an item is neither a number nor a range.
-    """
-    cpus: set[int] = set()
-    for item in text.split(","):
-        bounds = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", item)  # no host has a million
-        first, last = (int(bounds[1]), int(bounds[2] or bounds[1])) if bounds else (1, 0)
-        if first > last:
-            raise UsageError(
-                compose(
-                    f"{item!r} in the list of CPU cores {text!r} is not a number or a range.",
-                    hint='write a list such as "0-25,27".',
-                )
-            )
-        cpus.update(range(first, last + 1))
-    return frozenset(cpus)
-
-
-def allowed_cpus() -> frozenset[int]:
-    """Return the CPUs this process may run on, which are fewer than the host's under Slurm."""
-    if hasattr(os, "sched_getaffinity"):
-        return frozenset(os.sched_getaffinity(0))
-    return frozenset(range(psutil.cpu_count() or 1))
-
-
-def num_usable_cpus() -> int:
-    """Count the CPUs whose time this process may use; a container may limit it below the host's."""
-    limit = cgroup.of_this_process().cpu_limit()
-    allowed = len(allowed_cpus())
-    return allowed if limit is None else max(1, min(allowed, math.ceil(limit)))
-
-
 def read_cores(allowed: Collection[int], root: Path = Path("/sys/devices/system")) -> list[Core]:
     """Describe the cores of this host, as far as they are allowed.
 
@@ -117,17 +76,10 @@ def read_cores(allowed: Collection[int], root: Path = Path("/sys/devices/system"
     node_of = {
         cpu: int(folder.name.removeprefix("node"))
         for folder in root.glob("node/node[0-9]*")
-        for cpu in _cpus_in(folder / "cpulist")
+        for cpu in read_list(folder / "cpulist")
     }
     cores: set[Core] = set()
     for cpu in allowed:
-        threads = _cpus_in(root / f"cpu/cpu{cpu}/topology/thread_siblings_list") | {cpu}
+        threads = read_list(root / f"cpu/cpu{cpu}/topology/thread_siblings_list") | {cpu}
         cores.add(Core(tuple(sorted(threads & set(allowed))), node_of.get(cpu, 0)))
     return sorted(cores, key=lambda core: core.cpus)
-
-
-def _cpus_in(path: Path) -> frozenset[int]:
-    # A node may have memory but no CPU: its list is empty.
-    with contextlib.suppress(OSError, UsageError):
-        return parse_list(path.read_text())
-    return frozenset()

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zeroshard.errors import UsageError, compose
+from zeroshard.host.cpus import numa_node
 
-__all__ = ["VISIBLE", "Gpu", "Management", "management", "numa_node", "select", "visible_gpus"]
+__all__ = ["VISIBLE", "Gpu", "Management", "management", "select", "visible_gpus"]
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # No process can use a GPU without one of these: NVIDIA, AMD, NVIDIA under Windows, Jetson.
@@ -90,15 +91,6 @@ def select(names: str | None, uuids: Sequence[str]) -> list[tuple[str, int]]:
             )
         found.append((name, matches[0]))
     return found
-
-
-def numa_node(bus: str, root: Path = Path("/sys/bus/pci/devices")) -> int | None:
-    """Return the NUMA node of a PCI device such as ``00000000:3B:00.0``, None if unknown."""
-    domain, _, rest = bus.lower().partition(":")
-    with contextlib.suppress(OSError, ValueError):
-        node = int((root / f"{domain[-4:]}:{rest}" / "numa_node").read_text())
-        return node if node >= 0 else None
-    return None
 
 
 class _PciInfo(ctypes.Structure):

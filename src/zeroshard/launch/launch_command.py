@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from zeroshard.errors import UsageError, compose
+from zeroshard.host import cpus
 from zeroshard.launch import cores, env_file, gpus, hosts, meeting, supervisor
 from zeroshard.launch.gpus import Gpu
 from zeroshard.launch.hosts import Slots
@@ -241,11 +242,11 @@ def launch(ctx: click.Context, **given: Any) -> int:
     slots = _slots(options, visible)
     if 0 < len(slots) < len(visible):
         env[gpus.VISIBLE] = ",".join(visible[slot].name for slot in slots)
-    cpus = _cpus(options, slots, visible)
-    if cpus:
-        env[_OMP_NUM_THREADS] = str(len(cpus[0]))
+    bound = _cpus(options, slots, visible)
+    if bound:
+        env[_OMP_NUM_THREADS] = str(len(bound[0]))
     else:
-        share = cores.num_usable_cpus() // len(slots)
+        share = cpus.num_usable_cpus() // len(slots)
         env.setdefault(_OMP_NUM_THREADS, str(max(1, share)))
     pass_local_rank = options.pass_local_rank or (
         not options.no_local_rank and script.declares_local_rank()
@@ -268,7 +269,7 @@ def launch(ctx: click.Context, **given: Any) -> int:
             master_addr=options.master_addr or _LOOPBACK,
             master_port=port,
             pass_local_rank=pass_local_rank,
-            cpus=tuple(frozenset(cpu for core in own for cpu in core.cpus) for own in cpus),
+            cpus=tuple(frozenset(cpu for core in own for cpu in core.cpus) for own in bound),
             logs=_logs(options.enable_each_rank_log, len(slots)),
             max_restarts=options.max_restarts,
         )
@@ -370,9 +371,9 @@ def _cpus(options: _Options, slots: Slots, visible: Sequence[Gpu]) -> list[tuple
     """Return the cores of each rank; none where ranks are not bound."""
     if not options.bind_cores_to_rank and options.bind_core_list is None:
         return []
-    allowed = cores.allowed_cpus()
+    allowed = cpus.allowed_cpus()
     if options.bind_core_list is not None:
-        wanted = cores.parse_list(options.bind_core_list)
+        wanted = cpus.parse_list(options.bind_core_list)
         if wanted - allowed:
             raise UsageError(
                 compose(

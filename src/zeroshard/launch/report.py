@@ -6,7 +6,6 @@ is wanted most where something is broken.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -22,7 +21,8 @@ from types import ModuleType
 
 import psutil
 
-from zeroshard.launch import cgroup, cores, gpus
+from zeroshard.host import cgroup, cpus
+from zeroshard.launch import cores, gpus
 
 __all__ = ["Feature", "Report", "collect"]
 
@@ -34,7 +34,6 @@ _PACKAGES = [
 # What of the environment changes how ranks find each other or their devices.
 _VARIABLES = ("CUDA_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "OMP_", "MASTER_", "ZEROSHARD_")
 _BF16_CAPABILITY = (8, 0)
-_IO_URING_SETTING = Path("/proc/sys/kernel/io_uring_disabled")
 
 Probe = Callable[[], object]
 
@@ -219,10 +218,10 @@ def _networks() -> list[str]:
 
 
 def _cpus() -> str:
-    described = cores.read_cores(cores.allowed_cpus())
+    described = cores.read_cores(cpus.allowed_cpus())
     nodes = sorted({core.node for core in described})
     return (
-        f"{len(cores.allowed_cpus())} of {psutil.cpu_count()} may be used: {len(described)} cores "
+        f"{len(cpus.allowed_cpus())} of {psutil.cpu_count()} may be used: {len(described)} cores "
         f"on {len(nodes)} NUMA {'node' if len(nodes) == 1 else 'nodes'}"
     )
 
@@ -266,14 +265,6 @@ def _direct_io() -> str:
     return "yes"
 
 
-def _io_uring() -> str:
-    with contextlib.suppress(FileNotFoundError):
-        return "yes" if _IO_URING_SETTING.read_text().strip() == "0" else "no (disabled by kernel)"
-    numbers = platform.release().split(".")[:2]
-    release = tuple(int(number) for number in numbers if number.isdigit())
-    return "yes" if release >= (5, 1) else "no (needs Linux 5.1)"
-
-
 _HOST: Mapping[str, Probe] = {
     "CPUs": _cpus,
     "CPU limit": _cpu_limit,
@@ -283,7 +274,6 @@ _HOST: Mapping[str, Probe] = {
     "/dev/shm": lambda: _disk("/dev/shm"),
     "disk here": lambda: _disk("."),
     "direct I/O here": _direct_io,
-    "io_uring": _io_uring,
 }
 
 
@@ -346,8 +336,8 @@ def _muon() -> tuple[bool, str]:
 
 
 def _nvme() -> tuple[bool, str]:
-    direct, uring = _direct_io(), _io_uring()
-    return direct == "yes" and uring == "yes", f"direct I/O here: {direct}; io_uring: {uring}"
+    # Where direct I/O is refused, files are read and written through the page cache.
+    return hasattr(os, "posix_fallocate"), f"direct I/O here: {_direct_io()}"
 
 
 def _binding() -> tuple[bool, str]:
@@ -363,7 +353,7 @@ _FEATURES: Sequence[tuple[str, str, Callable[[], tuple[bool, str]]]] = (
     ("torch.compile", "triton on GPUs, a C++ compiler on the CPU", _compile),
     ("Muon", "torch.optim.Muon (torch 2.9)", _muon),
     ("8-bit optimizers", "bitsandbytes or torchao", _package("bitsandbytes", "torchao")),
-    ("offload to NVMe", "direct I/O and io_uring", _nvme),
+    ("offload to NVMe", "Linux; direct I/O is faster", _nvme),
     ("safetensors files", "safetensors", _package("safetensors")),
     ("Hugging Face models", "transformers", _package("transformers")),
     ("LoRA adapters", "peft", _package("peft")),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from zeroshard.launch import cgroup
+from zeroshard.host import cgroup
 from zeroshard.launch.failure import Ended, describe, first_failure
 from zeroshard.launch.job import Job, rank_environment
 from zeroshard.launch.output import STDERR, Output

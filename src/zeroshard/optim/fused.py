@@ -1,11 +1,9 @@
 """Adam and AdamW over the whole shard of each unit, in place of one slice per parameter.
 
-[Note: flat state]
-Gradient and master weights of a unit are flat tensors, and here Adam's averages are, too. What
-``optimizer.state`` holds for a slice are views of them, under torch's own names; the counts of
-steps of all slices are views of one tensor. So whoever reads or edits state by parameter finds it
-where torch has it, torch's own step works on the same memory, and either may make the next step. A
-slice whose state was replaced, as by a checkpoint, has the new values copied in before a step.
+The averages are flat tensors, see [Note: flat state] in `flat_state.py`, and the counts of steps of
+all slices are views of one tensor. So torch's own step works on the same memory, and either may
+make the next step. A slice whose state was replaced, as by a checkpoint, has the new values copied
+in before a step.
 
 Slices that lie side by side and are in one param group are stepped as one, with the padding between
 them, which is zero and stays it.
@@ -31,8 +29,10 @@ from zeroshard.core.unit import Unit
 from zeroshard.core.with_triton import if_it_runs
 from zeroshard.optim import adam
 from zeroshard.optim.adam import Rule, Shards, Update
+from zeroshard.optim.carriers import Load
+from zeroshard.optim.flat_state import FlatState
 
-__all__ = ["FusedAdam", "is_adam", "is_watched", "triton_update"]
+__all__ = ["FusedAdam", "Part", "is_adam", "is_watched", "triton_update"]
 
 _log = logging.getLogger(__name__)
 _AVERAGE, _SQUARE, _STEP = "exp_avg", "exp_avg_sq", "step"
@@ -49,9 +49,9 @@ class _Run:
     start: int
     stop: int
 
-    def of(self, shard: Tensor) -> Tensor:
-        """The part of a shard that they are."""
-        return shard if self.stop - self.start == shard.numel() else shard[self.start : self.stop]
+
+def _cut(flat: Tensor, start: int, stop: int) -> Tensor:
+    return flat if stop - start == flat.numel() else flat[start:stop]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,22 @@ class _Place:
         return found == self.addresses
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A range of a unit's shard, with its master weights and averages: what is stepped at once."""
+
+    start: int
+    stop: int
+    load: Load
+
+
 class _Home:
     """The flat state of a unit."""
 
-    def __init__(self, unit: Unit, steps: Tensor) -> None:
+    def __init__(self, unit: Unit, state: FlatState, steps: Tensor) -> None:
         assert unit.master is not None, f"{unit.name} is frozen and has no state"
-        self._unit = unit
-        self.average, self.square = torch.zeros_like(unit.master), torch.zeros_like(unit.master)
+        self._unit, self._state, self._dtype = unit, state, unit.master.dtype
+        self.average, self.square = (state.flat(name, self._dtype) for name in (_AVERAGE, _SQUARE))
         self.places: list[_Place] = []
         for index, piece in enumerate(unit.slices):
             if piece.numel():
@@ -92,20 +101,34 @@ class _Home:
                 self.places.append(place)
 
     def views(self, index: int) -> tuple[Tensor, Tensor]:
-        """The averages of one slice, which keep no more than the memory: it may be exchanged."""
-        shape = self._unit.slices[index].shape
+        """The averages of one slice."""
         average, square = (
-            self._unit.part_of(flat, index).view(shape).data for flat in (self.average, self.square)
+            self._state.part(name, self._dtype, index) for name in (_AVERAGE, _SQUARE)
         )
         return average, square
+
+    def parts(self, most_numel: int) -> list[Part]:
+        """The ranges that are stepped one after another; a single one where nothing is moved."""
+        unit, master = self._unit, self._unit.master
+        assert master is not None, f"{unit.name} is frozen and has no state"
+        numel = master.numel()
+        most = max(numel, 1) if unit.state.is_near else most_numel
+        flats = (master, self.average, self.square)
+        parts: list[Part] = []
+        for start in range(0, numel, most):
+            stop = min(start + most, numel)
+            load = Load(unit.state, tuple(_cut(flat, start, stop) for flat in flats))
+            parts.append(Part(start, stop, load))
+        return parts
 
     def take_in(self, place: _Place, state: dict[str, Any]) -> str | None:
         """Copy the state of a slice in, and let the optimizer find it here; or say what it is."""
         views = self.views(place.index)
         given = state.get(_AVERAGE), state.get(_SQUARE)
         if not state:
-            for own in (*views, place.step):
+            for own in () if self._state.is_fresh else views:
                 own.zero_()
+            place.step.zero_()
         elif _STEP not in state or not all(
             isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
             for value, own in zip(given, views, strict=True)
@@ -121,7 +144,7 @@ class _Home:
 
 
 class FusedAdam:
-    """Makes the steps of an optimizer that is plain Adam. See [Note: flat state].
+    """Makes the steps of an optimizer that is plain Adam, on the flat state of each unit.
 
     Each step asks :meth:`prepare` first, as the user may have changed what the optimizer is. Why a
     step cannot be made here is logged at ``log_level``.
@@ -130,18 +153,21 @@ class FusedAdam:
     def __init__(
         self,
         inner: torch.optim.Optimizer,
-        units: Sequence[Unit],
+        states: Mapping[Unit, FlatState],
         device: torch.device,
         triton_update: Update | None,
         *,
+        most_numel: int,
         log_level: int = logging.INFO,
     ) -> None:
-        self._log_level = log_level
-        self._inner, self._units, self._device = inner, units, device
+        self._log_level, self._most_numel = log_level, most_numel
+        self._inner, self._units, self._device = inner, list(states), device
         self._triton = triton_update
         self._groups: list[list[int]] = []  # ids of the slices of each group, as they were
         self._runs: dict[Unit, list[_Run]] = {}
+        self._states = states
         self._homes: dict[Unit, _Home] = {}
+        self._parts: dict[Unit, list[Part]] = {}
         self._steps: Tensor | None = None
         self._steps_version = -1
         self._count: int | None = None  # of steps made; None where slices do not agree
@@ -158,21 +184,60 @@ class FusedAdam:
         self._reason = reason
         return reason is None
 
-    def update(self, unit: Unit, factor: Tensor, found_inf: Tensor | None) -> None:
-        """Step a unit with its gradient times ``factor``, unless ``found_inf`` is not 0."""
-        assert unit.grad_shard is not None and unit.master is not None, f"{unit.name}: no gradient"
-        home, out = self._homes[unit], unit.shard_to_write()
-        update = adam.update_ if self._triton is None else self._triton
+    def reserve(self) -> None:
+        """Take the memory of state that is kept off the device, before the first step."""
+        for unit, state in self._states.items():
+            if unit.master is not None and not unit.state.is_near:
+                for name in (_AVERAGE, _SQUARE):
+                    state.flat(name, unit.master.dtype)
+
+    def parts(self, unit: Unit) -> Sequence[Part]:
+        """What is stepped one after another; the same objects as long as state is where it is."""
+        parts = self._parts.get(unit)
+        if parts is None:
+            parts = self._parts[unit] = self._homes[unit].parts(self._most_numel)
+        return parts
+
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether the state of all units has its place, so that it may be read ahead."""
+        return len(self._homes) == len(self._units)
+
+    def update(
+        self,
+        unit: Unit,
+        part: Part,
+        tensors: Sequence[Tensor],
+        out: Tensor | None,
+        scale: tuple[Tensor, Tensor | None],
+    ) -> None:
+        """Step a part of a unit.
+
+        Args:
+            unit: whose gradient it is.
+            part: a part of it.
+            tensors: the part's master weights and averages, on the device.
+            out: what the whole unit's `Unit.shard_to_write` gave.
+            scale: what multiplies the gradient, and what is 1 to step nothing, else 0, or None:
+                scalars in fp32 on the device.
+        """
+        assert unit.grad_shard is not None, f"{unit.name}: no gradient"
         grad = unit.grad_shard
+        master, average, square = tensors
+        update = adam.update_ if self._triton is None else self._triton
         for run in self._runs[unit]:
+            start, stop = max(run.start, part.start), min(run.stop, part.stop)
+            if start >= stop:
+                continue
+            first, last = start - part.start, stop - part.start
             shards = Shards(
-                run.of(grad),
-                run.of(unit.master),
-                run.of(home.average),
-                run.of(home.square),
-                None if out is None else run.of(out),
+                _cut(grad, start, stop),
+                _cut(master, first, last),
+                _cut(average, first, last),
+                _cut(square, first, last),
+                None if out is None else _cut(out, start, stop),
             )
-            update(shards, self._rules[run.group], factor, found_inf)
+            update(shards, self._rules[run.group], *scale)
 
     def advance(self, found_inf: Tensor | None) -> None:
         """Count a step; with a flag, `confirm` says later whether it was made."""
@@ -193,8 +258,12 @@ class FusedAdam:
         self._is_open = False
 
     def let_go(self) -> None:
-        """Hold on to no state: its memory is about to be moved, or no longer wanted."""
+        """Hold on to no state of the device: its memory is to be moved, or no longer wanted."""
         self._homes.clear()
+        self._parts.clear()
+        for unit, state in self._states.items():
+            if unit.state.is_near:
+                state.give_back()
 
     # What must be so
 
@@ -264,17 +333,19 @@ class FusedAdam:
         if self._steps is None or not is_fit or self._steps.numel() != numel:
             self._steps = torch.zeros(numel, dtype=torch.float32, device=device)
             self._homes.clear()
+            self._parts.clear()
         at = 0
         is_new = False
         for unit in self._units:
             if (home := self._homes.get(unit)) is None:
-                home = self._homes[unit] = _Home(unit, self._steps[at:])
+                home = self._homes[unit] = _Home(unit, self._states[unit], self._steps[at:])
             for place in home.places:
                 state = self._inner.state[place.piece]
                 if not place.is_home(state):
                     is_new = True
                     if (reason := home.take_in(place, state)) is not None:
                         return reason
+            self._states[unit].is_fresh = False
             at += len(home.places)
         if is_new or self._steps._version != self._steps_version:
             # The only reading of the device: after somebody else has set or counted the steps.

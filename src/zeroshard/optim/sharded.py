@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zeroshard.core.collectives import Answered, Exchange, all_reduce_
+from zeroshard.core.collectives import DONE, Answered, Exchange, Ticket, all_reduce_
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.norm import squared
 from zeroshard.core.slots import slot_of
@@ -37,10 +37,13 @@ from zeroshard.core.unit import Unit
 from zeroshard.errors import UsageError, compose
 from zeroshard.optim.adam import Update
 from zeroshard.optim.factory import ELEMENTWISE
+from zeroshard.optim.far_state import FarState
+from zeroshard.optim.flat_state import FlatState
 from zeroshard.optim.fused import FusedAdam, is_adam, is_watched, triton_update
 from zeroshard.optim.lamb import Lamb
 from zeroshard.optim.muon import Muon
 from zeroshard.optim.packages import is_quantized_elementwise
+from zeroshard.optim.pipeline import Pipeline
 from zeroshard.optim.scaler import LossScaler
 from zeroshard.optim.whole import ALONE, Sharded, WholeOptimizer
 
@@ -50,6 +53,8 @@ Kernels = Literal["auto", "fused", "torch"]
 """Who steps the slices: one pass over each shard, or the optimizer's own step."""
 
 _log = logging.getLogger(__name__)
+_PAGE_NUMEL = 4096
+_MOST_NUMEL = 2**24  # elements that come from elsewhere at once: some 200 MB of Adam's state
 # Whose fused kernels take scalars of the device. A first step of SGD that is skipped leaves its
 # momentum undefined.
 _SKIPPING: Set[type] = {torch.optim.Adam, torch.optim.AdamW}
@@ -77,13 +82,21 @@ class StepPolicy:
 
     ``most_numel``: elements of this rank's master weights that are stepped at once, at least those
     of one unit; None steps all at once. ``kernels``: "auto" is "fused" where Triton runs, for there
-    it is faster, and "torch" elsewhere.
+    it is faster, and "torch" elsewhere. ``num_buffers``: through which state passes that is kept
+    off the device; None goes by what is free.
     """
 
     clip: float = 0.0
     skip_on_overflow: bool = False
     most_numel: int | None = None
     kernels: Kernels = "auto"
+    num_buffers: int | None = None
+
+
+def _numel_at_once(policy: StepPolicy) -> int:
+    """Elements of state that come from elsewhere at once: whole pages of files."""
+    most = min(policy.most_numel or _MOST_NUMEL, _MOST_NUMEL)
+    return -(-most // _PAGE_NUMEL) * _PAGE_NUMEL
 
 
 class _OnItsWay:
@@ -250,9 +263,15 @@ class ShardedOptimizer:
         self._pending: _OnItsWay | None = None  # the norm that decides about the last step
         self._square = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._stepping = False
+        self._scalars: tuple[object, ...] = ()  # what a step beside the computation reads
         self._given = [list(group["params"]) for group in inner.param_groups]
         self._adopt()
+        self._pipeline = Pipeline(mesh, policy.num_buffers)
+        self._states = {unit: FlatState(unit) for unit in self.units}
+        self._far = {unit: FarState(unit, self._states[unit], inner) for unit in self._far_units()}
         self._parts = self._divide()
+        for unit in self._far:
+            unit.recall = self.recall
         self._num_slices = sum(len(group["params"]) for group in inner.param_groups)
         self._guard = inner.register_step_pre_hook(self._refuse_direct_step)
         self._fused: FusedAdam | None = None
@@ -260,8 +279,15 @@ class ShardedOptimizer:
         if self.units and (is_asked_for or (policy.kernels == "auto" and is_adam(inner))):
             update = self._common_update()
             if is_asked_for or update is not None:
-                level = logging.INFO if is_asked_for else logging.DEBUG
-                self._fused = FusedAdam(inner, self.units, mesh.device, update, log_level=level)
+                self._fused = FusedAdam(
+                    inner,
+                    self._states,
+                    mesh.device,
+                    update,
+                    most_numel=_numel_at_once(policy),
+                    log_level=logging.INFO if is_asked_for else logging.DEBUG,
+                )
+                self._fused.reserve()
         has_replicas = self._fused is not None and mesh.replicate.size > 1
         self._agree = Exchange(mesh, 1) if has_replicas else None
 
@@ -295,9 +321,21 @@ class ShardedOptimizer:
                         )
             group["params"] = slices
 
+    def _far_units(self) -> list[Unit]:
+        return [unit for unit in self.units if not unit.state.is_near]
+
     def _divide(self) -> list[list[Unit]]:
         """The units of each part of a step, in order."""
         most = self.policy.most_numel
+        if self._far:
+            if steps_in_parts(type(self.inner)):
+                return [[unit] for unit in self.units]
+            _log.warning(
+                "%s may look at all parameters in one step, so all of its state that is kept off "
+                "the device comes back to it in every step: it saves memory between steps only.",
+                type(self.inner).__name__,
+            )
+            return [list(self.units)]
         if most is None or sum(unit.layout.shard_numel for unit in self.units) <= most:
             return [list(self.units)]
         if not steps_in_parts(type(self.inner)):
@@ -361,7 +399,9 @@ class ShardedOptimizer:
         """As ``step``, but where the host need not know whether it is skipped, it does not wait."""
         self._conclude()
         for unit in self.units:
+            unit.end_step()
             unit.settle()
+        self._scalars = ()  # nothing reads them any more
         divisor = divide_by * (self.scaler.scale if self.scaler else 1.0)
         self.norm = norm = self._global_norm() / divisor
         self._check_groups()
@@ -421,6 +461,13 @@ class ShardedOptimizer:
 
         A skipped step publishes, too: other ranks may not know of it yet.
         """
+        if self._overflow:
+            self._pipeline.forget()
+        else:
+            if fused is None:
+                for far in self._far.values():
+                    far.take_in()
+            self._read_ahead(fused)
         # Master weights may be the very shards that other ranks read.
         with rewriting(unit.transport for unit in self.units):
             if self._overflow:
@@ -428,9 +475,7 @@ class ShardedOptimizer:
             elif fused is not None:
                 self._step_shards(fused, scaling)
             else:
-                is_inside = _takes_scaling(self.inner, _SCALING)
-                for units in self._parts:
-                    self._step_units(units, scaling, is_inside=is_inside)
+                self._step_slices(scaling)
         for unit in self.units:
             unit.catch_up()
 
@@ -443,17 +488,68 @@ class ShardedOptimizer:
                 )
             )
 
+    def read_ahead(self) -> None:
+        """Send for the state that the next step is expected to need first, if any is elsewhere."""
+        self._read_ahead(self._fused)
+
+    def _read_ahead(self, fused: FusedAdam | None) -> None:
+        if not self._far:
+            return
+        if fused is not None and fused.is_laid_out:
+            loads = [part.load for unit in self._far for part in fused.parts(unit)]
+        else:
+            loads = [far.load for far in self._far.values()]
+        self._pipeline.start(loads, at_once=max(map(len, self._parts)) if fused is None else 1)
+
+    def recall(self, edits: bool = True) -> None:
+        """Wait until all state is where it is kept; nothing read ahead holds if it is edited."""
+        self._pipeline.settle()
+        if edits:
+            self._pipeline.forget()
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Step inside, beside the computation if state comes from elsewhere."""
+        if not self._far:
+            yield
+            self.mesh.parcels.settle()
+            return
+        for unit in self.units:
+            unit.end_gather()
+        with self.mesh.stepping.entered():
+            yield
+        self._pipeline.end()
+
     def _step_shards(self, fused: FusedAdam, scaling: _Scaling) -> None:
         """Step each unit in one pass and publish it, before the next one is stepped."""
         with self._stepping_inside():
             self.inner.step()  # finds no gradients; whoever wraps it knows that there was a step
-        factor = scaling.factor(self.mesh.device)
-        with torch.no_grad():
+        scale = (scaling.factor(self.mesh.device), scaling.found_inf)
+        self._scalars = scale
+        with torch.no_grad(), self._beside():
             for unit in self.units:
-                fused.update(unit, factor, scaling.found_inf)
-                unit.clear_gradients()
-                unit.publish(is_written=True)
+                out = unit.shard_to_write()
+                for part in fused.parts(unit):
+                    with self._pipeline.visiting(part.load) as tensors:
+                        fused.update(unit, part, tensors, out, scale)
+                self._publish([unit], is_written=True)
         fused.advance(scaling.found_inf)
+
+    def _step_slices(self, scaling: _Scaling) -> None:
+        """Let the optimizer step the slices of all units, part by part, and publish them."""
+        is_inside = _takes_scaling(self.inner, _SCALING)
+        self._scalars = (scaling,)
+        with self._beside():
+            for units in self._parts:
+                with torch.no_grad(), ExitStack() as visits:
+                    for unit in units:
+                        if unit in self._far:
+                            visits.enter_context(self._far[unit].visiting(self._pipeline))
+                    self._step_units(units, scaling, is_inside=is_inside)
+                for unit in units:
+                    if unit in self._far:
+                        self._far[unit].take_in()
+                    self._publish([unit], is_written=unit in self._far)
 
     def _step_units(self, units: Sequence[Unit], scaling: _Scaling, *, is_inside: bool) -> None:
         """Step the slices of some units; torch's optimizers pass over those without gradients.
@@ -472,15 +568,18 @@ class ShardedOptimizer:
             else:
                 scaling.apply_(shards)
                 self.inner.step()
-        self._publish(units)
 
-    def _publish(self, units: Sequence[Unit]) -> None:
+    def _publish(self, units: Sequence[Unit], *, is_written: bool = False) -> None:
         """Forget the gradients of units, and let gathers read their master weights."""
+        is_beside = bool(self._far) and not self._overflow
         for unit in units:
-            unit.clear_gradients()
+            unit.clear_gradients(is_read=is_beside)
         with torch.no_grad():
             for unit in units:
-                unit.publish()
+                step: Ticket = DONE
+                if is_beside:
+                    step = self._pipeline.ticket(is_last=unit is self.units[-1])
+                unit.publish(is_written=is_written or self._overflow, step=step)
 
     @contextmanager
     def _stepping_inside(self) -> Iterator[None]:
@@ -521,8 +620,13 @@ class ShardedOptimizer:
     def release(self) -> None:
         """Give the optimizer its parameters back; state, which is of slices, is dropped."""
         self._guard.remove()
+        self.recall()
+        self._pipeline.close()
         self.inner.state.clear()
         self.let_go_of_state()
+        for unit, far in self._far.items():
+            far.give_back()
+            unit.recall = None
         for group, params in zip(self.inner.param_groups, self._given, strict=True):
             group["params"] = params
         if isinstance(self.inner, WholeOptimizer):

@@ -172,3 +172,28 @@ def test_a_key_in_the_wrong_place_is_told_where_it_belongs(
 )
 def test_a_removed_feature_names_the_keys_to_use_instead(key: str, instead: str) -> None:
     assert instead in message({key: {"enabled": True}})
+
+
+def test_one_key_says_how_much_leaves_the_device() -> None:
+    zero = {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+    text = message({"zero_optimization": zero, "zeroshard": {"gpu_budget": 40}})
+    assert "offload_optimizer.ratio cannot be 0.5 beside zeroshard.gpu_budget" in text
+    assert "hint: remove one of the two keys." in text
+    zero["offload_optimizer"]["ratio"] = 1
+    budget = load({"zero_optimization": zero, "zeroshard": {"gpu_budget": 40}}).zeroshard.gpu_budget
+    assert budget == 40.0
+
+
+def test_one_budget_measures_what_is_free() -> None:
+    text = message({"zeroshard": {"gpu_budget": "auto", "activation_budget": "auto"}})
+    assert 'zeroshard.gpu_budget and zeroshard.activation_budget cannot both be "auto"' in text
+    assert "hint: name a number of GiB for one of them." in text
+    load({"zeroshard": {"gpu_budget": "auto", "activation_budget": 4}})
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("device", ["cpu", "nvme"])
+def test_optimizer_state_may_leave_the_device_at_every_stage(stage: int, device: str) -> None:
+    place = {"device": device, "nvme_path": "/fast"}
+    config = load({"zero_optimization": {"stage": stage, "offload_optimizer": place}})
+    assert config.zero_optimization.offload_optimizer.device == device

@@ -44,11 +44,11 @@ def test_every_file_loads_and_explains(path: Path, facts: Facts | None) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_only_offloading_is_warned_of(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_a_slow_start_is_not_to_be_had(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     load(path, TRAINER)
     warned = [record.getMessage() for record in caplog.records]
-    assert len(warned) == ("offload" in path.stem)
-    assert all("Offloading is not built yet" in text for text in warned)
+    assert len(warned) == (path.stem == "offload_nvme")
+    assert all("offload_optimizer.fast_init. Files are preallocated" in text for text in warned)
 
 
 def test_the_trainers_file_is_filled_from_the_trainer(caplog: pytest.LogCaptureFixture) -> None:

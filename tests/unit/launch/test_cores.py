@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeroshard.errors import UsageError
-from zeroshard.launch.cores import Core, assign, parse_list, read_cores
+from zeroshard.launch.cores import Core, assign, read_cores
 
 
 def host(*sizes: int) -> list[Core]:
@@ -69,16 +69,6 @@ def test_shares_by_example(
 def test_more_ranks_than_cores_are_refused_with_both_numbers() -> None:
     with pytest.raises(UsageError, match="3 ranks cannot be bound to 2 CPU cores"):
         assign(host(2), [None] * 3)
-
-
-def test_lists_of_cores_have_numbers_and_ranges() -> None:
-    assert parse_list("0-3, 7,2\n") == {0, 1, 2, 3, 7}
-
-
-@pytest.mark.parametrize("text", ["", "1,", "a", "3-1", "1-", "-1"])
-def test_other_lists_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a number or a range"):
-        parse_list(text)
 
 
 def test_a_host_is_read_with_its_nodes_and_hardware_threads(tmp_path: Path) -> None:

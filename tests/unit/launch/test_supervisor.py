@@ -21,7 +21,7 @@ from typing import IO
 import psutil
 import pytest
 
-from zeroshard.launch import cgroup
+from zeroshard.host import cgroup
 
 ZEROSHARD = [sys.executable, "-m", "zeroshard"]
 Write = Callable[[str], str]

@@ -4,7 +4,7 @@ from deepspeed._names import names
 
 _KERNELS = "use the module of torch or of transformers; torch.compile fuses its kernels"
 
-__compatible_ops__ = {"async_io": False}
+__compatible_ops__ = {"async_io": True}
 """Whether an operation that DeepSpeed compiles could be used here."""
 
 __getattr__, __dir__ = names(

@@ -37,13 +37,27 @@ class Cgroup:
 
     def memory_limit_bytes(self) -> int | None:
         """Return the smallest memory limit of this group and the groups around it."""
-        limits: list[int] = []
+        limits = [_memory_limit(folder) for folder in self._upwards(self.memory)]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def memory_free_bytes(self) -> int | None:
+        """Return how much more this group may take before one around it reaches its limit.
+
+        Pages of files count as free, since the kernel drops them first. None where nothing is
+        limited, or where what is used is not told.
+        """
+        free: list[int] = []
         for folder in self._upwards(self.memory):
-            text = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
-            # Version 1 writes "no limit" as the largest number of pages.
-            if text is not None and text.isdigit() and int(text) < 1 << 60:
-                limits.append(int(text))
-        return min(limits, default=None)
+            limit = _memory_limit(folder)
+            used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
+            if limit is None or used is None:
+                continue
+            # Version 1 counts the groups inside of this one only under names of their own.
+            text = _read(folder / "memory.stat") or ""
+            prefix = "total_" if "\ntotal_" in text else ""
+            files = re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", text, re.MULTILINE)
+            free.append(max(0, limit - int(used) + sum(map(int, files))))
+        return min(free, default=None)
 
     def cpu_limit(self) -> float | None:
         """Return how many CPUs' time the processes here may use at once."""
@@ -96,6 +110,14 @@ _FILES = {
     "memory": ("memory.events", "memory.oom_control"),
     "cpu": ("cpu.max", "cpu.cfs_quota_us"),
 }
+
+
+def _memory_limit(folder: Path) -> int | None:
+    text = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
+    # Version 1 writes "no limit" as the largest number of pages.
+    if text is not None and text.isdigit() and int(text) < 1 << 60:
+        return int(text)
+    return None
 
 
 def _read(path: Path) -> str | None:

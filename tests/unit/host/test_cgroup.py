@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zeroshard.launch.cgroup import Cgroup, of_this_process
+from zeroshard.host.cgroup import Cgroup, of_this_process
 
 
 def write(path: Path, text: str) -> Path:
