@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,13 +15,10 @@ from torch import Tensor, nn
 
 import zeroshard
 from forked import run_ranks
-from places import ThreadedFiles
 from reference import Setting, engine_run, make_engine, train
 from zeroshard.core.building import build_unit
-from zeroshard.core.depot import PlainDepot
 from zeroshard.core.lifetime import STAGES
 from zeroshard.core.slots import full_shape, is_waiting
-from zeroshard.core.staging import InFiles, Staging
 from zeroshard.core.unit import Unit
 from zeroshard.engine import build
 from zoo import ZOO
@@ -34,11 +31,19 @@ CASES = [
     "order_varies_by_rank",
     "checkpointed_segments",
 ]
-HOST: Mapping[str, Any] = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
-FILES: Mapping[str, Any] = {
-    "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}
-}
-BUFFER_BYTES = 4096
+
+
+def offloaded(device: str, **more: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 3, "offload_param": {"device": device, **more}}}
+
+
+HOST = offloaded("cpu")
+
+
+def in_files(folder: Path) -> dict[str, Any]:
+    """Through so few and small buffers that some shards take several, and not all fit in them."""
+    few = {"buffer_count": 3, "buffer_size": 2048, "max_in_cpu": 0}
+    return offloaded("nvme", nvme_path=str(folder), **few)
 
 
 def live_storages() -> dict[int, int]:
@@ -49,33 +54,21 @@ def live_storages() -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
 
 
-@contextlib.contextmanager
-def files_in_memory() -> Iterator[list[Staging]]:
-    """Files that are none, behind a few small buffers."""
-    made: list[Staging] = []
-
-    def place(settings: Any) -> InFiles:
-        made.append(Staging(ThreadedFiles(), PlainDepot(), count=3, nbytes=BUFFER_BYTES))
-        return InFiles(made[-1])
-
-    with mock.patch.object(build, "_place_of_shards", place):
-        yield made
-
-
 def setting_of(name: str, world: int, extra: Mapping[str, Any]) -> Setting:
     mode = ZOO[name].checkpointing[-1]
     return Setting(3, world, 2, 0.1, mode, precision="bf16", steps=2, extra=extra)
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_training_is_the_same_to_the_last_bit_wherever_shards_are(world: int) -> None:
+def test_training_is_the_same_to_the_last_bit_wherever_shards_are(
+    world: int, tmp_path: Path
+) -> None:
     def work(rank: int, world: int) -> list[str]:
         found: list[str] = []
         for name in CASES:
             plain = engine_run(ZOO[name], setting_of(name, world, {}), rank)
             host = engine_run(ZOO[name], setting_of(name, world, HOST), rank)
-            with files_in_memory():
-                files = engine_run(ZOO[name], setting_of(name, world, FILES), rank)
+            files = engine_run(ZOO[name], setting_of(name, world, in_files(tmp_path)), rank)
             for where, record in (("host", host), ("files", files)):
                 same = record.losses == plain.losses and record.norms == plain.norms
                 same = same and all(
@@ -117,11 +110,10 @@ def test_the_device_holds_what_is_in_use_and_no_more() -> None:
 def test_shards_off_the_device_are_edited_saved_loaded_and_run_as_any_other(tmp_path: Path) -> None:
     def work(rank: int, world: int) -> None:
         case = ZOO["frozen_block_between"]
-        settings = [Setting(3, world, precision="bf16", extra=e) for e in ({}, HOST, FILES)]
+        extras = ({}, HOST, in_files(tmp_path))
+        settings = [Setting(3, world, precision="bf16", extra=extra) for extra in extras]
         plain = settings[0]
-        engines = [make_engine(case, settings[0]), make_engine(case, settings[1])]
-        with files_in_memory():
-            engines.append(make_engine(case, settings[2]))
+        engines = [make_engine(case, setting) for setting in settings]
         weights: list[list[Tensor]] = []
         for engine in engines:
             params = list(engine.module.parameters())
@@ -145,8 +137,7 @@ def test_shards_off_the_device_are_edited_saved_loaded_and_run_as_any_other(tmp_
         engines[2].save_checkpoint(str(tmp_path / str(world)))
         losses = [train(engines[2], case, plain, rank, steps=range(1, 3))]
         for setting in settings:
-            with files_in_memory() if setting is settings[2] else contextlib.nullcontext():
-                engine = make_engine(case, setting)
+            engine = make_engine(case, setting)
             engine.load_checkpoint(str(tmp_path / str(world)))
             losses.append(train(engine, case, plain, rank, steps=range(1, 3)))
         assert all(each == losses[0] for each in losses)
