@@ -22,7 +22,7 @@ from zeroshard.optim.pipeline import Pipeline
 
 __all__ = ["FarState"]
 
-_SMALL = 16  # of the bytes of the master weights, what is no number for each element stays
+_SMALL = 16  # a part of the master weights that is not worth much
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class FarState:
         assert unit.master is not None, f"{unit.name} is frozen and has no state"
         self._unit, self._flat, self._inner = unit, flat, inner
         self._kept: list[_Kept] = []
-        self._alone: list[Tensor] = []  # taken from the depot for tensors of other shapes
+        self._alone: list[Tensor] = []  # taken from the depot for what is no part of a flat tensor
         self.load = Load(unit.state, (unit.master,))
 
     def take_in(self) -> None:
@@ -60,13 +60,14 @@ class FarState:
         kept: list[_Kept] = []
         old, self._alone = self._alone, []
         flats: dict[tuple[str, torch.dtype], int] = {}
+        are_flat = self._common()
         for index, piece in enumerate(self._unit.slices):
             state: dict[str, Any] = self._inner.state.get(piece, {})
             for name, value in state.items():
                 if not _travels(value, piece):
                     continue
-                if value.shape == piece.shape:
-                    key = (name, value.dtype)
+                key = (name, value.dtype)
+                if value.shape == piece.shape and key in are_flat:
                     if key not in flats:
                         flats[key] = len(homes)
                         homes.append(self._flat.flat(*key))
@@ -84,6 +85,17 @@ class FarState:
             self._unit.state.give_back(tensor)
         self._flat.is_fresh = False
         self._kept, self.load = kept, Load(self._unit.state, tuple(homes))
+
+    def _common(self) -> set[tuple[str, torch.dtype]]:
+        """Names and dtypes of what nearly all of the shard has, so that a flat tensor is full."""
+        numels: dict[tuple[str, torch.dtype], int] = {}
+        for piece in self._unit.slices:
+            for name, value in self._inner.state.get(piece, {}).items():
+                if _travels(value, piece) and value.shape == piece.shape:
+                    key = (name, value.dtype)
+                    numels[key] = numels.get(key, 0) + value.numel()
+        least = sum(piece.numel() for piece in self._unit.slices) * (1 - 1 / _SMALL)
+        return {key for key, numel in numels.items() if numel >= least}
 
     def _is_known(self) -> bool:
         """Whether all state is where it is kept."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from zeroshard.core.norm import squared
 from zeroshard.core.slots import slot_of
 from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
-from zeroshard.errors import UsageError, compose
+from zeroshard.errors import OffloadError, UsageError, compose
 from zeroshard.optim.adam import Update
 from zeroshard.optim.factory import ELEMENTWISE
 from zeroshard.optim.far_state import FarState
@@ -513,9 +513,9 @@ class ShardedOptimizer:
         """Wait until all state is where it is kept; nothing read ahead holds if it is edited."""
         for unit in self.units:
             unit.await_step()
-        self._pipeline.settle()
         if edits:
             self._pipeline.forget()
+        self._pipeline.settle()
 
     def _drop_what_came(self) -> None:
         """Give up reading ahead, and the memory that it took."""
@@ -535,12 +535,13 @@ class ShardedOptimizer:
         try:
             with self.mesh.stepping.entered():
                 yield
+            self._pipeline.end()
         except BaseException:
             self._drop_what_came()
             raise
-        self._pipeline.end()
-        for unit in self.units:
-            unit.show_stepped()
+        finally:
+            for unit in self.units:
+                unit.show_stepped()
 
     def _step_shards(self, fused: FusedAdam, scaling: _Scaling) -> None:
         """Step each unit in one pass and publish it, before the next one is stepped."""
@@ -645,10 +646,12 @@ class ShardedOptimizer:
     def release(self) -> None:
         """Give the optimizer its parameters back; state, which is of slices, is dropped."""
         self._guard.remove()
-        self.recall()
+        with suppress(OffloadError):  # nobody wants the state any more
+            self.recall()
         self._pipeline.close()
         self.inner.state.clear()
-        self.let_go_of_state()
+        if self._fused is not None:
+            self._fused.let_go()
         for unit, far in self._far.items():
             far.give_back()
             unit.recall = None

@@ -235,6 +235,23 @@ def test_many_transfers_at_once_end_each_in_its_own_place(tmp_path: Path) -> Non
     depot.close()
 
 
+def test_a_file_that_grows_while_another_thread_looks_at_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depot = FileDepot(tmp_path, name="rank 0")
+    fstat = os.fstat
+
+    def grow_meanwhile(descriptor: int) -> os.stat_result:
+        found = fstat(descriptor)
+        monkeypatch.setattr(os, "fstat", fstat)
+        depot.take(ALIGNMENT, torch.uint8)
+        return found
+
+    monkeypatch.setattr(os, "fstat", grow_meanwhile)
+    depot.check()
+    depot.close()
+
+
 def test_calls_that_move_a_part_only_are_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
