@@ -201,7 +201,10 @@ def test_awkward_models_train_to_the_same_bits(world: int) -> None:
             records = []
             for block in ({}, {"offload_optimizer": {"device": "cpu"}}):
                 zero_block = {"stage": stage, **block}
-                kernels = {"units": list(ZOO[name].units), "optimizer_step": OPTIMIZERS[optimizer][1]}
+                kernels = {
+                    "units": list(ZOO[name].units),
+                    "optimizer_step": OPTIMIZERS[optimizer][1],
+                }
                 extra = {"zero_optimization": zero_block, "zeroshard": kernels}
                 setting = Setting(stage, world, 2, 0.1, steps=2, precision="bf16", extra=extra)
                 records.append(engine_run(ZOO[name], setting, rank))
@@ -241,7 +244,10 @@ def test_a_checkpoint_has_the_bytes_that_one_without_offload_has(tmp_path: Path)
                     if files and files[0][path.name] != path.read_bytes()
                 ]
                 files.append(
-                    {path.name: path.read_bytes() for path in (folder / "all").glob("*.safetensors")}
+                    {
+                        path.name: path.read_bytes()
+                        for path in (folder / "all").glob("*.safetensors")
+                    }
                 )
             assert len(files[0]) > world
         return found
@@ -278,7 +284,10 @@ def test_a_run_goes_on_exactly_wherever_state_was_and_is(tmp_path: Path) -> None
                 train(engine, range(5, 6))  # which is forgotten
                 engine.backward(loss_of(engine, 7))  # and so is what it reads ahead
                 engine.load_checkpoint(tmp_path / str(number))
-                found += [f"{optimizer} to {there}: {n}" for n in differing(saved[number], state_of(engine))]
+                found += [
+                    f"{optimizer} to {there}: {n}"
+                    for n in differing(saved[number], state_of(engine))
+                ]
                 train(engine, range(2, 4))
                 ends.append(state_of(engine))
                 engine.destroy()
@@ -458,7 +467,7 @@ def test_an_engine_gives_its_model_and_memory_to_the_next(tmp_path: Path) -> Non
 # What goes wrong --------------------------------------------------------------------------------
 
 
-class Interrupt(Exception):
+class InterruptError(Exception):
     pass
 
 
@@ -473,11 +482,11 @@ def test_a_step_that_raises_half_way_can_be_given_up(tmp_path: Path) -> None:
 
             def fail(*_: object, calls: Iterator[int] = calls, at: int = fails_at) -> None:
                 if next(calls) == at:
-                    raise Interrupt
+                    raise InterruptError
 
             hook = engine.optimizer.register_step_pre_hook(fail)
             engine.backward(loss_of(engine, 9))
-            with pytest.raises(Interrupt):
+            with pytest.raises(InterruptError):
                 engine.step()
             hook.remove()
             assert not (pipeline.is_under_way or pipeline._coming or pipeline._idle)

@@ -425,7 +425,7 @@ class Unit:
             self.recall(edits)
 
     def await_step(self) -> None:
-        """Let the current stream wait for a step under way, which the computation still waits for."""
+        """Let the current stream wait for a step under way; the computation still waits, too."""
         self._step.wait()
 
     def _end_gather(self) -> None:

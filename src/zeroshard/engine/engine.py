@@ -76,6 +76,9 @@ class MemoryReport:
     file_bytes: int = 0
     """The same in files."""
 
+    locked_bytes: int = 0
+    """Host memory that is page-locked, of what ``host_bytes`` counts."""
+
     @property
     def total_bytes(self) -> int:
         """Sum of what is on the device."""
@@ -542,6 +545,7 @@ class Engine(Getters):
             optimizer_bytes=self._sharded.state_bytes() if self._sharded else 0,
             host_bytes=self._depots.host_bytes,
             file_bytes=self._depots.file_bytes,
+            locked_bytes=self._depots.locked_bytes,
         )
 
     # Weights in full
@@ -760,6 +764,8 @@ class Engine(Getters):
         non_blocking: bool = False,
     ) -> None:
         """Move model state to host memory, until ``reload_states``; between two passes.
+
+        Optimizer state and master weights that the configuration keeps off the device stay there.
 
         Args:
             include: kinds of state, members of ``zero.OffloadStateTypeEnum`` or their names; all by

@@ -70,7 +70,7 @@ class Pipeline:
         self._mesh, self._wanted = mesh, num_buffers
         self._room_bytes: int | None = None
         self._carriers: dict[Depot, Carrier] = {}
-        self._loads: Sequence[Load] = ()
+        self._loads: tuple[Load, ...] = ()
         self._due: deque[Load] = deque()  # not sent for yet
         self._coming: deque[Slot] = deque()  # sent for, oldest first
         self._idle: deque[Slot] = deque()
@@ -83,13 +83,13 @@ class Pipeline:
             loads: all that the step needs; those of near depots are passed over.
             at_once: how many loads are stepped together.
         """
-        if self.is_under_way and loads == self._loads:
+        if self.is_under_way and tuple(loads) == self._loads:
             return
         self.forget()
         far = [load for load in loads if not load.depot.is_near]
         if not far:
             return
-        self._loads, self.is_under_way = loads, True
+        self._loads, self.is_under_way = tuple(loads), True
         self._due = deque(far)
         with self._mesh.incoming.after(self._mesh.outgoing.end()):
             pass  # what the last step brought back may be read again

@@ -69,7 +69,7 @@ class _Place:
 
     @property
     def state(self) -> MutableMapping[str, Any] | None:
-        """The optimizer's state for the slice as it is now, to be read; None before the first step."""
+        """The optimizer's state for the slice as it is now, to be read; None if there is none."""
         self.slot.unit.at_home()
         optimizer = self.engine.basic_optimizer
         assert optimizer is not None, "trained parameters have an optimizer"
