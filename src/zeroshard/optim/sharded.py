@@ -519,6 +519,8 @@ class ShardedOptimizer:
         with self.mesh.stepping.entered():
             yield
         self._pipeline.end()
+        for unit in self.units:
+            unit.show_stepped()
 
     def _step_shards(self, fused: FusedAdam, scaling: _Scaling) -> None:
         """Step each unit in one pass and publish it, before the next one is stepped."""
