@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from forked import run_ranks
 from unit.engine.small import Block, Net, batch, make, weights_of
 from zeroshard.engine import build
+from zeroshard.engine.headroom import Claim
 from zeroshard.errors import ConfigError, OffloadError
 
 NUM_BLOCKS = 12
@@ -84,7 +85,7 @@ def train(
 ) -> Run:
     settings = {"zero_optimization": {"stage": stage, **(zero or {})}, **more}
     with heard() as said:
-        engine = make(stage, model, optimizer=ADAM, bf16={"enabled": True}, **settings)
+        engine = make(stage, model, **{"optimizer": ADAM, "bf16": {"enabled": True}} | settings)
     for number in range(3):
         loss = (engine(batch(number, torch.bfloat16)).float() - 1).square().mean()
         engine.backward(loss)
@@ -184,6 +185,29 @@ def test_an_automatic_budget_begins_with_nothing_that_could_leave() -> None:
         assert auto.is_bit_equal_to(train(2))
 
     run_ranks(rank, 1)
+
+
+def test_what_room_is_looked_for_is_what_is_taken() -> None:
+    """Whatever the optimizer keeps: padding is all that is asked for beside."""
+    optimizers: list[dict[str, Any]] = [
+        ADAM,
+        {"type": "SGD", "params": {"lr": 0.1}},
+        {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+        {"type": "Lion", "params": {"lr": 0.01}},
+        {"type": "Adagrad", "params": {"lr": 0.01}},
+        {"type": "RMSprop", "params": {"lr": 0.01, "centered": True}},
+    ]
+
+    def rank(rank: int, world: int) -> None:
+        asked: list[Claim] = []
+        zero = {"offload_optimizer": CPU, "offload_param": CPU}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "check_room", lambda claim, *_: asked.append(claim))
+            for optimizer in optimizers:
+                taken = train(3, zero, model=Deep(), optimizer=optimizer).memory.host_bytes
+                assert taken <= asked[-1].host_bytes <= 1.05 * taken, optimizer["type"]
+
+    run_ranks(rank, 2)
 
 
 def test_a_missing_folder_is_one_error_on_all_ranks_and_the_model_can_train_after_it(
