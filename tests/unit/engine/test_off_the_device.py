@@ -264,6 +264,19 @@ def test_a_depot_that_fails_on_one_rank_is_an_error_on_all() -> None:
     )
 
 
+def test_shards_that_cannot_leave_without_their_state_are_said_to_stay() -> None:
+    def rank(rank: int, world: int) -> list[str]:
+        with heard() as said:
+            for optimizer in ({}, {**CPU, "ratio": 0.5}, CPU):
+                zero = {"stage": 3, "offload_param": CPU, "offload_optimizer": optimizer}
+                make(3, optimizer=ADAM, zero_optimization=zero).destroy()
+        return [text for text in said if "stay on the device, as" in text]
+
+    nothing_leaves, half = run_ranks(rank, 2)[0]
+    assert "offload_param: the shards of 3 of 3 units stay on the device" in nothing_leaves
+    assert "the shards of 1 of 3 units stay" in half
+
+
 def test_where_the_update_runs_is_said_to_be_idle_if_nothing_leaves() -> None:
     def rank(rank: int, world: int) -> list[str]:
         with heard() as said:
