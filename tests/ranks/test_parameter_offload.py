@@ -1,22 +1,18 @@
-"""Shards of parameters off the device: the same training to the last bit, and nothing left there."""
+"""Shards of parameters off the device: the same training to the last bit, nothing left there."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-import zeroshard
 from forked import run_ranks
 from places import ThreadedFiles
-from reference import Setting, engine_run, make_engine, train
+from reference import Setting, engine_run
 from zeroshard.core.depot import PlainDepot
 from zeroshard.core.staging import InFiles, Staging
 from zeroshard.engine import build
