@@ -226,6 +226,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
             autocast=autocast_dtype(settings, device),
         ),
         sharded=sharded,
+        depots=depots,
         watch=None
         if settings.zero_optimization.ignore_unused_parameters
         else GradientWatch(runtime.units, mesh),

@@ -66,7 +66,18 @@ class Depots:
         self._settings, self._mesh = settings, mesh
         self._state: dict[Home, Depot] = {}
         self._shards: dict[Home, Place] = {"none": ON_DEVICE}
+        self._of_shards: list[Depot] = []
         self._to_seal: list[Depot | Staging] = []
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of optimizer state, master weights and shards that are off the device."""
+        return sum(depot.nbytes for depot in (*self._state.values(), *self._of_shards))
+
+    @property
+    def locked_bytes(self) -> int:
+        """Bytes of host memory that are page-locked for them, or for what they pass through."""
+        return sum(each.locked_bytes for each in self._to_seal if isinstance(each, HostDepot))
 
     def make(self, placed: Iterable[Placed]) -> None:
         """Make all depots of a plan.
@@ -99,13 +110,13 @@ class Depots:
             what = "parameters" if home == "cpu" else "buffers of parameters"
             host = self._host(what, "offload_param", pin=block.pin_memory)
             if home == "nvme":
-                buffers = _buffers(self._settings)
-                staging = Staging(
-                    self._files(block.nvme_path), host, count=buffers.count, nbytes=buffers.nbytes
-                )
+                files, buffers = self._files(block.nvme_path), _buffers(self._settings)
+                self._of_shards.append(files)
+                staging = Staging(files, host, count=buffers.count, nbytes=buffers.nbytes)
                 self._to_seal.append(staging)
                 self._shards[home] = InFiles(staging)
             else:
+                self._of_shards.append(host)
                 self._shards[home] = OnHost(host)
         return self._shards[home]
 

@@ -30,6 +30,7 @@ from zeroshard.core.usage import GradientWatch
 from zeroshard.engine.activations import ActivationPlan, Activations
 from zeroshard.engine.compiled import Compiled, advise, compile_blocks, objection
 from zeroshard.engine.data import ShardedLoader, make_loader
+from zeroshard.engine.depots import Depots
 from zeroshard.engine.diagnose import explain_backward, explain_memory
 from zeroshard.engine.export import load_weights, save_weights, weights_of
 from zeroshard.engine.getters import Getters
@@ -68,6 +69,11 @@ class MemoryReport:
     parameters_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    offloaded_bytes: int = 0
+    """Of parameters and optimizer state, in host memory or files."""
+
+    pinned_bytes: int = 0
+    """Of host memory that is page-locked, for these or for what they pass through."""
 
     @property
     def total_bytes(self) -> int:
@@ -82,7 +88,7 @@ class Engine(Getters):
     the model.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - `initialize` is who calls it
         self,
         module: nn.Module,
         runtime: Runtime,
@@ -90,6 +96,7 @@ class Engine(Getters):
         settings: Settings,
         *,
         sharded: ShardedOptimizer | None,
+        depots: Depots | None = None,
         watch: GradientWatch | None = None,
         lr_scheduler: Any = None,
         training_dataloader: ShardedLoader | None = None,
@@ -104,7 +111,7 @@ class Engine(Getters):
         self.micro_steps = self.global_steps = self.global_samples = 0
         self._num_skipped_before = 0  # steps, by the engine whose training this one resumed
         self.batch, self.configuration = settings.batch, settings.config
-        self._sharded, self._watch = sharded, watch
+        self._sharded, self._depots, self._watch = sharded, depots, watch
         self._activations: Activations | None = None
         self._boundary_override: bool | None = None
         self._counts_from = 0  # the micro-step from which accumulations are counted
@@ -531,6 +538,8 @@ class Engine(Getters):
             gradients_bytes=self.runtime.gradient_bytes
             + max((unit.reducer.nbytes for unit in units), default=0),
             optimizer_bytes=self._sharded.state_bytes() if self._sharded else 0,
+            offloaded_bytes=self._depots.kept_bytes if self._depots else 0,
+            pinned_bytes=self._depots.locked_bytes if self._depots else 0,
         )
 
     # Weights in full
