@@ -334,10 +334,11 @@ def test_a_file_that_is_lengthened_while_another_thread_looks_at_it_is_not_cut_s
         taken.append(depot.take(ALIGNMENT, torch.uint8))
         return found
 
-    replace_calls(monkeypatch, "fstat", meanwhile)
-    depot.check()
+    with monkeypatch.context() as patch:
+        replace_calls(patch, "fstat", meanwhile)
+        depot.check()
     assert len(taken) == 1
-    depot.close()
+    depot.check()
 
 
 def test_a_file_that_is_cut_short_is_an_error_now_and_later_and_never_a_crash(
