@@ -283,7 +283,7 @@ _OF_GPUS = ("allocated", "reserved")
 # Why there may be no figure although the engine ran.
 _WITHOUT = {
     "hidden": "no profile with communication",
-    "pinned": "nothing is off the device",
+    "pinned": "nothing is page-locked",
     "disk": "nothing was read or written",
 }
 
@@ -314,7 +314,7 @@ def _hidden(result: Record) -> float | None:
 
 def _pinned(result: Record) -> float | None:
     """Page-locked bytes over bytes of state, on the rank where that is most."""
-    found = [each for each in result.get("off_device", ()) if each]
+    found = [each for each in result.get("off_device", ()) if each and each["pinned_bytes"]]
     return max((each["pinned_bytes"] / each["state_bytes"] for each in found), default=None)
 
 

@@ -783,7 +783,7 @@ def with_files(zero: dict[str, Any], folder: str) -> dict[str, Any]:
 HOST, FILES = offloading("cpu"), offloading("nvme")
 BF16 = {"bf16": {"enabled": True}}
 # Of which the first steps overflow.
-FP16 = {"fp16": {"enabled": True, "initial_scale_power": 19, "hysteresis": 1}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 21, "hysteresis": 1}}
 # What trains alike with state off the device: a stage, what else is set, and what leaves.
 OFFLOADED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     **{f"bf16, stage {stage}, host": (stage, BF16, HOST) for stage in (1, 2, 3)},

@@ -196,7 +196,7 @@ def test_page_locked_bytes_are_judged_on_the_rank_with_most_for_its_state() -> N
     run = [measured("zeroshard-3", 1.0, off_device=[{"state_bytes": 100, "pinned_bytes": 128}])]
     assert judge(requirement, run).is_met is False
     nothing = judge(requirement, [measured("zeroshard-3", 1.0)])
-    assert nothing.measured is None and "nothing is off the device" in nothing.describe()
+    assert nothing.measured is None and "nothing is page-locked" in nothing.describe()
 
 
 def test_a_disk_and_the_largest_model_have_figures_of_their_own() -> None:
