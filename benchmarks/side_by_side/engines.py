@@ -325,7 +325,7 @@ def zeroshard_configuration(
 def off_device(engine: zeroshard.Engine) -> OffDevice | None:
     """Return what an engine of ours keeps off the device on this rank, None if that is nothing."""
     report = engine.memory()
-    found = OffDevice(report.offloaded_bytes, report.pinned_bytes)
+    found = OffDevice(report.host_bytes + report.file_bytes, report.pinned_bytes)
     return found if found.state_bytes else None
 
 

@@ -60,24 +60,28 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """Bytes of model state on this rank.
+    """Bytes of model state of this rank.
 
-    Parameters and optimizer state as they are now; gradients as they were at the end of the last
-    backward, since the step frees them, and what is kept for other ranks to read them in.
+    Parameters, optimizer state and gradients are those on the device: the first two as they are
+    now, gradients as they were at the end of the last backward, since the step frees them, and what
+    is kept for other ranks to read them in. What is kept off the device is counted apart.
     """
 
     parameters_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
-    offloaded_bytes: int = 0
-    """Of parameters and optimizer state, in host memory or files."""
+    host_bytes: int = 0
+    """Master weights, optimizer state and shards in host memory, and buffers of those in files."""
+
+    file_bytes: int = 0
+    """Master weights, optimizer state and shards in files."""
 
     pinned_bytes: int = 0
-    """Of host memory that is page-locked, for these or for what they pass through."""
+    """Host memory that is page-locked for what is in it."""
 
     @property
     def total_bytes(self) -> int:
-        """Sum of the three."""
+        """Sum of what is on the device."""
         return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
 
 
@@ -88,21 +92,22 @@ class Engine(Getters):
     the model.
     """
 
-    def __init__(  # noqa: PLR0913 - `initialize` is who calls it
+    def __init__(  # noqa: PLR0913 - the parts it is made of
         self,
         module: nn.Module,
         runtime: Runtime,
         mesh: Mesh,
         settings: Settings,
+        depots: Depots,
         *,
         sharded: ShardedOptimizer | None,
-        depots: Depots | None = None,
         watch: GradientWatch | None = None,
         lr_scheduler: Any = None,
         training_dataloader: ShardedLoader | None = None,
         local_rank: int = 0,
     ) -> None:
         super().__init__()
+        self._depots = depots
         self.module = module
         self.runtime, self.mesh, self.settings = runtime, mesh, settings
         self.lr_scheduler, self.training_dataloader = lr_scheduler, training_dataloader
@@ -111,7 +116,7 @@ class Engine(Getters):
         self.micro_steps = self.global_steps = self.global_samples = 0
         self._num_skipped_before = 0  # steps, by the engine whose training this one resumed
         self.batch, self.configuration = settings.batch, settings.config
-        self._sharded, self._depots, self._watch = sharded, depots, watch
+        self._sharded, self._watch = sharded, watch
         self._activations: Activations | None = None
         self._boundary_override: bool | None = None
         self._counts_from = 0  # the micro-step from which accumulations are counted
@@ -531,15 +536,16 @@ class Engine(Getters):
         self._num_skipped_before += count - self.skipped_steps
 
     def memory(self) -> MemoryReport:
-        """Bytes of model state on this rank."""
+        """Bytes of model state of this rank, on its device and off it."""
         units = self.runtime.units
         return MemoryReport(
             parameters_bytes=sum(unit.parameter_bytes for unit in units),
             gradients_bytes=self.runtime.gradient_bytes
             + max((unit.reducer.nbytes for unit in units), default=0),
             optimizer_bytes=self._sharded.state_bytes() if self._sharded else 0,
-            offloaded_bytes=self._depots.kept_bytes if self._depots else 0,
-            pinned_bytes=self._depots.locked_bytes if self._depots else 0,
+            host_bytes=self._depots.host_bytes,
+            file_bytes=self._depots.file_bytes,
+            pinned_bytes=self._depots.pinned_bytes,
         )
 
     # Weights in full
@@ -943,6 +949,7 @@ class Engine(Getters):
         if self._sharded is not None:
             self._sharded.release()
             vars(self._sharded.inner).pop("zero_grad", None)
+        self._depots.close()
         self.mesh.destroy()
         self._is_destroyed = True
 
