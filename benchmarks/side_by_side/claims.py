@@ -11,7 +11,7 @@ from side_by_side.workload import Workload
 __all__ = ["ALL", "CLAIMS", "LARGEST_OFFLOADED", "Claim", "Requirement", "Verdict", "judge"]
 
 ALL = 0  # as many ranks as there are GPUs
-LARGEST_OFFLOADED = "zeroshard-3:offload=all:zeroshard.gpu_budget=auto"
+LARGEST_OFFLOADED = "zeroshard-3:offload=all"
 
 Record = Mapping[str, Any]
 
