@@ -1011,7 +1011,7 @@ def travels(found: Sequence[Activity]) -> dict[str, Any]:
     first = updates[: len(updates) // 2]  # of the two steps
     products = [each for each in found if kind_of(each.name) in ("matmul", "attention")]
     spans_in, spans_out = ([each.span for each in group] for group in (inwards, outwards))
-    computing = [each.span for each in found if computes(each.name) and each not in updates]
+    computing = [e.span for e in found if computes(e.name) and kind_of(e.name) != "optimizer"]
     streams = [
         {each.stream for each in group if each.end - each.start > 50}  # of state, not of numbers
         for group in (products, inwards, outwards)
