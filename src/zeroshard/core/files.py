@@ -360,10 +360,10 @@ class FileDepot:
             raise OffloadError(self._failure)
 
     def _require_whole(self) -> None:
-        least = self._size  # looked at first, as another thread may extend the file meanwhile
+        expected = self._size  # first: another thread may lengthen the file meanwhile
         size = os.fstat(self._plain).st_size
-        if size < least:
-            raise self._fail(f"was cut short from outside: it has {size} of {least} bytes.")
+        if size < expected:
+            raise self._fail(f"was cut short from outside: it has {size} of {expected} bytes.")
 
     # Reads and writes.
 

@@ -143,8 +143,8 @@ class Depots:
         return sum(depot.nbytes for depot in self._host)
 
     @property
-    def locked_bytes(self) -> int:
-        """Bytes of host memory that are page-locked for it."""
+    def pinned_bytes(self) -> int:
+        """Bytes of host memory that are page-locked."""
         return sum(depot.locked_bytes for depot in self._host)
 
     @property

@@ -51,9 +51,9 @@ def descriptor(folder: Path) -> str:
 
 
 def replace_calls(
-    monkeypatch: pytest.MonkeyPatch, name: str, instead: Callable[..., int]
-) -> Callable[..., int]:
-    """Let os.preadv or os.pwritev be another function, which is given the true one first."""
+    monkeypatch: pytest.MonkeyPatch, name: str, instead: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Let a function of os be another one, which is given the true one first."""
     true = getattr(os, name)
     monkeypatch.setattr(os, name, lambda *args: instead(true, *args))
     return true
@@ -235,23 +235,6 @@ def test_many_transfers_at_once_end_each_in_its_own_place(tmp_path: Path) -> Non
     depot.close()
 
 
-def test_a_file_that_grows_while_another_thread_looks_at_it_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    depot = FileDepot(tmp_path, name="rank 0")
-    fstat = os.fstat
-
-    def grow_meanwhile(descriptor: int) -> os.stat_result:
-        found = fstat(descriptor)
-        monkeypatch.setattr(os, "fstat", fstat)
-        depot.take(ALIGNMENT, torch.uint8)
-        return found
-
-    monkeypatch.setattr(os, "fstat", grow_meanwhile)
-    depot.check()
-    depot.close()
-
-
 def test_calls_that_move_a_part_only_are_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +339,24 @@ def test_a_file_where_a_folder_is_meant_is_an_error(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(OffloadError, match="Not a directory"):
         FileDepot(path, name="rank 0")
+
+
+def test_a_file_that_is_lengthened_while_another_thread_looks_at_it_is_not_cut_short(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    depot = FileDepot(tmp_path, name="rank 0", settings=SMALL)
+    taken: list[Tensor] = []
+
+    def meanwhile(true: Callable[[int], os.stat_result], handle: int) -> os.stat_result:
+        found = true(handle)
+        taken.append(depot.take(ALIGNMENT, torch.uint8))
+        return found
+
+    with monkeypatch.context() as patch:
+        replace_calls(patch, "fstat", meanwhile)
+        depot.check()
+    assert len(taken) == 1
+    depot.check()
 
 
 def test_a_file_that_is_cut_short_is_an_error_now_and_later_and_never_a_crash(

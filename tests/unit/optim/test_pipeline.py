@@ -183,4 +183,4 @@ def test_another_order_of_loads_starts_anew(monkeypatch: pytest.MonkeyPatch) -> 
     rig.homes.reverse()
     rig.step()
     assert rig.values == [2.0] * 5
-    assert [entry for entry in rig.journal if "send" in entry][0] == "send 4"
+    assert next(entry for entry in rig.journal if "send" in entry) == "send 4"
