@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import os
 import pickle
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -460,6 +462,12 @@ def test_an_engine_gives_its_model_and_memory_to_the_next(tmp_path: Path) -> Non
             assert all(torch.equal(got[name], want[name]) for name in Net().state_dict())
             train(again, range(1))
             again.destroy()
+            dropped = make(stage, home, tmp_path, model=model)
+            train(dropped, range(1))
+            gone = weakref.ref(dropped)
+            del dropped
+            gc.collect()
+            assert gone() is None
 
     run_ranks(work, 2)
 
@@ -489,7 +497,7 @@ def test_a_step_that_raises_half_way_can_be_given_up(tmp_path: Path) -> None:
             with pytest.raises(InterruptError):
                 engine.step()
             hook.remove()
-            assert not (pipeline.is_under_way or pipeline._coming or pipeline._idle)
+            assert not (pipeline.is_under_way or pipeline._coming)
             changed = differing(before, state_of(engine))
             assert bool(changed) == bool(fails_at)  # what was stepped before is, and no more
             engine.reset()

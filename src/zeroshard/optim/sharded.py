@@ -35,6 +35,7 @@ from zeroshard.core.norm import squared
 from zeroshard.core.slots import slot_of
 from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
+from zeroshard.core.weakly import weakly
 from zeroshard.errors import OffloadError, UsageError, compose
 from zeroshard.optim.adam import Update
 from zeroshard.optim.factory import ELEMENTWISE
@@ -277,7 +278,7 @@ class ShardedOptimizer:
         self._has_said_what_stays = False
         self._parts = self._divide()
         for unit in self._far:
-            unit.recall = self.recall
+            unit.recall = weakly(self.recall)
             self.keep(unit)
         self._num_slices = sum(len(group["params"]) for group in inner.param_groups)
         self._guard = inner.register_step_pre_hook(self._refuse_direct_step)
@@ -470,7 +471,7 @@ class ShardedOptimizer:
         A skipped step publishes, too: other ranks may not know of it yet.
         """
         if self._overflow:
-            self._drop_what_came()
+            self._pipeline.forget()
         else:
             if fused is None:
                 for unit in self._far:
@@ -517,12 +518,6 @@ class ShardedOptimizer:
             self._pipeline.forget()
         self._pipeline.settle()
 
-    def _drop_what_came(self) -> None:
-        """Give up reading ahead, and the memory that it took."""
-        if self._far:
-            self._pipeline.forget()
-            self._pipeline.release()
-
     @contextmanager
     def _beside(self) -> Iterator[None]:
         """Step inside, beside the computation if state comes from elsewhere."""
@@ -538,7 +533,7 @@ class ShardedOptimizer:
                 yield
             self._pipeline.end()
         except BaseException:
-            self._drop_what_came()
+            self._pipeline.forget()
             raise
         finally:
             for unit in self.units:
@@ -640,7 +635,7 @@ class ShardedOptimizer:
     def clear_gradients(self) -> None:
         """Forget all gradients accumulated since the last step, and the step they were for."""
         if self._pipeline.is_under_way:
-            self._drop_what_came()
+            self._pipeline.forget()
         for unit in self.units:
             unit.clear_gradients()
 
@@ -717,7 +712,7 @@ class ShardedOptimizer:
     def let_go_of_state(self) -> None:
         """Hold on to no memory of the device for the optimizer's state, so that it can be moved."""
         self.recall()
-        self._drop_what_came()
+        self._pipeline.release()
         if self._fused is not None:
             self._fused.let_go()
 

@@ -102,19 +102,22 @@ def test_loads_come_in_order_through_no_more_buffers_than_were_asked_for(
     assert rig.values == [2.0] * 7
 
 
-def test_buffers_go_with_the_wait_for_the_end_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_are_used_again_until_the_memory_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rig = Rig(monkeypatch, num_loads=6, num_buffers=4)
-    rig.step()
-    rig.pipeline.ticket(is_last=False).wait()
-    assert rig.carrier.num_alive == 4
-    last = rig.pipeline.ticket(is_last=True)
-    last.wait()
+    for _ in range(3):
+        rig.step()
+    assert len(rig.carrier.buffers) == rig.carrier.num_alive == 4
+    rig.pipeline.release()
     assert rig.carrier.num_alive == 0
     rig.pipeline.start(rig.loads)
-    last.wait()  # once more, as a unit that nobody used until now does
+    rig.pipeline.release()  # not now
     rig.visit(range(6))
     rig.pipeline.end()
-    assert rig.values == [3.0] * 6
+    assert rig.values == [5.0] * 6
+    rig.pipeline.close()
+    assert rig.carrier.num_alive == 0
 
 
 def test_nothing_that_was_read_ahead_survives_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
