@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from zeroshard.core.ticket import DONE, Ticket
 from zeroshard.errors import UsageError
@@ -79,6 +80,11 @@ class Aside:
             for ticket in tickets:
                 ticket.wait()
             yield
+
+    def outlive(self, tensor: Tensor) -> None:
+        """Keep the memory of a tensor until what was started inside is over."""
+        if self._device is not None:
+            tensor.record_stream(self._stream)
 
     def end(self) -> Ticket:
         """The end of what was started inside so far."""

@@ -194,6 +194,9 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
                 or (settings.bf16.enabled and settings.bf16.check_grad_overflow),
                 most_numel=settings.zero_optimization.sub_group_size,
                 kernels=settings.zeroshard.optimizer_step,
+                update=settings.zeroshard.offload_update,
+                cores=settings.zero_optimization.offload_optimizer.cpuadam_cores_perc,
+                sums=batch.accumulation > 1,
             ),
             scaler=scaler,
         )
