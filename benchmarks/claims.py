@@ -22,7 +22,10 @@ TOYS = {
     "train_step": ("--model", "tiny", "--batch", "2", "--seq", "64", "--no-compile"),
     "qlora": ("--size", "toy"),
     "overhead": (),
+    "disk": ("--toy",),
+    "largest": ("--toy",),
 }
+STARTS_RANKS = ("largest",)  # by itself, as train_step does
 
 
 def commands(names: Sequence[str], gpus: int) -> list[list[str]]:
@@ -37,9 +40,10 @@ def commands(names: Sequence[str], gpus: int) -> list[list[str]]:
     found = [together] if steps else []
     for claim in (CLAIMS[name] for name in names if name not in steps):
         ranks = (gpus or 2) if claim.ranks[0] == ALL else claim.ranks[0]
-        launcher = [sys.executable, "-m", "zeroshard", "--quiet", "--num_gpus", str(ranks)]
-        options = toys.get(claim.benchmark, ())
-        found.append([*launcher, str(FOLDER / f"{claim.benchmark}.py"), *options])
+        launcher = ["-m", "zeroshard", "--quiet", "--num_gpus", str(ranks)]
+        script = [str(FOLDER / f"{claim.benchmark}.py"), *toys.get(claim.benchmark, ())]
+        by = () if claim.benchmark in STARTS_RANKS else launcher
+        found.append([sys.executable, *by, *script])
     return found
 
 

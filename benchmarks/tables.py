@@ -33,7 +33,8 @@ LEGEND = (
     "default keeps. A step is the median of those timed, until the slowest rank is done; ratios "
     "are over the first engine of a table. Memory is GiB on the fullest GPU: peaks of "
     "allocated and reserved in the timed steps, and what is in use on the device, NCCL included. "
-    "Losses are compared before any update / at most in the first steps."
+    "Losses are compared before any update / at most in the first steps. Where state leaves the "
+    "device, `offload` is what does, and `host` is GiB of host memory in use by all ranks."
 )
 
 Record = Mapping[str, Any]

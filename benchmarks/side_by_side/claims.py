@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from side_by_side.workload import Workload
 
-__all__ = ["ALL", "CLAIMS", "Claim", "Requirement", "Verdict", "judge"]
+__all__ = ["ALL", "CLAIMS", "LARGEST_OFFLOADED", "Claim", "Requirement", "Verdict", "judge"]
 
 ALL = 0  # as many ranks as there are GPUs
+LARGEST_OFFLOADED = "zeroshard-3:offload=all:zeroshard.gpu_budget=auto"
 
 Record = Mapping[str, Any]
 
@@ -20,8 +21,10 @@ class Requirement:
     """A bound on a figure of one engine, alone or over that of a peer.
 
     ``figure`` is ``speed``, ``allocated`` (peak), ``reserved`` (peak over the
-    peak allocated), ``scaling`` (tokens per second and rank, on most ranks over on fewest) or
-    ``hidden`` (the share of gather and reduce time under computation, in a profile).
+    peak allocated), ``scaling`` (tokens per second and rank, on most ranks over on fewest),
+    ``hidden`` (the share of gather and reduce time under computation, in a profile), ``pinned``
+    (page-locked bytes over those of the state that is off the device), ``disk`` (bytes per second
+    of a step over those of the bare disk) or ``parameters`` (of the largest model that trains).
     ``at`` replaces the bound on so many ranks.
     """
 
@@ -34,7 +37,7 @@ class Requirement:
     @property
     def is_ceiling(self) -> bool:
         """Whether less is better."""
-        return self.figure in ("allocated", "reserved")
+        return self.figure in ("allocated", "reserved", "pinned")
 
     def bound_on(self, ranks: int) -> float:
         """Return what is asked for on so many ranks."""
@@ -48,6 +51,9 @@ class Requirement:
             "reserved": f"reserved over allocated of {self.ours}",
             "scaling": f"tokens/s/GPU of {self.ours}, most over fewest ranks",
             "hidden": f"share of gathers and reductions of {self.ours} under computation",
+            "pinned": f"page-locked bytes of {self.ours} over those of its state off the device",
+            "disk": f"bytes read and written per second by {self.ours} over those of the bare disk",
+            "parameters": f"largest model of {self.ours} over that of {self.peer}",
         }
         return words[self.figure]
 
@@ -99,7 +105,7 @@ class Verdict:
         if self.measured is None:
             return f"{self.requirement.describe()}: not measured ({self.missing}; {asked})"
         word = "ok" if self.is_met else "missed"
-        times = "" if self.requirement.figure == "hidden" else "x "
+        times = "" if self.requirement.figure in ("hidden", "disk") else "x "
         return f"{self.requirement.describe()}: {times}{self.measured:.3f} ({asked}): {word}"
 
 
@@ -109,8 +115,13 @@ EAGER_LONG = Workload("8b", 2, 4096, checkpointing="full")
 EAGER_SHORT = Workload("8b", 1, 1024, checkpointing="full")
 BUDGET = replace(EAGER_LONG, warmup=8)  # it measures in the first steps
 ONE_GPU = Workload("3b", 4, 4096, checkpointing="full")
+OFFLOADED = replace(ONE_GPU, warmup=2)  # whose steps take seconds
 
 _AUTO = "zeroshard-3:checkpointing=none:zeroshard.activation_budget=auto"
+_STATE_OFF = "zeroshard-2:offload=optimizer"
+# GiB for the parameters of OFFLOADED, three quarters of their state, and buffers.
+_QUARTER_OFF = "zeroshard-2:zeroshard.gpu_budget=38"
+_ALL_OFF = "zeroshard-3:offload=all"
 
 
 def _memory(ours: str, peer: str) -> tuple[Requirement, ...]:
@@ -191,6 +202,54 @@ CLAIMS = {
         ),
         ranks=(1,),
     ),
+    "offload": Claim(
+        "optimizer state and parameters in host memory, one GPU",
+        OFFLOADED,
+        (
+            "zeroshard-2",
+            _QUARTER_OFF,
+            _STATE_OFF,
+            _ALL_OFF,
+            "fsdp2:offload=all",
+            "deepspeed-2:offload=optimizer",
+            "deepspeed-3:offload=all",
+        ),
+        (
+            Requirement(_STATE_OFF, "speed", 1.6, "deepspeed-2:offload=optimizer"),
+            Requirement(_ALL_OFF, "speed", 2.0, "deepspeed-3:offload=all"),
+            Requirement(_QUARTER_OFF, "speed", 0.8, "zeroshard-2"),
+            Requirement(_STATE_OFF, "pinned", 1.02),
+            Requirement(_ALL_OFF, "pinned", 1.02),
+        ),
+        ranks=(1,),
+    ),
+    "offload-8b": Claim(
+        "optimizer state in host memory against DeepSpeed ZeRO-3",
+        replace(EAGER_LONG, warmup=2),
+        ("zeroshard-3", "zeroshard-3:offload=optimizer", "deepspeed-3:offload=optimizer"),
+        (
+            Requirement(
+                "zeroshard-3:offload=optimizer", "speed", 1.8, "deepspeed-3:offload=optimizer"
+            ),
+            Requirement("zeroshard-3:offload=optimizer", "pinned", 1.02),
+        ),
+    ),
+    "offload-nvme": Claim(
+        "optimizer state in files against the bare disk",
+        None,
+        ("zeroshard-2", "zeroshard-3"),
+        tuple(Requirement(f"zeroshard-{stage}", "disk", 0.85) for stage in (2, 3)),
+        ranks=(1,),
+        benchmark="disk",
+    ),
+    "offload-largest": Claim(
+        "the largest model that trains",
+        None,
+        ("zeroshard-2", LARGEST_OFFLOADED),
+        (Requirement(LARGEST_OFFLOADED, "parameters", 1.8, "zeroshard-2"),),
+        ranks=(1,),
+        benchmark="largest",
+    ),
     "weak-scaling": Claim(
         "weak scaling from two GPUs to all",
         LONG,
@@ -220,6 +279,15 @@ CLAIMS = {
 }
 
 
+_OF_GPUS = ("allocated", "reserved")
+# Why there may be no figure although the engine ran.
+_WITHOUT = {
+    "hidden": "no profile with communication",
+    "pinned": "nothing is off the device",
+    "disk": "nothing was read or written",
+}
+
+
 def judge(requirement: Requirement, records: Sequence[Record]) -> Verdict:
     """Compare a requirement with the records of one run."""
     ours = [each for each in records if each["engine"] == requirement.ours]
@@ -234,28 +302,42 @@ def judge(requirement: Requirement, records: Sequence[Record]) -> Verdict:
     if requirement.figure == "scaling" and len({each["ranks"] for each in ours}) < 2:
         return Verdict(requirement, asked, None, "one number of ranks only")
     figures = [each["result"] for each in (*ours, *peers)]
-    mine = max(ours, key=lambda each: each["ranks"])["result"]
-    if requirement.figure == "hidden" and _hidden(mine) is None:
-        return Verdict(requirement, asked, None, "no profile with communication")
-    if requirement.is_ceiling and any(each["allocated_gib"] is None for each in figures):
+    if requirement.figure in _OF_GPUS and any(each["allocated_gib"] is None for each in figures):
         return Verdict(requirement, asked, None, "no GPU")
-    return Verdict(requirement, asked, _measured(requirement, ours, peers))
+    measured = _measured(requirement, ours, peers)
+    return Verdict(requirement, asked, measured, _WITHOUT.get(requirement.figure, ""))
 
 
 def _hidden(result: Record) -> float | None:
     return result.get("profile", {}).get("hidden", {}).get("both")
 
 
-def _measured(requirement: Requirement, ours: list[Record], peers: list[Record]) -> float:
+def _pinned(result: Record) -> float | None:
+    """Page-locked bytes over bytes of state, on the rank where that is most."""
+    found = [each for each in result.get("off_device", ()) if each]
+    return max((each["pinned_bytes"] / each["state_bytes"] for each in found), default=None)
+
+
+_ALONE: Mapping[str, Callable[[Record], float | None]] = {
+    "hidden": _hidden,
+    "pinned": _pinned,
+    "reserved": lambda mine: mine["reserved_gib"] / mine["allocated_gib"],
+    "disk": lambda mine: mine["disk_ratio"],
+}
+_OVER_A_PEER: Mapping[str, Callable[[Record, Record], float]] = {
+    "speed": lambda mine, theirs: theirs["median_s"] / mine["median_s"],
+    "allocated": lambda mine, theirs: mine["allocated_gib"] / theirs["allocated_gib"],
+    "parameters": lambda mine, theirs: mine["parameters"] / theirs["parameters"],
+}
+
+
+def _measured(
+    requirement: Requirement, ours: Sequence[Record], peers: Sequence[Record]
+) -> float | None:
     mine = max(ours, key=lambda each: each["ranks"])["result"]
-    if requirement.figure == "hidden":
-        return mine["profile"]["hidden"]["both"]
-    if requirement.figure == "reserved":
-        return mine["reserved_gib"] / mine["allocated_gib"]
     if requirement.figure == "scaling":
         fewest = min(ours, key=lambda each: each["ranks"])["result"]
         return fewest["median_s"] / mine["median_s"]
-    theirs = peers[0]["result"]
-    if requirement.figure == "speed":
-        return theirs["median_s"] / mine["median_s"]
-    return mine["allocated_gib"] / theirs["allocated_gib"]
+    if requirement.figure in _ALONE:
+        return _ALONE[requirement.figure](mine)
+    return _OVER_A_PEER[requirement.figure](mine, peers[0]["result"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 import zeroshard
 from side_by_side.workload import SHAPES, Shape, Variant, Workload
 from zeroshard.core.pulled import Slab
+from zeroshard.core.slab import HostDepot
 
 __all__ = [
+    "OffDevice",
     "Trainer",
     "adamw",
     "build",
     "bytes_beside",
     "deepspeed_configuration",
     "llama_config",
+    "off_device",
     "unavailable",
+    "zeroshard_configuration",
 ]
 
 SEED = 0
 CLIP = 1.0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+_ADAMW: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 Step = Callable[[Tensor], Tensor]
 
@@ -38,12 +45,25 @@ def _nothing() -> None:
     pass
 
 
+@dataclass(frozen=True)
+class OffDevice:
+    """Bytes of state that an engine keeps off the device on this rank, and has page-locked."""
+
+    state_bytes: int
+    pinned_bytes: int
+
+
+def _all_on_device() -> OffDevice | None:
+    return None
+
+
 @dataclass
 class Trainer:
     """An engine ready to train: a step from tokens to the loss, and what gives its memory back.
 
     ``warm_step`` takes the place of ``step`` before the measurement. ``bytes_beside`` are those on
-    the device that torch's allocator does not count.
+    the device that torch's allocator does not count. ``off_device`` is None where the engine keeps
+    nothing elsewhere or does not tell; ``optimizer`` says which one steps, where engines differ.
     """
 
     parameters: int
@@ -51,6 +71,8 @@ class Trainer:
     close: Callable[[], None] = _nothing
     warm_step: Step | None = None
     bytes_beside: Callable[[], int] = int
+    off_device: Callable[[], OffDevice | None] = _all_on_device
+    optimizer: str = ""
 
     def warm(self, x: Tensor) -> Tensor:
         """Take a step before the measurement."""
@@ -59,7 +81,7 @@ class Trainer:
     def release(self) -> None:
         """Let go of the model and all that trains it, which only the functions hold."""
         self.step, self.close, self.warm_step = torch.Tensor.detach, _nothing, None
-        self.bytes_beside = int
+        self.bytes_beside, self.off_device = int, _all_on_device
 
 
 def unavailable(variant: Variant) -> str | None:
@@ -89,12 +111,12 @@ def build(variant: Variant, workload: Workload, device: torch.device) -> Trainer
         return _plain(model)
     if variant.family == "plain-master":
         return _plain_master(model)
-    return _fsdp2(model, workload, variant.family)
+    return _fsdp2(model, workload, variant)
 
 
 def adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimizer of every engine."""
-    return torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return torch.optim.AdamW(params, fused=True, **_ADAMW)
 
 
 def llama_config(shape: Shape, **more: Any) -> Any:
@@ -209,28 +231,48 @@ _RESHARD = {
 }
 
 
-def _fsdp2(model: Any, workload: Workload, kind: str) -> Trainer:
+def _fsdp2(model: Any, workload: Workload, variant: Variant) -> Trainer:
     numel = _numel(model)
+    more: dict[str, Any] = {}
+    if variant.offload == "all":
+        more["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    device = next(model.parameters()).device
     model.float()  # the master weights
     policy = MixedPrecisionPolicy(
         param_dtype=None if workload.dtype == "fp32" else DTYPES[workload.dtype],
         reduce_dtype=None if workload.dtype == "fp32" else DTYPES[workload.reduce],
     )
-    of_blocks, of_root = _RESHARD[kind]
+    of_blocks, of_root = _RESHARD[variant.family]
     for block in model.model.layers:
-        fully_shard(block, mp_policy=policy, reshard_after_forward=of_blocks)
-    fully_shard(model, mp_policy=policy, reshard_after_forward=of_root)
-    optimizer = adamw(model.parameters())
+        fully_shard(block, mp_policy=policy, reshard_after_forward=of_blocks, **more)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=of_root, **more)
+    params = list(model.parameters())
+    optimizer = adamw(params)
 
     def step(x: Tensor) -> Tensor:
         loss = _loss(model, x)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        if more:
+            _clip_on_host(params, device)
+        else:
+            nn.utils.clip_grad_norm_(params, CLIP)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
 
     return Trainer(numel, step)
+
+
+def _clip_on_host(params: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Clip gradients that are sharded over host memory; the device's group sums their squares.
+
+    torch's own clipping would ask NCCL to reduce a tensor of the host.
+    """
+    grads = [grad.to_local() for p in params if isinstance(grad := p.grad, DTensor)]
+    norms = torch.nn.utils.get_total_norm(grads)
+    square = norms.to(device).square()
+    dist.all_reduce(square)
+    torch._foreach_mul_(grads, float((CLIP / (square.sqrt() + 1e-6)).clamp(max=1.0)))
 
 
 def _steps_of(engine: Any) -> Step:
@@ -251,21 +293,43 @@ def _zeroshard(model: nn.Module, variant: Variant, workload: Workload) -> Traine
         model=model,
         optimizer=adamw(model.parameters()),
         config=variant.configuration(
-            {
-                "train_micro_batch_size_per_gpu": workload.batch,
-                "gradient_clipping": CLIP,
-                "bf16": {"enabled": workload.dtype == "bf16"},
-                "communication_data_type": workload.reduce if workload.dtype == "bf16" else "fp32",
-                "zero_optimization": {"stage": variant.stage},
-            }
+            zeroshard_configuration(
+                variant.stage or 0, workload.batch, workload.dtype, workload.reduce
+            )
         ),
     )
     if workload.compile:
         engine.compile()
 
     return Trainer(
-        numel, _steps_of(engine), engine.destroy, bytes_beside=lambda: bytes_beside(engine)
+        numel,
+        _steps_of(engine),
+        engine.destroy,
+        bytes_beside=lambda: bytes_beside(engine),
+        off_device=lambda: off_device(engine),
     )
+
+
+def zeroshard_configuration(
+    stage: int, batch: int, dtype: str = "bf16", reduce: str = "bf16"
+) -> dict[str, Any]:
+    """Return our JSON, in which only what the engines have in common is set."""
+    return {
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_clipping": CLIP,
+        "bf16": {"enabled": dtype == "bf16"},
+        "communication_data_type": reduce if dtype == "bf16" else "fp32",
+        "zero_optimization": {"stage": stage},
+    }
+
+
+def off_device(engine: zeroshard.Engine) -> OffDevice | None:
+    """Return what an engine of ours keeps off the device on this rank, None if that is nothing."""
+    of_units = {unit.state for unit in engine.runtime.units}
+    depots = [each for each in getattr(engine, "depots", of_units) if not each.is_near]
+    state = sum(depot.nbytes for depot in depots)
+    pinned = sum(depot.locked_bytes for depot in depots if isinstance(depot, HostDepot))
+    return OffDevice(state, pinned) if state else None
 
 
 def bytes_beside(engine: zeroshard.Engine) -> int:
@@ -311,13 +375,31 @@ def _deepspeed(model: nn.Module, variant: Variant, workload: Workload) -> Traine
     )
     if workload.dtype == "bf16":
         base |= {"bf16": {"enabled": True}, "communication_data_type": workload.reduce}
+    optimizer = adamw(model.parameters())
+    if variant.offload != "none":
+        optimizer = _deepspeed_adamw(model.parameters()) or optimizer
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         config=variant.configuration(base),
         model_parameters=model.parameters(),
-        optimizer=adamw(model.parameters()),
+        optimizer=optimizer,
     )
     if workload.compile:
         engine.compile()
 
-    return Trainer(numel, _steps_of(engine), engine.destroy)
+    name = type(optimizer).__name__ if variant.offload != "none" else ""
+    return Trainer(numel, _steps_of(engine), engine.destroy, optimizer=name)
+
+
+def _deepspeed_adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
+    """DeepSpeed's own AdamW for the host, or None where its kernel is neither built nor buildable.
+
+    torch's fused one steps there then, which DeepSpeed allows and which is about as fast.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: PLC0415 - seconds to import
+
+    try:
+        return DeepSpeedCPUAdam(params, adamw_mode=True, **_ADAMW)
+    except (RuntimeError, ImportError) as error:
+        print(f"DeepSpeedCPUAdam cannot be had ({error.__cause__ or error}); torch's AdamW steps")
+        return None

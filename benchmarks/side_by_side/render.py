@@ -71,11 +71,32 @@ def describe(one: Record) -> str:
     return ", ".join(f"{name} {value}" for name, value in one["workload"].items())
 
 
+def _head(records: Sequence[Record]) -> list[str]:
+    """The columns: host memory and numbers of parameters only where engines differ in them."""
+    name, *others = _HEAD
+    return [
+        name,
+        *(_PARAMETERS if _differ_in_size(records) else ()),
+        *others,
+        *(_HOST if _leave_the_device(records) else ()),
+    ]
+
+
+def _leave_the_device(records: Sequence[Record]) -> bool:
+    return any("offload" in each["engine"] for each in records)
+
+
+def _differ_in_size(records: Sequence[Record]) -> bool:
+    found = [each["result"].get("parameters") for each in records if each["status"] == OK]
+    return len(set(found)) > 1
+
+
 def _rows(records: Sequence[Record]) -> list[list[str]]:
     """The table without its head: a row for each engine, with its ratio to the first that ran."""
     fine = [each for each in records if each["status"] == OK]
     reference = reference_of(records)
     several = len({each["ranks"] for each in records}) > 1
+    sizes, on_host = _differ_in_size(records), _leave_the_device(records)
     rows: list[list[str]] = []
     for each in records:
         name = f"{each['engine']} on {each['ranks']}" if several else each["engine"]
@@ -88,6 +109,7 @@ def _rows(records: Sequence[Record]) -> list[list[str]]:
         rows.append(
             [
                 name,
+                *([f"{result['parameters'] / 1e9:.2f}"] if sizes else ()),
                 f"{result['median_s']:.4f}",
                 f"{result['min_s']:.4f}-{result['max_s']:.4f}",
                 _EMPTY if speed is None else f"{speed:,.0f}",
@@ -96,16 +118,17 @@ def _rows(records: Sequence[Record]) -> list[list[str]]:
                 _gib(result.get("reserved_gib")),
                 _gib(result.get("device_used_gib")),
                 _loss(each, reference),
+                *([_gib(result.get("host_gib"))] if on_host else ()),
             ]
         )
     return rows
 
 
 def _loss(one: Record, reference: Record | None) -> str:
-    if one is reference:
-        return "reference"
     if reference is None or "losses" not in one["result"] or one["ranks"] != reference["ranks"]:
         return _EMPTY
+    if one is reference:
+        return "reference"
     first, most = loss_differences(one, reference)
     return f"{first:.0e} / {most:.0e}"
 
@@ -118,17 +141,19 @@ _HEAD = [
     *("engine", "s a step", "from-to", "tokens/s/GPU", "ratio"),
     *("allocated", "reserved", "in use", "loss off by"),
 ]
+_PARAMETERS, _HOST = ("10^9 parameters",), ("host",)
 
 
 def terminal(records: Sequence[Record]) -> str:
     """Return a run as a table to read in a terminal, with what its claim asks for."""
-    rows = [_HEAD, *_rows(records)]
-    whole = [row for row in rows if len(row) == len(_HEAD)]
-    widths = [max(len(row[i]) for row in whole) for i in range(len(_HEAD))]
+    head = _head(records)
+    rows = [head, *_rows(records)]
+    whole = [row for row in rows if len(row) == len(head)]
+    widths = [max(len(row[i]) for row in whole) for i in range(len(head))]
     widths[0] = max(len(row[0]) for row in rows)
     lines = [
         "  ".join(
-            cell.ljust(width) if i == 0 or len(row) < len(_HEAD) else cell.rjust(width)
+            cell.ljust(width) if i == 0 or len(row) < len(head) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=False))
         ).rstrip()
         for row in rows
@@ -150,7 +175,17 @@ def _notes(records: Sequence[Record]) -> list[str]:
         for each in records
         if (before := (each["result"] or {}).get("before_gib") or 0) >= _NOTABLE_GIB
     ]
-    return [*details, *left, *shares, *(verdict.describe() for verdict in verdicts(records))]
+    judged = [verdict.describe() for verdict in verdicts(records)]
+    return [*details, *left, *shares, *_said(records), *judged]
+
+
+def _said(records: Sequence[Record]) -> list[str]:
+    """What a benchmark says of its engines in words."""
+    return [
+        f"{each['engine']}: {note}"
+        for each in records
+        for note in (each["result"] or {}).get("notes", ())
+    ]
 
 
 def _profile(one: Record) -> list[str]:
@@ -173,10 +208,12 @@ def markdown(records: Sequence[Record]) -> str:
     claim = CLAIMS[first["claim"]]
     ranks = " and ".join(str(n) for n in sorted({each["ranks"] for each in records}))
     head = f"**{claim.title[0].upper()}{claim.title[1:]}**, {ranks} x {first['hardware']['device']}"
-    rows = [_HEAD, ["---"] * len(_HEAD), *_rows(records)]
-    filled = [[*row, *[_EMPTY] * (len(_HEAD) - len(row))] for row in rows]
+    columns = _head(records)
+    rows = [columns, ["---"] * len(columns), *_rows(records)]
+    filled = [[*row, *[_EMPTY] * (len(columns) - len(row))] for row in rows]
     table = "\n".join(f"| {' | '.join(row)} |" for row in filled)
-    found = [f"- {verdict.describe()}" for verdict in verdicts(records)]
+    notes = [*_said(records), *(verdict.describe() for verdict in verdicts(records))]
+    found = [f"- {note}" for note in notes]
     return "\n\n".join(
         [
             f"{head}: {describe(first)}.",

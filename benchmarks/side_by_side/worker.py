@@ -26,6 +26,7 @@ from datetime import timedelta
 from itertools import pairwise
 from typing import Any, NoReturn
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,6 +44,7 @@ __all__ = ["BROKEN", "work"]
 BROKEN = 3  # the exit status of a job in which an engine failed
 _PATIENCE_S = 20.0  # of a rank that has failed, with those that have not said so
 _MOST_LEFT_GIB = 0.5  # by an engine, with which the next may be measured all the same
+_MOST_LEFT_ON_HOST_GIB = 4.0  # beside what libraries take once and keep
 _DATA_SEED = 1234
 _GIB = 2**30
 
@@ -202,7 +204,8 @@ def work(plan: Plan) -> None:
         rank.report(entry, status="ok", result=result)
         whole_s = time.perf_counter() - began
         rank.say(f"{name}: {result['median_s']:.4f} s a step, all in {whole_s:.0f} s")
-        if (result["left_gib"] or 0.0) > _MOST_LEFT_GIB:
+        left_on_host = result["host_left_gib"] - result["host_before_gib"]
+        if (result["left_gib"] or 0.0) > _MOST_LEFT_GIB or left_on_host > _MOST_LEFT_ON_HOST_GIB:
             rank.say(f"{name} does not give all its memory back; new ranks measure the others")
             rank.hand_over()
             break
@@ -215,6 +218,7 @@ def work(plan: Plan) -> None:
 def _measure(rank: _Rank, entry: Entry) -> dict[str, Any]:
     workload = entry.own_workload
     before = _allocated_gib(rank)
+    host_before = sum(rank.together("start", _host_gib))
     began = time.perf_counter()
     built: list[Trainer] = []
     rank.together("build", lambda: built.append(build(entry.variant, workload, rank.device)))
@@ -232,11 +236,15 @@ def _measure(rank: _Rank, entry: Entry) -> dict[str, Any]:
     by_rank = rank.together("steps", lambda: _timed(rank, trainer, x, losses, workload.steps))
     timed = list(zip(*by_rank, strict=True))
     memory = rank.together("memory", lambda: _memory(rank, trainer))
+    host = sum(rank.together("memory", _host_gib))
+    moved = rank.together("memory", lambda: _off_device(trainer))
     heard = rank.together("losses", lambda: torch.stack(losses).double().tolist())
     asked = CLAIMS[entry.claim].profiled if entry.claim else set[str]()
     wanted = {entry.variant.label, "all"} & {*rank.plan.profile, *asked}
     profile = _profile(rank, entry, trainer, x) if wanted else None
+    optimizer = trainer.optimizer
     left = rank.together("end", lambda: _forget(rank, trainer))
+    host_left = sum(rank.together("end", _host_gib))
     seconds = [max(whole for whole, _ in ranks) for ranks in timed]  # until the slowest is done
     allocated, reserved, used = (_most(ranks) for ranks in zip(*memory, strict=True))
     median = statistics.median(seconds)
@@ -253,6 +261,11 @@ def _measure(rank: _Rank, entry: Entry) -> dict[str, Any]:
         "device_used_gib": used,
         "before_gib": before,
         "left_gib": _most(left),
+        "host_gib": round(host, 3),
+        "host_before_gib": round(host_before, 3),
+        "host_left_gib": round(host_left, 3),
+        **({"off_device": moved} if any(moved) else {}),
+        **({"optimizer": optimizer} if optimizer else {}),
         "build_s": round(build_s, 2),
         "warmup_s": round(warmup_s, 2),
         "losses": [sum(ranks) / rank.world for ranks in zip(*heard, strict=True)],
@@ -320,6 +333,16 @@ def _memory(rank: _Rank, trainer: Trainer) -> tuple[float | None, float | None, 
     found = allocated_bytes, torch.cuda.max_memory_reserved() + beside, total - free
     allocated, reserved, used = (round(each / _GIB, 3) for each in found)
     return allocated, reserved, used
+
+
+def _host_gib() -> float:
+    """Host memory of this process, page-locked included."""
+    return psutil.Process().memory_info().rss / _GIB
+
+
+def _off_device(trainer: Trainer) -> dict[str, int] | None:
+    found = trainer.off_device()
+    return None if found is None else asdict(found)
 
 
 def _allocated_gib(rank: _Rank) -> float | None:

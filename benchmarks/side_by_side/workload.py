@@ -21,6 +21,13 @@ class Shape:
     intermediate: int
     vocab: int = 128256
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model, whose head is not its embedding."""
+        attention = 2 * self.hidden * self.hidden // self.heads * (self.heads + self.kv_heads)
+        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return self.layers * layer + (2 * self.vocab + 1) * self.hidden
+
 
 SHAPES = {
     "tiny": Shape(64, 2, 4, 2, 128, 256),
@@ -90,14 +97,23 @@ class Workload:
 _STAGED = {"zeroshard": "0123", "deepspeed": "0123"}
 _PLAIN = ("plain", "plain-master", "fsdp2", "fsdp2-root-kept", "fsdp2-kept")
 _OF_WORKLOAD = ("compile", "checkpointing", "reduce")
+# What leaves the device, and the blocks of the configuration that say so.
+_OFFLOADS = {
+    "none": (),
+    "optimizer": ("offload_optimizer",),
+    "all": ("offload_optimizer", "offload_param"),
+}
+_OFFLOADABLE = {"zeroshard": tuple(_OFFLOADS), "deepspeed": tuple(_OFFLOADS)}
+_OFFLOADABLE |= dict.fromkeys(("fsdp2", "fsdp2-root-kept", "fsdp2-kept"), ("none", "all"))
 
 
 @dataclass(frozen=True)
 class Variant:
     """An engine and what is set otherwise for it, written ``ENGINE[:KEY=VALUE]...``.
 
-    A key is a field of the workload (compile, checkpointing, reduce) or the path of a key in the
-    JSON configuration of zeroshard or DeepSpeed, as in ``zeroshard-3:zeroshard.gather=nccl``.
+    A key is a field of the workload (compile, checkpointing, reduce), ``offload`` (none, optimizer
+    or all), or the path of a key in the JSON configuration of zeroshard or DeepSpeed, as in
+    ``zeroshard-3:zeroshard.gather=nccl``.
     """
 
     label: str
@@ -118,8 +134,12 @@ class Variant:
             staged = ", ".join(f"{name}-N" for name in _STAGED)
             raise ValueError(f"no engine is called {engine!r}; there are {staged}, {_list(_PLAIN)}")
         changes = tuple(_setting(setting) for setting in settings)
-        for key, _ in changes:
-            if key not in _OF_WORKLOAD and family not in _STAGED:
+        for key, value in changes:
+            if key == "offload":
+                allowed = _OFFLOADABLE.get(family if family in _STAGED else engine, ("none",))
+                if value not in allowed:
+                    raise ValueError(f"{engine}: offload can be {_list(allowed)}, not {value!r}")
+            elif key not in _OF_WORKLOAD and family not in _STAGED:
                 raise ValueError(f"{engine} has no configuration, so {key!r} cannot be set")
         return cls(text, engine, changes)
 
@@ -133,6 +153,11 @@ class Variant:
         """The ZeRO stage, where the engine has one."""
         return int(self.engine[-1]) if self.engine[-1].isdigit() and "-" in self.engine else None
 
+    @property
+    def offload(self) -> str:
+        """What is kept in host memory: none, optimizer (state and master weights) or all."""
+        return str(dict(self.changes).get("offload", "none"))
+
     def workload(self, common: Workload) -> Workload:
         """Return the workload with this engine's changes."""
         return replace(common, **{k: v for k, v in self.changes if k in _OF_WORKLOAD})
@@ -140,8 +165,11 @@ class Variant:
     def configuration(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """Return a JSON configuration with this engine's changes."""
         result: dict[str, Any] = json.loads(json.dumps(base))
+        for name in _OFFLOADS[self.offload]:
+            block = {"device": "cpu", "pin_memory": True}
+            result.setdefault("zero_optimization", {})[name] = block
         for path, value in self.changes:
-            if path in _OF_WORKLOAD:
+            if path in _OF_WORKLOAD or path == "offload":
                 continue
             *blocks, key = path.split(".")
             block = result
@@ -166,4 +194,4 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _list(words: tuple[str, ...]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}"
+    return " and ".join([*([", ".join(words[:-1])] if words[:-1] else []), words[-1]])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import shutil
 import sys
@@ -19,6 +20,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,8 +48,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
 from llama import Llama, LlamaConfig
 
-from side_by_side.engines import bytes_beside
-from side_by_side.profiles import profiled, summarize
+from side_by_side.engines import bytes_beside, off_device
+from side_by_side.profiles import Activity, computes, hidden, kind_of, length, profiled, summarize
 
 STAGES = (0, 1, 2, 3)
 # Beside a small eps, the rounding of a gradient near zero would be a part of a whole step.
@@ -764,6 +766,273 @@ def check_resume(ctx: Context) -> dict[str, Any]:
     return {"differ": differ, "ok": not differ}
 
 
+def offloading(optimizer: str, param: str = "none", **more: Any) -> dict[str, Any]:
+    """A zero_optimization block that moves state and, at stage 3, parameters; files need a path."""
+    blocks = {"offload_optimizer": {"device": optimizer, **more}}
+    return blocks | ({"offload_param": {"device": param}} if param != "none" else {})
+
+
+def with_files(zero: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The same with a folder for the files of what goes to "nvme"."""
+    return {
+        name: {**block, "nvme_path": folder} if block["device"] == "nvme" else block
+        for name, block in zero.items()
+    }
+
+
+HOST, FILES = offloading("cpu"), offloading("nvme")
+BF16 = {"bf16": {"enabled": True}}
+# Of which the first steps overflow.
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 19, "hysteresis": 1}}
+# What trains alike with state off the device: a stage, what else is set, and what leaves.
+OFFLOADED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    **{f"bf16, stage {stage}, host": (stage, BF16, HOST) for stage in (1, 2, 3)},
+    **{f"bf16, stage {stage}, files": (stage, BF16, FILES) for stage in (1, 2, 3)},
+    "bf16, stage 3, all on the host": (3, BF16, offloading("cpu", "cpu")),
+    "bf16, stage 3, all in files": (3, BF16, offloading("nvme", "nvme")),
+    "bf16, stage 3, shards on the host": (3, BF16, {"offload_param": {"device": "cpu"}}),
+    "bf16, stage 2, half": (2, BF16, offloading("cpu", ratio=0.5)),
+    "bf16, stage 3, half": (3, BF16, offloading("cpu", ratio=0.5)),
+    "bf16, stage 2, not page-locked": (2, BF16, offloading("cpu", pin_memory=False)),
+    "fp32, stage 3, host": (3, {}, HOST),
+    "fp16, stage 2, host": (2, FP16, HOST),
+    "fp16, stage 3, all on the host": (3, FP16, offloading("cpu", "cpu")),
+    "two micro-steps, stage 1, host": (1, {**BF16, "gradient_accumulation_steps": 2}, HOST),
+    "two micro-steps, stage 3, host": (3, {**BF16, "gradient_accumulation_steps": 2}, HOST),
+    "torch's step, stage 2, host": (2, {**BF16, "zeroshard": {"optimizer_step": "torch"}}, HOST),
+}
+
+
+# Those that CPU ranks try, which the tests of each part have tried before.
+FEW_OFFLOADED = {
+    *("bf16, stage 2, host", "bf16, stage 2, half", "bf16, stage 3, all on the host"),
+    *("bf16, stage 3, all in files", "fp16, stage 2, host"),
+}
+
+
+def train_far(
+    ctx: Context, stage: int, config: dict[str, Any], zero: dict[str, Any], clip: float, steps: int
+) -> dict[str, Any]:
+    """Losses, norms, weights, master weights and moments of some steps."""
+    update = {"zeroshard": {**config.get("zeroshard", {}), "offload_update": "gpu"}}
+    engine = make_engine(
+        seeded(lambda: Llama(ctx.config)),
+        stage,
+        **{**config, **update, "gradient_clipping": clip},
+        zero_optimization={"stage": stage, **zero},
+    )
+    losses: list[Tensor] = []
+    norms: list[float] = []
+    for step in range(steps):
+        for micro in range(config.get("gradient_accumulation_steps", 1)):
+            x = ctx.tokens(step, micro, ctx.rank)
+            loss = loss_of(engine(x), x)
+            losses.append(loss.detach())
+            engine.backward(loss)
+            engine.step()
+        norm = engine.get_global_grad_norm()
+        norms.append(0.0 if norm is None else float(norm))
+    named = list(engine.module.named_parameters())
+    found = {f"weight of {name}": weight for name, weight in full_weights(engine).items()}
+    for name, param in named:
+        found[f"master weight of {name}"] = state.safe_get_full_fp32_param(param)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            found[f"{moment} of {name}"] = state.safe_get_full_optimizer_state(param, moment)
+    skipped, moved = engine.skipped_steps, off_device(engine)
+    engine.destroy()
+    tensors = {"losses": torch.stack(losses), **found}
+    return {"tensors": tensors, "norms": norms, "skipped": skipped, "moved": moved}
+
+
+def check_offload_equal(ctx: Context) -> dict[str, Any]:
+    """Training with state off the device has the bits of training with all of it there."""
+    result: dict[str, Any] = {"ok": True}
+    folder = [tempfile.mkdtemp() if ctx.rank == 0 else ""]
+    dist.broadcast_object_list(folder, device=torch.device(ctx.device))
+    steps = 20 if ctx.on_gpu else 8
+    near: dict[str, dict[str, Any]] = {}
+    for name in OFFLOADED if ctx.on_gpu else sorted(FEW_OFFLOADED):
+        stage, config, zero = OFFLOADED[name]
+        key = json.dumps([stage, config])
+        if key not in near:
+            free = train_far(ctx, stage, config, {}, 1e9, steps)
+            norms = [norm for norm in free["norms"] if 0 < norm < math.inf]
+            # So that some steps are clipped and some are not.
+            near[key] = {"clip": sorted(norms)[len(norms) // 2]}
+            near[key] |= train_far(ctx, stage, config, {}, near[key]["clip"], steps)
+        want = near[key]
+        got = train_far(ctx, stage, config, with_files(zero, folder[0]), want["clip"], steps)
+        differ = [
+            each
+            for each, tensor in want["tensors"].items()
+            if not torch.equal(got["tensors"][each].cpu(), tensor.cpu())
+        ]
+        clipped = {norm > want["clip"] for norm in got["norms"] if 0 < norm < math.inf}
+        fine = not differ and got["moved"] is not None and len(clipped) == 2
+        fine &= got["skipped"] == want["skipped"] and ("fp16" in name) == (got["skipped"] > 0)
+        result[name] = (
+            "equal"
+            if fine
+            else {
+                "differ": differ[:6],
+                "of": len(want["tensors"]),
+                "losses": [each["tensors"]["losses"].tolist()[-1] for each in (got, want)],
+                "clipped": sorted(clipped),
+                "skipped": [got["skipped"], want["skipped"]],
+                "moved": str(got["moved"]),
+            }
+        )
+        result["ok"] &= fine
+    dist.barrier()
+    if ctx.rank == 0:
+        result["files left"] = [path.name for path in Path(folder[0]).iterdir()]
+        result["ok"] &= not result["files left"]
+        shutil.rmtree(folder[0])
+    return result
+
+
+def check_offload_memory(ctx: Context) -> dict[str, Any]:
+    """What leaves the device leaves it whole, is page-locked to the byte, and nothing grows."""
+    result: dict[str, Any] = {"ok": True}
+    numel = sum(p.numel() for p in Llama(ctx.large).parameters())
+    part = numel / ctx.world
+    wanted = {
+        # Bytes of each parameter that stay on the device between steps, and that are elsewhere.
+        "stage 1, state": (1, HOST, 2 * numel, 12 * part),
+        "stage 2, state": (2, HOST, 2 * numel, 12 * part),
+        "stage 3, state": (3, HOST, 2 * part, 12 * part),
+        "stage 3, all": (3, offloading("cpu", "cpu"), 0, 14 * part),
+        "stage 2, half": (2, offloading("cpu", ratio=0.5), 2 * numel + 6 * part, 6 * part),
+        "stage 2, a quarter": (2, offloading("cpu", ratio=0.25), 2 * numel + 9 * part, 3 * part),
+    }
+    for name, (stage, zero, near, far) in wanted.items():
+        gc.collect()
+        base = allocated(ctx)
+        engine = make_engine(
+            seeded(lambda: Llama(ctx.large)),
+            stage,
+            **BF16,
+            zeroshard={"offload_update": "gpu"},
+            zero_optimization={"stage": stage, **zero},
+        )
+        x = ctx.tokens(0, 0, ctx.rank, ctx.large)
+        seen: list[tuple[int, ...]] = []
+        last = 8 if ctx.on_gpu else 2
+        for step in range(last + 1):
+            engine.backward(loss_of(engine(x), x))
+            engine.step()
+            with torch.no_grad():
+                engine(x)  # which waits for all that the step left under way
+            if ctx.on_gpu:
+                torch.cuda.synchronize()
+            if step in (last // 2, last):
+                reserved = torch.cuda.memory_reserved() if ctx.on_gpu else 0
+                moved = off_device(engine)
+                seen.append((allocated(ctx) + bytes_beside(engine) - base, reserved))
+        biggest = max(full_nbytes(param) // param.itemsize for param in engine.parameters())
+        # A parameter's state stays or leaves whole, and units are padded.
+        slack = 0.01 * 14 * part + 14 * biggest / ctx.world
+        two_units = 2 * 4 * max(unit.layout.full_numel for unit in engine.runtime.units)
+        state_bytes_, pinned = (moved.state_bytes, moved.pinned_bytes) if moved else (0, 0)
+        fine = abs(state_bytes_ - far) <= slack and pinned <= 1.02 * state_bytes_
+        if ctx.on_gpu:
+            fine &= pinned >= state_bytes_ and abs(seen[-1][0] - near) <= slack + two_units
+            fine &= seen[0] == seen[-1]
+        result[name] = {
+            "far": [state_bytes_, far],
+            "pinned": pinned,
+            "near": [seen[-1][0], near],
+            "reserved": [each[1] for each in seen],
+            "ok": bool(fine),
+        }
+        result["ok"] &= bool(fine)
+        engine.destroy()
+        del engine, moved, x
+        if ctx.on_gpu:
+            torch.cuda.empty_cache()
+    return result
+
+
+def check_offload_overlap(ctx: Context) -> dict[str, Any]:
+    """State travels both ways beside the computation; the next forward does not wait for all."""
+    if not ctx.on_gpu:
+        return {"ok": True, "skipped": "only on GPUs"}
+    result: dict[str, Any] = {}
+    for stage in (2, 3):
+        zero = {"stage": stage, **offloading("cpu", "cpu" if stage == 3 else "none")}
+        engine = make_engine(
+            seeded(lambda: Llama(ctx.large)),
+            stage,
+            **BF16,
+            fused=True,
+            zeroshard={"offload_update": "gpu"},
+            zero_optimization=zero,
+        )
+        x = torch.cat([ctx.tokens(0, micro, ctx.rank, ctx.large) for micro in range(4)])
+
+        def step(engine: zeroshard.Engine = engine, x: Tensor = x) -> None:
+            engine.backward(loss_of(engine(x), x))
+            engine.step()
+
+        for _ in range(4):
+            step()
+        torch.cuda.synchronize()
+        waited = ""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                step()
+        except RuntimeError:
+            waited = traceback.format_exc()[-1000:]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found = profiled(lambda step=step: (step(), step()))
+        result[f"stage {stage}"] = {"waited": waited, **travels(found)}
+        engine.destroy()
+        del engine, step
+        gc.collect()
+    result["ok"] = all(
+        not each["waited"]
+        and each["apart"]
+        and each["pageable_ms"] < 1
+        and each["started_before_the_end"] > 0
+        and each["in_under_computation"] > 0.1
+        and each["both_ways"] > 0.1
+        for each in result.values()
+    )
+    return result
+
+
+def travels(found: Sequence[Activity]) -> dict[str, Any]:
+    """What a profile of two steps says of copies from and to the host."""
+    inwards = [each for each in found if "HtoD" in each.name]
+    outwards = [each for each in found if "DtoH" in each.name]
+    updates = sorted((e for e in found if kind_of(e.name) == "optimizer"), key=lambda e: e.start)
+    first = updates[: len(updates) // 2]  # of the two steps
+    products = [each for each in found if kind_of(each.name) in ("matmul", "attention")]
+    spans_in, spans_out = ([each.span for each in group] for group in (inwards, outwards))
+    computing = [each.span for each in found if computes(each.name) and each not in updates]
+    streams = [
+        {each.stream for each in group if each.end - each.start > 50}  # of state, not of numbers
+        for group in (products, inwards, outwards)
+    ]
+    return {
+        "in_ms": round(length(spans_in) / 1e3, 2),
+        "out_ms": round(length(spans_out) / 1e3, 2),
+        "pageable_ms": round(
+            length(e.span for e in (*inwards, *outwards) if "Pageable" in e.name) / 1e3, 2
+        ),
+        "apart": not any(one & other for one, other in combinations(streams, 2)),
+        "in_under_computation": hidden(spans_in, computing) or 0.0,
+        "out_under_computation": hidden(spans_out, computing) or 0.0,
+        "both_ways": max(hidden(spans_in, spans_out) or 0.0, hidden(spans_out, spans_in) or 0.0),
+        # Products of the second forward that began while the first step was still being made.
+        "started_before_the_end": sum(
+            first[0].start < each.start < first[-1].end for each in products if first
+        ),
+    }
+
+
 CHECKS = {
     check.__name__.removeprefix("check_"): check
     for check in (
@@ -777,6 +1046,9 @@ CHECKS = {
         check_checkpointing,
         check_resume,
         check_overlap,
+        check_offload_equal,
+        check_offload_memory,
+        check_offload_overlap,
         check_steady,
         check_budget,
         check_compile,

@@ -22,7 +22,6 @@ from zeroshard.config.kinds import (
     Flag,
     Kind,
     LargestNumel,
-    LargestNumelFromOne,
     Names,
     Text,
 )
@@ -200,10 +199,6 @@ def _removed(
 
 
 _UNOBSERVED = "Monitoring and profiling are not built yet."
-_READ_BY_UNITS = (
-    "Shards are read ahead unit by unit, as far as stage3_prefetch_bucket_size or "
-    "zeroshard.lookahead_bytes say, so no buffer has a size of its own."
-)
 _THREADS = "Each read or write is one call of a thread; none is handed in for later."
 _ONE_CHECKPOINT = "Checkpoints are written in one way, and fit any number of ranks."
 _WHOLE_UNITS = "Parameters are gathered, reduced and freed by units."
@@ -393,11 +388,6 @@ _OFFLOAD_OPTIMIZER: Mapping[str, NoEffect | Refused] = {
     ),
 }
 
-_OFFLOAD_PARAM: Mapping[str, NoEffect | Refused] = {
-    "buffer_count": NoEffect(_READ_BY_UNITS, kind=Count),
-    "buffer_size": NoEffect(_READ_BY_UNITS, kind=LargestNumelFromOne),
-}
-
 _AIO: Mapping[str, NoEffect | Refused] = {
     "overlap_events": NoEffect(_THREADS, kind=Flag, asks_for_nothing=_only(True)),
     "single_submit": _without_effect(_THREADS),
@@ -416,7 +406,6 @@ _BLOCKS: Mapping[Path, Mapping[str, NoEffect | Refused]] = {
     ("aio",): _AIO,
     ("zero_optimization",): _ZERO,
     ("zero_optimization", "offload_optimizer"): _OFFLOAD_OPTIMIZER,
-    ("zero_optimization", "offload_param"): _OFFLOAD_PARAM,
 }
 
 ROWS: Mapping[Path, NoEffect | Refused] = {

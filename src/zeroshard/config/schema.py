@@ -256,6 +256,14 @@ class OffloadParam(_Block):
     pin_memory: Flag = True
     """Whether host memory is page-locked, without which copies are slow and wait for each other."""
 
+    buffer_count: CountOrNone = None
+    """With "nvme", buffers in host memory that shards pass through; null is the engine's choice
+    (DeepSpeed: 5)."""
+
+    buffer_size: LargestNumelFromOne = None
+    """Most elements of one such buffer; larger shards pass in pieces. null is the engine's choice
+    (DeepSpeed: 1e8)."""
+
     max_in_cpu: LargestNumel = None
     """With "nvme", elements of a rank's shards that are kept in host memory all the same, those
     needed first; null is 0 (DeepSpeed: 1e9)."""
@@ -268,15 +276,15 @@ class AioConfig(_Block):
     """Bytes of one read or write; null is the engine's choice (DeepSpeed: 1048576)."""
 
     queue_depth: CountOrNone = None
-    """Reads and writes of a rank under way at once; null is the engine's choice (DeepSpeed: 8, of
-    each thread)."""
+    """Reads and writes under way at once for each of intra_op_parallelism; null is the engine's
+    choice (DeepSpeed: 8)."""
 
     intra_op_parallelism: CountOrNone = None
-    """Threads of a rank that read and write, of which each has one block under way: the larger of
-    this and queue_depth counts; null is the engine's choice (DeepSpeed: 1)."""
+    """What queue_depth is multiplied by, to give the threads of a rank that read and write, each
+    one block at a time; null is 1."""
 
     thread_count: CountOrNone = None
-    """As intra_op_parallelism, by the name in DeepSpeed's pages."""
+    """As intra_op_parallelism, which goes before it, by the name in DeepSpeed's pages."""
 
 
 class LeafModule(_Block):

@@ -22,7 +22,7 @@ from zeroshard.core.pending import PendingParameter
 from zeroshard.core.pulled import withdraw
 from zeroshard.core.reductions import withdraw_reductions
 from zeroshard.core.slots import disown, enrol, full_shape, is_waiting, slot_of, strike
-from zeroshard.core.store import DeviceStore
+from zeroshard.core.store import ON_DEVICE, Place
 from zeroshard.core.unit import Companion, Keeper, Member, Precision, Unit, plain
 from zeroshard.core.values import deal, pass_round, put
 
@@ -148,6 +148,7 @@ def build_unit(
     mesh: Mesh,
     precision: Precision,
     state: Depot | None = None,
+    shards: Place = ON_DEVICE,
     as_bytes: bool = False,
 ) -> Unit:
     """Move parameters into a new unit, with the values of rank 0. A collective.
@@ -163,6 +164,8 @@ def build_unit(
         mesh: the ranks.
         precision: the dtypes of parameters and gradients.
         state: where master weights and the optimizer's state are kept; None is the device.
+        shards: where the shard is kept if parameters do not stay full. One that is the master
+            weights stays with them.
         as_bytes: keep parameters and companions as they are, each in its dtype; for frozen ones.
             See [Note: byte units].
     """
@@ -189,6 +192,12 @@ def build_unit(
         _vacate(members, mesh)
         if full is None:
             full = torch.empty(layout.full_numel, dtype=compute, device=mesh.device)
+        buffer = pieces.buffer(full, layout, as_bytes=as_bytes)
+        if not lifetime.params_stay:
+            buffer.release()
+        is_master = trained and compute == wide and state.is_near
+        place = ON_DEVICE if lifetime.params_stay or is_master else shards
+        store = place.store(shard, mesh)
         master = shard
         if trained and not state.is_near:
             master = state.take(values.numel(), wide).copy_(values)
@@ -196,17 +205,16 @@ def build_unit(
             # Of a larger buffer only a part is kept, which must not keep the rest.
             master = values.to(wide, copy=lifetime.params_stay)
         if trained:
-            kept = precision.accumulate if lifetime.grads_stay else precision.reduce
-            buffer_dtype = torch.float64 if own_dtype == torch.float64 else kept
-            flat = torch.empty(layout.full_numel, dtype=buffer_dtype, device=mesh.device)
-            gradient = pieces.buffer(flat, layout)
+            gradient = pieces.buffer(
+                _gradient(own_dtype, layout, lifetime, mesh, precision), layout
+            )
             gradient.release()
     unit = Unit(
         members,
         lifetime,
         mesh,
-        full=pieces.buffer(full, layout, as_bytes=as_bytes),
-        store=DeviceStore(shard),
+        full=buffer,
+        store=store,
         master=master if trained else None,
         state=state,
         gradient=gradient,
@@ -219,8 +227,18 @@ def build_unit(
     if lifetime.params_stay:
         unit.wait()
     else:
-        unit.free()
+        unit.hide()
     return unit
+
+
+def _gradient(
+    own: torch.dtype, layout: Layout, lifetime: Lifetime, mesh: Mesh, precision: Precision
+) -> Tensor:
+    """Memory of the full gradient, in the dtype in which it is added up or sent."""
+    dtype = precision.accumulate if lifetime.grads_stay else precision.reduce
+    if own == torch.float64:
+        dtype = own
+    return torch.empty(layout.full_numel, dtype=dtype, device=mesh.device)
 
 
 def _values(
@@ -243,8 +261,7 @@ def _values(
             waiting.setdefault(piece.unit, []).append((index, piece.index))
     for unit, places in waiting.items():
         old = unit.layout
-        shard = unit._store.read(out.new_empty(old.shard_numel))
-        for given, row in pass_round(shard, old, unit.mesh):
+        for given, row in pass_round(unit._store.home, old, unit.mesh):
             for index, old_index in places:
                 inside = old.within(old_index, given)
                 start = old.full(old_index).start + inside.start - given.start

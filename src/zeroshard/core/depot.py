@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Depot", "DeviceDepot"]
+__all__ = ["Depot", "DeviceDepot", "PlainDepot"]
 
 
 class Depot(Protocol):
@@ -77,3 +77,12 @@ class DeviceDepot:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class PlainDepot(DeviceDepot):
+    """Ordinary memory of the host: each tensor's goes back to the system with the tensor."""
+
+    is_near = False
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))

@@ -13,14 +13,13 @@ touch it, and the system gives its space back when the process ends, however it 
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 import mmap
 import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,8 @@ import torch
 from torch import Tensor
 
 from zeroshard.errors import OffloadError, UsageError, compose
+from zeroshard.host.memory import in_words
+from zeroshard.host.pages import Pages, punch, up_to_page
 
 __all__ = ["ALIGNMENT", "FileDepot", "FileSettings", "free_bytes"]
 
@@ -37,10 +38,7 @@ _log = logging.getLogger(__name__)
 # Direct I/O moves multiples of this, in memory and in the file; no drive asks for more.
 ALIGNMENT = 4096
 
-_PAGE = max(ALIGNMENT, mmap.ALLOCATIONGRANULARITY)  # what a mapping begins at a multiple of
 _MIB = 1 << 20
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # of fallocate(2)
-_MAP_FAILED = ctypes.c_void_p(-1).value
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux alone has it
 
 
@@ -56,7 +54,7 @@ class FileSettings:
 
     Attributes:
         block_bytes: what one request reads or writes at most; rounded up to :data:`ALIGNMENT`.
-        depth: requests under way at once, reads and writes together.
+        depth: reads under way at once, and writes beside them.
         direct: whether to go around the page cache where the file system can.
     """
 
@@ -71,10 +69,11 @@ class FileSettings:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor that was taken lies in the file."""
+    """Where a tensor that was taken lies in the file, and its mapping."""
 
     offset: int
     nbytes: int
+    pages: Pages
 
 
 class _Job:
@@ -104,14 +103,16 @@ class _Job:
 class FileDepot:
     """A file in a folder on a drive, as a home for tensors.
 
-    Reads and writes run in the order in which they are asked for, but overlap: two of them that
-    concern the same bytes need a wait in between. The tensors are coherent with them, in both
-    directions: what was written is seen through the tensor, and an edit through the tensor is what
-    the next read brings. The first bytes of the file are there to try that out on the spot; where
-    it does not hold, and where direct I/O is refused, everything goes through the page cache.
+    Reads begin in the order in which they are asked for, and so do writes, but all overlap: two of
+    them that concern the same bytes need a wait in between. The tensors are coherent with them, in
+    both directions: what was written is seen through the tensor, and an edit through the tensor is
+    what the next read brings. The first bytes of the file are there to try that out on the spot;
+    where it does not hold, and where direct I/O is refused, everything goes through the page cache.
 
     After a failed read or write the file is not used any more: every later call raises.
     """
+
+    is_near = False
 
     def __init__(
         self, folder: str | os.PathLike[str], *, name: str, settings: FileSettings | None = None
@@ -131,14 +132,19 @@ class FileDepot:
         self._block = _padded(settings.block_bytes)
         self.nbytes = 0
         self._size = 0
-        self._places: dict[int, _Place] = {}  # by the address of the mapping
+        self._places: dict[int, _Place] = {}  # by address
         self._failure: str | None = None
         self._jobs: set[Future[None]] = set()
         self._bounce = threading.local()
-        self._pool = ThreadPoolExecutor(settings.depth, thread_name_prefix="zeroshard-files")
+        # Two, for a read that the step waits for is not to queue up behind writes that can wait.
+        self._readers, self._writers = (
+            ThreadPoolExecutor(settings.depth, f"zeroshard-files-{what}") for what in ("in", "out")
+        )
         self._plain, direct = self._open(want_direct=settings.direct)
-        self._close = weakref.finalize(self, _close, self._plain, direct, self._pool)
-        self._trial = self._map(self._extend(ALIGNMENT))
+        self._close = weakref.finalize(
+            self, _close, (self._readers, self._writers), (self._plain, direct)
+        )
+        self._trial = self._bytes_of(self._extend(ALIGNMENT))
         self._direct: int | None = direct
         if settings.direct and (reason := self._why_not_direct()):
             self._direct = None
@@ -166,7 +172,7 @@ class FileDepot:
         if not nbytes:
             return torch.zeros(0, dtype=dtype)
         place = self._extend(nbytes)
-        tensor = self._map(place).view(dtype)
+        tensor = self._bytes_of(place).view(dtype)
         self._places[tensor.data_ptr()] = place
         self.nbytes += nbytes
         return tensor
@@ -177,9 +183,7 @@ class FileDepot:
             return
         place = self._places.pop(tensor.data_ptr())
         self.nbytes -= place.nbytes
-        # Where holes cannot be made, the space is held until the end.
-        length = _padded(place.nbytes, _PAGE)
-        _libc().fallocate(self._plain, _PUNCH_HOLE | _KEEP_SIZE, place.offset, length)
+        punch(self._plain, place.offset, place.pages.nbytes)
 
     def seal(self) -> None:
         """Bring to the drive what was stored through the tensors, and free the host memory of it.
@@ -190,9 +194,8 @@ class FileDepot:
         self.drain()
         try:
             os.fdatasync(self._plain)
-            for address, place in self._places.items():
-                # Mapped pages would stay; the next access maps them again.
-                _libc().madvise(address, _padded(place.nbytes, _PAGE), mmap.MADV_DONTNEED)
+            for place in self._places.values():
+                place.pages.release()  # or they would stay in the page cache
             os.posix_fadvise(self._plain, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise self._fail(f"cannot be brought to the drive: {error.strerror}.") from error
@@ -215,11 +218,11 @@ class FileDepot:
                 future if this one does.
             UsageError: these tensors cannot be the two sides of a read.
         """
-        return self._start(home, into, self._read_block)
+        return self._start(home, into, self._readers, self._read_block)
 
     def write(self, home: Tensor, source: Tensor) -> Future[None]:
         """Write host memory to a range of the file; as :meth:`read`, the other way round."""
-        return self._start(home, source, self._write_block)
+        return self._start(home, source, self._writers, self._write_block)
 
     def drain(self) -> None:
         """Wait until no read or write is under way.
@@ -274,7 +277,7 @@ class FileDepot:
 
     def _extend(self, nbytes: int) -> _Place:
         """Lengthen the file by whole pages, whose space is had for certain."""
-        offset, padded = self._size, _padded(nbytes, _PAGE)
+        offset, padded = self._size, up_to_page(nbytes)
         try:
             os.posix_fallocate(self._plain, offset, padded)
         except OSError as error:
@@ -282,28 +285,22 @@ class FileDepot:
             os.ftruncate(self._plain, offset)  # what it had got of it
             raise OffloadError(
                 compose(
-                    f"{self._name} asked for {_in_words(padded)} in {self._folder}, beside "
-                    f"{_in_words(self.nbytes)} that it has there, and {_in_words(free)} are free: "
+                    f"{self._name} asked for {in_words(padded)} in {self._folder}, beside "
+                    f"{in_words(self.nbytes)} that it has there, and {in_words(free)} are free: "
                     f"{error.strerror}.",
                     hint="free space on that drive, name a folder on another one as nvme_path, or "
                     'offload less with "ratio" or "gpu_budget".',
                 )
             ) from error
         self._size += padded
-        return _Place(offset, nbytes)
+        try:
+            return _Place(offset, nbytes, Pages(padded, file=self._plain, offset=offset))
+        except OSError as error:
+            raise self._fail(f"cannot be mapped: {error.strerror}.") from error
 
-    def _map(self, place: _Place) -> Tensor:
-        """A range of the file as bytes."""
-        # Python's own mmap would keep a descriptor for each mapping, of which there are not many.
-        length = _padded(place.nbytes, _PAGE)
-        access = mmap.PROT_READ | mmap.PROT_WRITE
-        address = _libc().mmap(None, length, access, mmap.MAP_SHARED, self._plain, place.offset)
-        if address == _MAP_FAILED:
-            raise self._fail(f"cannot be mapped: {os.strerror(ctypes.get_errno())}.")
-        content = (ctypes.c_ubyte * place.nbytes).from_address(address)
-        unmap = weakref.finalize(content, _libc().munmap, address, length)
-        unmap.atexit = False  # tensors may live longer than exit handlers
-        return torch.frombuffer(content, dtype=torch.uint8)
+    @staticmethod
+    def _bytes_of(place: _Place) -> Tensor:
+        return torch.frombuffer(place.pages.buffer, dtype=torch.uint8, count=place.nbytes)
 
     def _why_not_direct(self) -> str:
         """Why direct I/O cannot be used here; nothing if it can.
@@ -351,7 +348,11 @@ class FileDepot:
     # Reads and writes.
 
     def _start(
-        self, home: Tensor, memory: Tensor, block: Callable[[int, memoryview], None]
+        self,
+        home: Tensor,
+        memory: Tensor,
+        pool: ThreadPoolExecutor,
+        block: Callable[[int, memoryview], None],
     ) -> Future[None]:
         self.check()
         offset = self._offset(home)
@@ -378,7 +379,7 @@ class FileDepot:
 
         for start in starts:
             try:
-                self._pool.submit(run, start)
+                pool.submit(run, start)
             except RuntimeError as error:  # the interpreter is going down
                 job.end(error)
         return job.future
@@ -486,33 +487,17 @@ def _why_no_file(folder: Path, name: str, error: OSError) -> str:
     )
 
 
-def _close(plain: int, direct: int | None, pool: ThreadPoolExecutor) -> None:
-    pool.shutdown(wait=True)
-    for handle in (plain, direct):
+def _close(pools: Iterable[ThreadPoolExecutor], handles: Iterable[int | None]) -> None:
+    for pool in pools:
+        pool.shutdown()
+    for handle in handles:
         if handle is not None:
             os.close(handle)
 
 
-def _padded(nbytes: int, multiple: int = ALIGNMENT) -> int:
-    return -(-nbytes // multiple) * multiple
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _address(content: memoryview) -> int:
     return ctypes.addressof(ctypes.c_ubyte.from_buffer(content)) if content else 0
-
-
-def _in_words(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    """What Python's own library does not offer of the system's."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    pointer, size, number, offset = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int64
-    libc.mmap.argtypes = [pointer, size, number, number, number, offset]
-    libc.mmap.restype = pointer
-    libc.munmap.argtypes = [pointer, size]
-    libc.madvise.argtypes = [pointer, size, number]
-    libc.fallocate.argtypes = [number, number, offset, offset]
-    return libc

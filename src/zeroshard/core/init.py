@@ -46,6 +46,7 @@ from zeroshard.core.host import trim
 from zeroshard.core.lifetime import Lifetime
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.slots import is_waiting, slot_of
+from zeroshard.core.store import ON_DEVICE, Place
 from zeroshard.core.unit import Member, Precision
 from zeroshard.core.waiting import Waiting
 
@@ -56,12 +57,13 @@ __all__ = ["Sharding", "shard_module", "sharded_construction", "suspended"]
 class Sharding:
     """How parameters are sharded: over which ranks, and in which dtype given their own.
 
-    ``waiting`` keeps them until there is an engine.
+    ``shards`` is where their shards wait, and ``waiting`` keeps them until there is an engine.
     """
 
     mesh: Mesh
     lifetime: Lifetime
     dtype_of: Callable[[torch.dtype], torch.dtype]
+    shards: Place = ON_DEVICE
     waiting: Waiting = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,7 +113,14 @@ def _shard(members: Iterable[Member], sharding: Sharding) -> None:
                 member.param.data = member.param.data.to(mesh.device, dtype)
             continue
         precision = Precision(compute=dtype)
-        unit = build_unit(group, trained=False, lifetime=lifetime, mesh=mesh, precision=precision)
+        unit = build_unit(
+            group,
+            trained=False,
+            lifetime=lifetime,
+            mesh=mesh,
+            precision=precision,
+            shards=sharding.shards,
+        )
         sharding.waiting.add(unit)
 
 

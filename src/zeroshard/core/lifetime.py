@@ -7,10 +7,11 @@ Training Trillion Parameter Models" (2020), section 5, with the bytes per elemen
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
-__all__ = ["STAGES", "Lifetime", "StateBytes", "lifetime", "state_bytes"]
+__all__ = ["STAGES", "Lifetime", "Offload", "StateBytes", "lifetime", "state_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,28 @@ STAGES = {
 }
 
 
-def lifetime(stage: int, world: int) -> Lifetime:
+Offload = Literal["parameters", "state"]
+"""What may be kept off the device: shards of parameters, or master weights and optimizer state."""
+
+
+def lifetime(stage: int, world: int, offloads: Collection[Offload] = ()) -> Lifetime:
     """The lifetime of a stage's units over ``world`` ranks.
 
     On one rank a shard is as large as its unit, so freeing the unit and keeping the shard would
-    cost memory as well as time: nothing is sharded, whatever the stage.
+    cost memory as well as time: nothing is sharded, whatever the stage. It is otherwise for what
+    leaves the device. A shard on the host costs the device nothing once the unit is freed. And
+    where state is there, gradients are what the device holds most of, so they are reduced as soon
+    as they are complete: no unit keeps memory for full ones.
+
+    Args:
+        stage: 0 to 3.
+        world: the number of ranks.
+        offloads: what is kept off the device.
     """
-    return STAGES[stage] if world > 1 else STAGES[0]
+    row = STAGES[stage]
+    if world > 1 or "parameters" in offloads:
+        return row
+    return row.with_params_that_stay() if "state" in offloads else STAGES[0]
 
 
 @dataclass(frozen=True, slots=True)

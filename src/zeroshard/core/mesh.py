@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zeroshard.core.ticket import DONE, Ticket
+from zeroshard.core.ticket import DONE, Mark, Ticket
 from zeroshard.errors import UsageError
 
-__all__ = ["Aside", "Axis", "Mesh", "build_mesh", "default_mesh"]
+__all__ = ["Aside", "Axis", "Mesh", "Parcels", "build_mesh", "default_mesh"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class Aside:
         if self._device is not None:
             tensor.record_stream(self._stream)
 
-    def end(self) -> Ticket:
+    def end(self) -> Mark:
         """The end of what was started inside so far."""
         return DONE if self._device is None else self._stream.record_event()
 
@@ -101,6 +102,33 @@ class Aside:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
+class Parcels:
+    """Tensors on their way out, kept until copied: no more than a few, so that memory is bounded.
+
+    The copy of one overlaps with what the computation makes of the next.
+    """
+
+    def __init__(self, most: int = 2) -> None:
+        self._most = most
+        self._sent: deque[tuple[Tensor, Ticket]] = deque()
+
+    def send(self, tensor: Tensor, ticket: Ticket) -> None:
+        """Keep a tensor until its ticket has been waited for."""
+        self._sent.append((tensor, ticket))
+        while len(self._sent) > self._most:
+            self._take_back()
+
+    def settle(self) -> None:
+        """Let the computation wait for all of them."""
+        while self._sent:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        _, ticket = self._sent[0]
+        ticket.wait()
+        self._sent.popleft()  # and with it the memory, which the computation may use again
+
+
 class Mesh:
     """The ranks that share one model, and the process groups between them."""
 
@@ -113,6 +141,8 @@ class Mesh:
         # State that is kept off the device: on its way in, stepped, and on its way out.
         self.incoming, self.outgoing = Aside(device), Aside(device)
         self.stepping = Aside(device, priority=-1)  # the next forward waits for it
+        self.reading, self.writing = Aside(device), Aside(device)  # shards off the device
+        self.parcels = Parcels()
         self.rank = replicate.rank * shard.size + shard.rank
         self.is_destroyed = False
 

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,23 @@ import torch
 
 from zeroshard.host.cpus import allowed_cpus, numa_node, read_list
 
-__all__ = ["bind", "bound", "near_cpus"]
+__all__ = ["Near", "bind", "bound", "near"]
 
 
-def near_cpus(
-    device: torch.device, *, bus: str | None = None, sysfs: Path = Path("/sys")
-) -> frozenset[int]:
-    """The CPUs near a device, of those that the calling thread may run on.
+@dataclass(frozen=True)
+class Near:
+    """The CPUs near a device, of those that the calling thread may run on, and their NUMA node.
 
-    All of these, where the host has one node or does not tell, where the device is no GPU, and
-    where a launcher or a job left none that is near.
+    All of these, and no node, where the host does not tell, where the device is no GPU, and where
+    a launcher or a job left no CPU that is near.
+    """
+
+    cpus: frozenset[int]
+    node: int | None = None
+
+
+def near(device: torch.device, *, bus: str | None = None, sysfs: Path = Path("/sys")) -> Near:
+    """Find out what is near a device.
 
     Args:
         device: the device.
@@ -34,13 +42,12 @@ def near_cpus(
         sysfs: where the kernel describes the host.
     """
     allowed = allowed_cpus()
-    if device.type != "cuda":
-        return allowed
-    bus = bus or _bus(device)
-    node = None if bus is None else numa_node(bus, sysfs / "bus/pci/devices")
-    if node is None:
-        return allowed
-    return allowed & read_list(sysfs / f"devices/system/node/node{node}/cpulist") or allowed
+    if device.type == "cuda" and (bus := bus or _bus(device)) is not None:
+        node = numa_node(bus, sysfs / "bus/pci/devices")
+        cpus = allowed & read_list(sysfs / f"devices/system/node/node{node}/cpulist")
+        if cpus:
+            return Near(cpus, node)
+    return Near(allowed)
 
 
 def bind(cpus: frozenset[int]) -> None:

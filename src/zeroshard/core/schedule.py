@@ -23,6 +23,10 @@ lose nothing.
 Expectations are only hints. An order that changes costs the rest of a window in unused prefetches,
 and windows start short again after that.
 
+Shards in files are read ahead of their gathers, by what this rank needed before; see
+[Note: reading ahead] in `staging.py`. A gather that is not needed yet is not issued before its
+shard has been read, as that would make the host wait, and with it the computation.
+
 Gathers that a rank makes alone, by reading the memory of others, have no order to agree on. They
 are in no window: each is issued when it is needed, or ahead of that as far as the budget goes and
 by what this rank needed before. Where all gathers are of that kind only reductions are agreed on,
@@ -215,6 +219,8 @@ class Schedule:
         self._kind = ""
         self._cursor: int | None = None
         self._gathers = any(not unit.lifetime.params_stay for unit in units)
+        readers = (unit.store.reader for unit in units if not unit.lifetime.params_stay)
+        self._readers = list(dict.fromkeys(reader for reader in readers if reader is not None))
         self._has_own = False  # whether this rank gathers some units alone
         self._in_forward = self._is_aborting = self._is_cut_off = False
 
@@ -227,6 +233,7 @@ class Schedule:
         self._in_forward = not all(unit.gathers_alone for unit in gathered)
         if not self._record:
             self._kind, self._num_backwards, self._cursor = kind, 0, 0
+        self._read_ahead()
 
     def _close_record(self) -> None:
         self._mirrored, self._trust = None, _WINDOW
@@ -468,12 +475,20 @@ class Schedule:
                 may_start = (
                     self._fits(op.unit)
                     and not self._units[op.unit].is_full
+                    and self._units[op.unit].store.is_at_hand
                     and self._is_room_for(self._sizes[op.unit])
                 )
             if not may_start:
                 break
             self._issue(self._window.popleft())
         self._gather_ahead()
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Let shards that come be brought nearer, to the end of the pass and across its marks."""
+        for reader in self._readers:
+            coming = (self._units[op.unit] for op in self._coming() if op.kind == "gather")
+            reader.expect(unit.store for unit in coming if not unit.is_full)
 
     def _gather_ahead(self) -> None:
         """Start what this rank gathers alone and is about to need, within the budget."""

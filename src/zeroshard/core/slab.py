@@ -7,7 +7,8 @@ takes up memory only where its tensors were written. `seal` ends it behind its l
 several threads back it by memory, and page-locks it in one call; in one more for each large part
 that was given back before, which is left out. So no tensor, whatever its size, lies in two locked
 ranges, which a copy must not cross; no page is in two of them; and what a tensor needs beyond its
-bytes is less than 64 of them, or less than a page from 1 MiB on.
+bytes is less than 64 of them, or less than a page from 1 MiB on. Memory is of the NUMA node of the
+device: that is asked of the kernel, and the threads that touch it run there.
 
 What is locked, a GPU may be reading or writing without the kernel's knowledge. So it is kept from
 forked processes, where the kernel would copy each page of it into each child (or, older ones, give
@@ -30,7 +31,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from zeroshard.core.numa import bind, near_cpus
+from zeroshard.core.numa import bind, near
 from zeroshard.core.world import rank_so_far
 from zeroshard.errors import OffloadError, UsageError, compose
 from zeroshard.host.cpus import num_usable_cpus
@@ -83,12 +84,7 @@ class CudaPinner:
         cudart: Any = torch.cuda.cudart()
         with torch.cuda.device(self.device):
             status = cudart.cudaHostRegister(address, nbytes, 1)  # cudaHostRegisterPortable
-            if int(status) == 0:
-                return None
-            # The runtime tells an error once more, to whoever launches the next kernel.
-            with suppress(RuntimeError):
-                torch.ones(1, device=self.device)
-        return self._reason(cudart, status)
+            return self._reason(cudart, status)
 
     def unlock(self, address: int) -> str | None:
         """Wait for the device, and unlock what was locked at an address; the reason if not."""
@@ -96,11 +92,14 @@ class CudaPinner:
         with torch.cuda.device(self.device):
             with suppress(RuntimeError):  # of a kernel that failed, whoever wants its result hears
                 torch.cuda.synchronize()
-            status = cudart.cudaHostUnregister(address)
-        return None if int(status) == 0 else self._reason(cudart, status)
+            return self._reason(cudart, cudart.cudaHostUnregister(address))
 
-    @staticmethod
-    def _reason(cudart: Any, status: Any) -> str:
+    def _reason(self, cudart: Any, status: Any) -> str | None:
+        if int(status) == 0:
+            return None
+        # The runtime tells an error once more, to whoever launches the next kernel.
+        with suppress(RuntimeError):
+            torch.ones(1, device=self.device)
         return f"{cudart.cudaGetErrorString(status)} (CUDA error {int(status)})"
 
 
@@ -234,6 +233,8 @@ class HostDepot:
     For one thread at a time.
     """
 
+    is_near = False
+
     def __init__(
         self,
         device: torch.device,
@@ -259,7 +260,8 @@ class HostDepot:
         if pinner is None and device.type == "cuda":
             pinner = CudaPinner(device)
         self._pinner = pinner if pin else None
-        self._device, self._name, self._pin_key = device, name, pin_key
+        self._name, self._pin_key = name, pin_key
+        self._near = near(device)
         self._largest_slab_bytes = largest_slab_bytes
         self._bytes_free = bytes_free
         self._slabs: list[_Slab] = []
@@ -323,7 +325,7 @@ class HostDepot:
         total = sum(last - first for slab in slabs for first, last in slab.used())
         begin = time.monotonic()
         done, said = 0, begin
-        cpus = near_cpus(self._device)
+        cpus = self._near.cpus
         num_threads = min(_MOST_THREADS, len(cpus), num_usable_cpus())
         try:
             with ThreadPoolExecutor(num_threads, "zeroshard-touch", bind, (cpus,)) as threads:
@@ -371,7 +373,7 @@ class HostDepot:
         size = max(nbytes, min(self._largest_slab_bytes, max(held, _SMALLEST_SLAB_BYTES)))
         lock = _Lock(self._pinner)
         try:
-            pages = Pages(size, before_unmapping=lock.open)
+            pages = Pages(size, node=self._near.node, before_unmapping=lock.open)
         except OSError as error:
             raise OffloadError(
                 compose(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-__all__ = ["DONE", "Ticket"]
+__all__ = ["DONE", "Mark", "Ticket"]
 
 
 class Ticket(Protocol):
@@ -15,9 +15,20 @@ class Ticket(Protocol):
         ...
 
 
+class Mark(Ticket, Protocol):
+    """A ticket that the host can wait for, too, as it must before it touches what is copied."""
+
+    def synchronize(self) -> object:
+        """Make the host wait for it."""
+        ...
+
+
 class _Done:
     def wait(self) -> None:
         return
 
+    def synchronize(self) -> None:
+        return
 
-DONE: Ticket = _Done()
+
+DONE: Mark = _Done()

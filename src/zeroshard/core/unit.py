@@ -4,7 +4,8 @@
 Five tensors, and no others, hold a unit on a rank:
 
     full           the whole flat buffer in the compute dtype; the parameters are views into it
-    shard          this rank's range of it, kept by the store; part of ``full`` where that stays
+    shard          this rank's range of it, kept by the store; part of ``full`` where that stays,
+                   and off the device where the store says so
     master         this rank's range in the master dtype, which the optimizer steps; in the unit's
                    state depot, which may be off the device. The memory of ``shard`` itself where
                    the two dtypes are equal and neither is elsewhere
@@ -219,6 +220,10 @@ class Unit:
     gathers alone, ``gather`` is local, too.
     """
 
+    _grad_shard: Tensor | None
+    _away: _Away | None  # instead of the grad shard
+    _norms: list[Tensor] | None  # of its rows, where they are known
+
     def __init__(  # noqa: PLR0913 - tensors, and what describes them
         self,
         members: Sequence[Member],
@@ -256,6 +261,8 @@ class Unit:
         ]
         self._wants_gather, self._wants_reduce = f"to gather {self.name}", f"to reduce {self.name}"
         self._gathering: Ticket = DONE
+        self._writing: Ticket = DONE  # of master weights, which may not change meanwhile
+        self._staged: Tensor | None = None  # the shard that a step writes, on its way out
         self._num_users = 0  # of the full buffer's memory, before it was gathered
         self._is_readable = self._is_outlined = self._is_deferred = False
         self._own_users = 0  # of that memory; see `note_users`
@@ -269,9 +276,7 @@ class Unit:
         # Set by the optimizer for a backward that ends an accumulation: takes what was reduced.
         self.on_reduced: Callable[[Unit], object] | None = None
         self.has_gradient = False
-        self._grad_shard: Tensor | None = None
-        self._away: _Away | None = None  # instead of the grad shard
-        self._norms: list[Tensor] | None = None  # of its rows, where they are known
+        self._grad_shard = self._away = self._norms = None
         # Set by the runtime, for modules that use the unit without holding its parameters.
         self.add_use: Callable[[nn.Module], object] | None = None
         self.drop_use: Callable[[nn.Module], object] | None = None
@@ -350,15 +355,17 @@ class Unit:
     # Parameters
 
     @property
-    def publishes_together(self) -> bool:
-        """Whether the other ranks wait in `publish` for what this one publishes."""
-        stays = self.lifetime.params_stay or self._num_holds > 0
-        return stays and not self.gathers_alone and self.mesh.shard.size > 1
+    def reads_as_published(self) -> bool:
+        """Whether `publish` starts a gather, with other ranks or of a shard that lies elsewhere."""
+        if self.gathers_alone:
+            return False
+        if self.lifetime.params_stay:
+            return self.mesh.shard.size > 1
+        return self._num_holds > 0
 
     def stored(self, index: int) -> Tensor:
         """This rank's slice of a parameter, as gathers read it."""
-        shard = self._store.read(self._full.tensor.new_empty(self.layout.shard_numel))
-        return self.part_of(shard, index)
+        return self.part_of(self._store.home, index)
 
     def part_of(self, shard: Tensor, index: int) -> Tensor:
         """What belongs to a parameter in a tensor that is laid out as a shard is, flat."""
@@ -377,6 +384,16 @@ class Unit:
         return self.transport.memory is not None
 
     @property
+    def store(self) -> Store:
+        """What keeps the shard."""
+        return self._store
+
+    @property
+    def is_shard_near(self) -> bool:
+        """Whether the shard is kept on the device."""
+        return bool(self._store.tensors)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the shard and of the full buffer: the one computed in, or bytes."""
         return self._full.tensor.dtype
@@ -387,9 +404,8 @@ class Unit:
         For units that are freed after use: the shard of others is a part of their full parameters.
         """
         self._end_gather()
-        shard = self._store.read(memory)
-        if shard.data_ptr() != memory.data_ptr():
-            memory.copy_(shard)
+        shard = self._store.home
+        memory.copy_(shard)
         if self.master is not None and self.master.data_ptr() == shard.data_ptr():
             self.master = memory
             self.show_slices(memory)
@@ -408,9 +424,11 @@ class Unit:
         with self._span("gather"):
             self._full.allocate()
             self._num_users = self._full.num_users
-            shard = self._store.read(self._mine)
             with Answered(self.mesh.rank, self._wants_gather):
-                self._gathering = self.transport.gather(self._full.tensor, shard, self.mesh.shard)
+                self._gathering = self._store.feed(self._mine, self._gather_with)
+
+    def _gather_with(self, shard: Tensor) -> Ticket:
+        return self.transport.gather(self._full.tensor, shard, self.mesh.shard)
 
     def end_step(self) -> None:
         """Let the computation wait for a step that runs beside it."""
@@ -433,6 +451,8 @@ class Unit:
 
     def _end_gather(self) -> None:
         self.end_step()
+        writing, self._writing = self._writing, DONE
+        writing.wait()
         if self._gathering is not DONE:
             gathering, self._gathering = self._gathering, DONE
             with Answered(self.mesh.rank, self._wants_gather):
@@ -605,13 +625,26 @@ class Unit:
     def shard_to_write(self) -> Tensor | None:
         """Where gathers read, now that none does, for a step that writes it and the master weights.
 
+        For a shard off the device it is memory of this step alone, which :meth:`publish` sends.
+
         Returns:
             None where it is the master weights themselves.
         """
         assert self.master is not None, f"{self.name} is frozen and has no master weights"
         self._end_gather()
+        if not self.is_shard_near:
+            self._staged = self._full.tensor.new_empty(self.layout.shard_numel)
+            return self._staged
         (shard,) = self._store.tensors
         return None if shard.data_ptr() == self.master.data_ptr() else shard
+
+    def write_shard(self, shard: Tensor) -> Ticket:
+        """Start to put stepped weights where gathers read, in order with the current stream.
+
+        Returns:
+            The end of the use of ``shard``, which may not be changed or freed before.
+        """
+        return self._store.write(shard)
 
     def publish(self, *, is_written: bool = False, step: Ticket = DONE) -> None:
         """Put the stepped master weights where gathers read; start one where parameters stay.
@@ -624,6 +657,7 @@ class Unit:
             step: its end, if it runs beside the computation, on the stream that is current.
         """
         if is_written:
+            self._send_staged()
             self._note_edit()
         else:
             self.write_master()
@@ -643,6 +677,11 @@ class Unit:
             self._defer(coming)
         else:
             self.wait()
+
+    def _send_staged(self) -> None:
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            self.mesh.parcels.send(staged, self._store.write(staged))
 
     def _defer(self, coming: Ticket) -> None:
         """Let whoever touches a parameter wait for its values.
@@ -676,7 +715,7 @@ class Unit:
         """Put the master weights where gathers read."""
         assert self.master is not None, f"{self.name} is frozen and has no master weights"
         self._end_gather()
-        self._store.write(self.master)
+        self._writing = self._store.write(self.master)
         self._note_edit()
 
     def end_gather(self) -> None:
@@ -736,7 +775,7 @@ class Unit:
         if not self.lifetime.params_stay:
             self._full.await_users(num_users)
         mine = self._mine
-        self._store.write(mine)
+        self._store.write(mine).wait()
         if self.master is not None and self.master.data_ptr() != mine.data_ptr():
             self.at_home(edits=True)
             # What was not edited keeps the digits that the compute dtype cannot hold.
@@ -755,8 +794,7 @@ class Unit:
         if self.master is not None:
             self.at_home()
             return self.master
-        numel = self.layout.shard_numel
-        return self._store.read(self._mine if self.is_full else self._full.tensor.new_empty(numel))
+        return self._store.home
 
     def load_kept(self, values: Tensor) -> None:
         """Replace this rank's range by what has been read; gathers see it from now on."""
@@ -766,7 +804,7 @@ class Unit:
                 self.master.copy_(values)
             self.write_master()
         else:
-            self._store.write(values)
+            self._store.write(values).wait()
             self._versions = self._count_edits()
 
     def resume_gradient(self, reduced: Tensor) -> None:

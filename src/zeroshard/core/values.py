@@ -71,11 +71,15 @@ def deal(params: Sequence[Tensor | None], layout: Layout, out: Tensor, mesh: Mes
 
 
 def pass_round(shard: Tensor, layout: Layout, mesh: Mesh) -> Iterator[tuple[Range, Tensor]]:
-    """Yield all parts of a flat buffer with their values, on every rank. A collective."""
+    """Yield all parts of a flat buffer with their values, on every rank. A collective.
+
+    The shard may be in host memory; what is yielded is on the device.
+    """
     size = mesh.shard.size
     for piece in _pieces(mesh, layout, shard.dtype):
-        rows = shard.new_empty(size * piece.numel)
+        mine = shard[piece.slice()].to(mesh.device)
+        rows = mine.new_empty(size * piece.numel)
         with Answered(mesh.rank, "the other ranks' parts of a parameter"):
-            all_gather(rows, shard[piece.slice()], mesh.shard).wait()
+            all_gather(rows, mine, mesh.shard).wait()
         for rank, row in enumerate(rows.view(size, -1)):
             yield _part(layout, rank, piece), row

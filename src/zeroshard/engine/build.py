@@ -9,6 +9,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from zeroshard import config as configuration
+from zeroshard.checkpoint.together import agreed
 from zeroshard.core import world
 from zeroshard.core.building import build_unit
 from zeroshard.core.collectives import MEAN, Exchange, all_reduce_, broadcast_
@@ -24,12 +26,12 @@ from zeroshard.core.hooks import Runtime, Site
 from zeroshard.core.host import trim
 from zeroshard.core.init import suspended
 from zeroshard.core.leaves import CONTAINERS, marked
-from zeroshard.core.lifetime import Lifetime, lifetime
+from zeroshard.core.lifetime import Lifetime, Offload, lifetime
 from zeroshard.core.mesh import Mesh, build_mesh, default_mesh
 from zeroshard.core.pulled import UnavailableError, share
 from zeroshard.core.reductions import reduce_by_pulls
 from zeroshard.core.schedule import Limits, Schedule
-from zeroshard.core.slots import is_waiting, slot_of
+from zeroshard.core.slots import full_nbytes, is_waiting, slot_of
 from zeroshard.core.trial import least_bytes
 from zeroshard.core.unit import Unit
 from zeroshard.core.usage import GradientWatch
@@ -40,9 +42,23 @@ from zeroshard.engine.activations import Activations, forget, layers_of
 from zeroshard.engine.arguments import collect_facts
 from zeroshard.engine.budget import GIB
 from zeroshard.engine.data import ShardedLoader, make_loader
+from zeroshard.engine.depots import Depots, staging_bytes
 from zeroshard.engine.engine import Engine, Settings
+from zeroshard.engine.headroom import Claim, Folder, check_room
 from zeroshard.engine.meter import meter_of
 from zeroshard.engine.optimizer import ZeroOptimizer
+from zeroshard.engine.placement import (
+    Home,
+    Placed,
+    Sizes,
+    averages,
+    buffer_bytes,
+    describe,
+    file_bytes,
+    host_bytes,
+    plan,
+    wishes,
+)
 from zeroshard.engine.precision import (
     DTYPES,
     autocast_dtype,
@@ -50,9 +66,11 @@ from zeroshard.engine.precision import (
     make_scaler,
     precision,
 )
+from zeroshard.engine.progress import Progress
 from zeroshard.engine.recompute import CAN_COUNT
 from zeroshard.engine.space import Fixed, Measured, Space
-from zeroshard.errors import ConfigError, UsageError, compose
+from zeroshard.errors import ConfigError, OffloadError, UsageError, compose
+from zeroshard.host.memory import bytes_free
 from zeroshard.logs import show_messages
 from zeroshard.optim.factory import make_optimizer
 from zeroshard.optim.schedules import make_schedule
@@ -143,9 +161,12 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     settle(model)
     device = world.device()
     batch = settings.batch(dist.get_world_size())
-    life = lifetime(settings.zero_optimization.stage, dist.get_world_size())
-
     trains = optimizer is not None or settings.optimizer is not None
+    life = lifetime(
+        settings.zero_optimization.stage,
+        dist.get_world_size(),
+        _offloads(settings, trains=trains),
+    )
     _take_over(model, device, trains=trains)
     inner = _resolve_optimizer(optimizer, model, model_parameters, settings)
     trained = set(optimizer_parameters(inner)) if inner is not None else set[nn.Parameter]()
@@ -169,18 +190,17 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         )
     quantized.settle(model, device)
     groups = _choose_groups(model, trained, life, settings, device)
+    placed = _place(groups, life, shard_size, inner, settings, device)
 
-    wanted = settings.compile
-    if wanted.enabled:
-        problem = compiled.objection(wanted.backend, wanted.kwargs, frees=not life.params_stay)
-        if problem is not None:
-            raise ConfigError(f'"compile": {problem}')
+    _check_compile(settings.compile, frees=not life.params_stay)
+
+    mesh = build_mesh(shard_size, device, timeout=world.patience())
+    depots = _make_depots(model, placed, settings, mesh)
 
     # From here on nothing is refused, and the model changes.
     forget(model)
     compiled.forget(model)
-    mesh = build_mesh(shard_size, device, timeout=world.patience())
-    runtime = _shard(model, groups, mesh, life, settings)
+    runtime = _shard(model, placed, mesh, life, settings, depots)
     sharded = None
     scaler = make_scaler(settings, device)
     if inner is not None:
@@ -188,18 +208,10 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
             inner,
             runtime.units,
             mesh,
-            policy=StepPolicy(
-                clip=settings.gradient_clipping,
-                skip_on_overflow=scaler is not None
-                or (settings.bf16.enabled and settings.bf16.check_grad_overflow),
-                most_numel=settings.zero_optimization.sub_group_size,
-                kernels=settings.zeroshard.optimizer_step,
-                update=settings.zeroshard.offload_update,
-                cores=settings.zero_optimization.offload_optimizer.cpuadam_cores_perc,
-                sums=batch.accumulation > 1,
-            ),
+            policy=_policy(settings, batch, can_overflow=scaler is not None),
             scaler=scaler,
         )
+    _seal(depots, placed, settings, mesh)
     engine = Engine(
         model,
         runtime,
@@ -221,10 +233,27 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
         training_dataloader=loader,
         local_rank=world.local_rank(),
     )
-    if wanted.enabled:
-        engine.compile(wanted.backend, wanted.kwargs)
+    if settings.compile.enabled:
+        engine.compile(settings.compile.backend, settings.compile.kwargs)
     _limit_activations(engine, settings)
     return engine, engine.optimizer, loader, scheduler
+
+
+def _policy(
+    settings: configuration.Config, batch: configuration.Batch, *, can_overflow: bool
+) -> StepPolicy:
+    """What happens between backward and the optimizer."""
+    return StepPolicy(
+        clip=settings.gradient_clipping,
+        skip_on_overflow=can_overflow
+        or (settings.bf16.enabled and settings.bf16.check_grad_overflow),
+        most_numel=settings.zero_optimization.sub_group_size,
+        kernels=settings.zeroshard.optimizer_step,
+        num_buffers=wishes(settings, trains=True).num_buffers,
+        update=settings.zeroshard.offload_update,
+        cores=settings.zero_optimization.offload_optimizer.cpuadam_cores_perc,
+        sums=batch.accumulation > 1,
+    )
 
 
 def _limit_activations(engine: Engine, settings: configuration.Config) -> None:
@@ -540,6 +569,14 @@ def _check_model(model: nn.Module, trained: set[nn.Parameter] | None) -> None:
         )
 
 
+def _check_compile(wanted: configuration.CompileConfig, *, frees: bool) -> None:
+    problem = None
+    if wanted.enabled:
+        problem = compiled.objection(wanted.backend, wanted.kwargs, frees=frees)
+    if problem is not None:
+        raise ConfigError(f'"compile": {problem}')
+
+
 def _choose_groups(
     model: nn.Module,
     trained: set[nn.Parameter],
@@ -583,12 +620,39 @@ def _choose_groups(
     )
 
 
+def _place(
+    groups: Sequence[Group],
+    life: Lifetime,
+    num_shards: int,
+    optimizer: torch.optim.Optimizer | None,
+    settings: configuration.Config,
+    device: torch.device,
+) -> list[Placed]:
+    """Decide what of each group leaves the device.
+
+    Raises:
+        ConfigError: what cannot leave takes more than the budget.
+    """
+    wished = wishes(settings, trains=optimizer is not None)
+    dtypes = precision(settings, dist.get_world_size())
+    sizes = Sizes(life, dtypes, num_shards, averages(optimizer))
+    return plan(groups, sizes.of, wished, partial(buffer_bytes, wished, optimizer, device))
+
+
+def _offloads(settings: configuration.Config, *, trains: bool) -> list[Offload]:
+    """What may leave the device."""
+    wished = wishes(settings, trains=trains)
+    homes: Mapping[Offload, Home] = {"parameters": wished.shards, "state": wished.state}
+    return [kind for kind, home in homes.items() if home != "none"]
+
+
 def _shard(
     model: nn.Module,
-    groups: list[Group],
+    placed: Sequence[Placed],
     mesh: Mesh,
     life: Lifetime,
     settings: configuration.Config,
+    depots: Depots,
 ) -> Runtime:
     """Move the model's parameters into units and hook its modules."""
     buffer_dtype = settings.data_types.buffer_dtype
@@ -597,34 +661,112 @@ def _shard(
     if any(is_waiting(param) for param in model.parameters()):
         gc.collect()  # waiting parameters that were replaced keep their shards in a cycle
     units: list[Unit] = []
-    for group in groups:
+    sizes = [sum(full_nbytes(member.param) for member in each.group.members) for each in placed]
+    progress = Progress("sharded", len(placed), sum(sizes))
+    for each, nbytes in zip(placed, sizes, strict=True):
+        group = each.group
+        # On one rank, a shard that stays on the device is better off as a unit that stays full.
+        stays = group.kind.persistent or (mesh.shard.size == 1 and each.shard == "none")
         unit = build_unit(
             group.members,
             trained=group.kind.trained,
-            lifetime=life.with_params_that_stay() if group.kind.persistent else life,
+            lifetime=life.with_params_that_stay() if stays else life,
             mesh=mesh,
             precision=replace(dtypes, compute=group.kind.compute),
+            state=depots.state(each.state),
+            shards=depots.shards(each.shard),
             as_bytes=group.kind.as_bytes,
         )
         units.append(unit)
         trim()
+        progress.tell(nbytes)
     _share(units, mesh, settings.zeroshard.gather)
     _share_gradients(units, mesh, settings.zeroshard.reduce)
     schedule = Schedule(units, mesh, _limits(units, settings))
+    groups = [each.group for each in placed]
     runtime = Runtime(model, _make_sites(model, groups, units), units, schedule)
     runtime.attach()
     return runtime
+
+
+def _make_depots(
+    model: nn.Module, placed: Sequence[Placed], settings: configuration.Config, mesh: Mesh
+) -> Depots:
+    """Make what a plan puts off the device a home, if there is room for it on all ranks.
+
+    Raises:
+        OffloadError: on every rank, if there is not; the groups of the mesh are gone then.
+    """
+    zero, depots = settings.zero_optimization, Depots(settings, mesh)
+    files = file_bytes(placed)
+    try:
+        if any(each.state != "none" or each.shard != "none" for each in placed):
+            claim = Claim(
+                host_bytes=host_bytes(placed) + staging_bytes(placed, settings),
+                returned_bytes=_bytes_on_host(model) if mesh.device.type != "cpu" else 0,
+                folders=[
+                    Folder(f"zero_optimization.{name}.nvme_path", block.nvme_path or "", nbytes)
+                    for (name, block), nbytes in zip(
+                        {
+                            "offload_optimizer": zero.offload_optimizer,
+                            "offload_param": zero.offload_param,
+                        }.items(),
+                        files,
+                        strict=True,
+                    )
+                ],
+            )
+            check_room(claim, mesh, bytes_free)
+            with agreed(mesh, "make a home for what leaves its device", OffloadError):
+                depots.make(placed)
+    except OffloadError:
+        mesh.destroy()
+        raise
+    return depots
+
+
+def _bytes_on_host(model: nn.Module) -> int:
+    """Bytes of parameters in host memory, which they leave one unit after another."""
+    return sum(param.nbytes for param in model.parameters() if param.device.type == "cpu")
+
+
+def _seal(
+    depots: Depots, placed: Sequence[Placed], settings: configuration.Config, mesh: Mesh
+) -> None:
+    """Make depots ready for training, and say what is where."""
+    zero = settings.zero_optimization
+    if all(each.state == each.shard == "none" for each in placed):
+        if settings.zeroshard.offload_update != "auto":
+            _log.info(
+                'zeroshard.offload_update: "%s" has no effect: no state leaves the device.',
+                settings.zeroshard.offload_update,
+            )
+        return
+    with agreed(mesh, "keep state off its device", OffloadError):
+        depots.seal()
+    is_gpu = mesh.device.type == "cuda"
+    _log.info(
+        "%s (on each of %d ranks).",
+        describe(
+            placed,
+            pins_state=is_gpu and zero.offload_optimizer.pin_memory,
+            pins_shards=is_gpu and zero.offload_param.pin_memory,
+        ),
+        mesh.world,
+    )
 
 
 def _share(units: Sequence[Unit], mesh: Mesh, how: str) -> None:
     """Let units be gathered by reads of other ranks' memory, where that is wanted and possible."""
     if how == "nccl":
         return
-    pulled = [unit for unit in units if not unit.lifetime.params_stay]
+    # Nobody reads host memory of another rank.
+    pulled = [unit for unit in units if not unit.lifetime.params_stay and unit.is_shard_near]
     if not pulled:
         if how != "auto":
             _log.info(
-                'zeroshard.gather: "copy_engine" has no effect: no parameters are freed after use.'
+                'zeroshard.gather: "copy_engine" has no effect: no parameters are freed after use '
+                "whose shards are on the device."
             )
         return
     if how == "auto" and mesh.device.type == "cpu":
@@ -690,7 +832,11 @@ def _place_buffers(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None) -> N
 def _limits(units: Sequence[Unit], settings: configuration.Config) -> Limits:
     """Turn counts of elements into bytes of the units that are gathered."""
     zero = settings.zero_optimization
-    largest = max((u.nbytes_full for u in units if not u.lifetime.params_stay), default=0)
+    freed = [unit for unit in units if not unit.lifetime.params_stay]
+    least = max((unit.nbytes_full for unit in freed), default=0)
+    is_far = not all(unit.is_shard_near for unit in freed)
+    if is_far:
+        least *= 2  # while one is copied to the device, the next is in line, however large it is
     numel = sum(unit.layout.full_numel for unit in units)
     per_element = sum(unit.nbytes_full for unit in units) / max(numel, 1)
 
@@ -700,7 +846,9 @@ def _limits(units: Sequence[Unit], settings: configuration.Config) -> Limits:
     ahead = settings.zeroshard.lookahead_bytes
     if ahead is None and (prefetch := nbytes(zero.stage3_prefetch_bucket_size)) is not None:
         # One unit is always worth it: without any, no gather overlaps the computation.
-        ahead = max(prefetch, largest) if prefetch else 0
+        ahead = max(prefetch, least) if prefetch else 0
+    elif ahead is None and is_far:
+        ahead = least
     return Limits(
         ahead=ahead,
         live=nbytes(zero.stage3_max_live_parameters),

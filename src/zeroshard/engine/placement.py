@@ -24,6 +24,7 @@ from zeroshard.engine.fitting import (
     keep_first,
     spend,
 )
+from zeroshard.optim.fused import is_adam
 from zeroshard.optim.sizes import bytes_of_averages
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Sizes",
     "Wishes",
     "averages",
+    "buffer_bytes",
     "describe",
     "file_bytes",
     "host_bytes",
@@ -44,6 +46,8 @@ Home = Literal["none", "cpu", "nvme"]
 """Where something is kept, in the configuration's words; "none" is the device."""
 
 _ALIGN_BYTES = 16  # as units are laid out
+_LOAD_NUMEL = 2**24  # as the step divides units
+_NUM_BUFFERS = 4  # the fewest that a step makes
 _AVERAGES_BYTES = 8.0  # of an optimizer that is not known, as of Adam
 
 
@@ -77,13 +81,15 @@ def wishes(settings: Config, *, trains: bool) -> Wishes:
     state: Home = zero.offload_optimizer.device
     if state == "none" and budget is not None:
         state = "cpu"
+    # A number of bytes leaves no room for more buffers than there have to be.
+    few = _NUM_BUFFERS if isinstance(budget, float) else None
     return Wishes(
         state=state if trains else "none",
         shards=zero.offload_param.device,
         ratio=zero.offload_optimizer.ratio,
         budget=int(budget * GIB) if isinstance(budget, float) else budget,
         most_shards=zero.offload_param.max_in_cpu or 0,
-        num_buffers=zero.offload_optimizer.buffer_count,
+        num_buffers=zero.offload_optimizer.buffer_count or few,
     )
 
 
@@ -298,6 +304,22 @@ def describe(placed: Sequence[Placed], *, pins_state: bool, pins_shards: bool) -
     if any(each.shard != "none" for each in placed):
         parts.append(f"shards of parameters: {_list(shards)}")
     return "; ".join(parts)
+
+
+def buffer_bytes(
+    wished: Wishes,
+    optimizer: torch.optim.Optimizer | None,
+    device: torch.device,
+    sizes: Sequence[Size],
+) -> int:
+    """Bytes of the buffers on the device through which state passes in a step."""
+    # Adam's state comes in parts of units where a kernel steps flat tensors.
+    parts = optimizer is not None and device.type == "cuda" and is_adam(optimizer)
+    largest = 0
+    for size in sizes:
+        share = min(1.0, _LOAD_NUMEL / size.numel) if parts else 1.0
+        largest = max(largest, math.ceil(sum(size.far) * share))
+    return (wished.num_buffers or _NUM_BUFFERS) * largest
 
 
 def _in_words(home: Home, pins: bool) -> str:

@@ -11,14 +11,18 @@ import ctypes
 import functools
 import mmap
 import os
+import platform
 import sys
 import weakref
 from collections.abc import Callable
 
-__all__ = ["PAGE_BYTES", "Pages", "up_to_page"]
+__all__ = ["PAGE_BYTES", "Pages", "punch", "up_to_page"]
 
 PAGE_BYTES = mmap.PAGESIZE
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python has no name for
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # of fallocate, likewise
+_MBIND = {"x86_64": 237, "aarch64": 235}.get(platform.machine())  # its number as a system call
+_PREFERRED = 1  # MPOL_PREFERRED
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -28,27 +32,41 @@ def up_to_page(nbytes: int) -> int:
 
 
 class Pages:
-    """Anonymous memory: zeros that take up room only from their first write on.
+    """Mapped memory: zeros that take up room only from their first write on, or a part of a file.
 
     ``address`` and ``nbytes`` are of whole pages. ``buffer`` is the memory as an object; it is
     unmapped with the last reference to that, in the process that mapped it, and not at the end of
     the interpreter, when somebody may still look at it and the kernel is about to clean up anyway.
-    Huge pages are asked for: there are fewer of them to fault in, to lock and to translate.
+    Of memory huge pages are asked for: there are fewer to fault in, to lock and to translate.
     """
 
-    def __init__(self, nbytes: int, before_unmapping: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        *,
+        node: int | None = None,
+        file: int | None = None,
+        offset: int = 0,
+        before_unmapping: Callable[[], None] = lambda: None,
+    ) -> None:
         """Map memory.
 
         Args:
             nbytes: how much, rounded up to whole pages.
+            node: the NUMA node that it should be of, whoever writes to it first. Containers often
+                refuse that wish; pages are then of the node of who does.
             before_unmapping: called when nobody refers to the memory any more.
+            file: the descriptor of a file, which stores go to; may be closed afterwards.
+            offset: where its part begins: with a page.
 
         Raises:
             OSError: there is no room in the address space.
         """
         self.nbytes = up_to_page(nbytes)
-        rights, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.address: int = _libc().mmap(None, self.nbytes, rights, kind, -1, 0)
+        rights = mmap.PROT_READ | mmap.PROT_WRITE
+        kind = mmap.MAP_SHARED if file is not None else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        handle = -1 if file is None else file
+        self.address: int = _libc().mmap(None, self.nbytes, rights, kind, handle, offset)
         if self.address == _FAILED:
             raise _last_error()
         self.buffer = (ctypes.c_ubyte * self.nbytes).from_address(self.address)
@@ -56,7 +74,10 @@ class Pages:
             self.buffer, _unmap, self.address, self.nbytes, os.getpid(), before_unmapping
         )
         end.atexit = False
-        self._advise(0, self.nbytes, "MADV_HUGEPAGE")
+        if file is None:
+            self._advise(0, self.nbytes, "MADV_HUGEPAGE")
+            if node is not None:
+                self._prefer(node)
 
     def touch(self, start: int, stop: int) -> None:
         """Back a range of whole pages by memory, without a change of what it holds.
@@ -75,6 +96,10 @@ class Pages:
         else:
             self.overwrite(start, stop)
 
+    def release(self) -> None:
+        """Let go of the pages of a file, which keeps what was stored; the next access finds it."""
+        self._advise(0, self.nbytes, "MADV_DONTNEED")
+
     def overwrite(self, start: int, stop: int) -> None:
         """Write zeros to any range: page-locked memory cannot be given back."""
         ctypes.memset(self.address + start, 0, stop - start)
@@ -92,6 +117,17 @@ class Pages:
             return stop - start
         return pages.raw.count(1) * PAGE_BYTES
 
+    def _prefer(self, node: int) -> None:
+        if sys.platform != "linux" or _MBIND is None:
+            return
+        word = 8 * ctypes.sizeof(ctypes.c_ulong)
+        nodes = (ctypes.c_ulong * (node // word + 1))()
+        nodes[node // word] = 1 << node % word
+        address, nbytes = ctypes.c_void_p(self.address), ctypes.c_ulong(self.nbytes)
+        # The kernel takes the number of bits as one more than there are.
+        bits = ctypes.c_ulong(len(nodes) * word + 1)
+        _libc().syscall(ctypes.c_long(_MBIND), address, nbytes, _PREFERRED, nodes, bits, 0)
+
     def _advise(self, start: int, stop: int, name: str) -> bool:
         """Tell the kernel something by its name in :mod:`mmap`; whether it was of a mind to listen.
 
@@ -101,6 +137,12 @@ class Pages:
         if sys.platform != "linux" or advice is None:
             return False
         return _libc().madvise(self.address + start, stop - start, advice) == 0
+
+
+def punch(file: int, offset: int, nbytes: int) -> None:
+    """Give whole pages of a file back to its drive, and read as zeros; where holes can be made."""
+    if sys.platform == "linux":
+        _libc().fallocate(file, _KEEP_SIZE | _PUNCH_HOLE, offset, nbytes)
 
 
 def _unmap(address: int, nbytes: int, owner: int, before: Callable[[], None]) -> None:
@@ -124,4 +166,5 @@ def _libc() -> ctypes.CDLL:
     library.madvise.argtypes = [address, size, number]
     if sys.platform == "linux":
         library.mincore.argtypes = [address, size, ctypes.c_char_p]
+        library.fallocate.argtypes = [number, number, ctypes.c_long, ctypes.c_long]
     return library

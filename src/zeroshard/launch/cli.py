@@ -16,6 +16,7 @@ import click
 from zeroshard.errors import Error, compose
 from zeroshard.launch.config_command import config
 from zeroshard.launch.env_command import env
+from zeroshard.launch.io_bench_command import io_bench
 from zeroshard.launch.launch_command import REFUSED, launch, say
 
 __all__ = ["main"]
@@ -88,6 +89,7 @@ def entry() -> None:
 entry.add_command(launch)
 entry.add_command(env)
 entry.add_command(config)
+entry.add_command(io_bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

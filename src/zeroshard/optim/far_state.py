@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from zeroshard.core.unit import Unit
+from zeroshard.optim.carriers import Load
 from zeroshard.optim.flat_state import FlatState
-from zeroshard.optim.pipeline import Load, Pipeline
+from zeroshard.optim.pipeline import Pipeline
 
 __all__ = ["FarState"]
 

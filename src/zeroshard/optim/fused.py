@@ -29,8 +29,8 @@ from zeroshard.core.unit import Unit
 from zeroshard.core.with_triton import if_it_runs
 from zeroshard.optim import adam
 from zeroshard.optim.adam import Rule, Shards, Update
+from zeroshard.optim.carriers import Load
 from zeroshard.optim.flat_state import FlatState
-from zeroshard.optim.pipeline import Load
 
 __all__ = ["FusedAdam", "Part", "Pass", "is_adam", "is_watched", "triton_update"]
 
@@ -223,22 +223,23 @@ class FusedAdam:
         unit: Unit,
         part: Part,
         tensors: Sequence[Tensor],
-        factor: Tensor,
-        found_inf: Tensor | None,
+        out: Tensor | None,
+        scale: tuple[Tensor, Tensor | None],
     ) -> None:
-        """Step a part of a unit with its gradient times ``factor``, unless ``found_inf`` is not 0.
+        """Step a part of a unit.
 
         Args:
             unit: whose gradient it is.
             part: a part of it.
             tensors: the part's master weights and averages, on the device.
-            factor: a scalar in fp32 on the device.
-            found_inf: the same, 0 or 1; None for 0.
+            out: what the whole unit's `Unit.shard_to_write` gave.
+            scale: what multiplies the gradient, and what is 1 to step nothing, else 0, or None:
+                scalars in fp32 on the device.
         """
         assert unit.grad_shard is not None, f"{unit.name}: no gradient"
         update = adam.update_ if self._triton is None else self._triton
-        for each in self.passes(unit, part, tensors, unit.grad_shard, unit.shard_to_write()):
-            update(each.shards, each.rule, factor, found_inf)
+        for each in self.passes(unit, part, tensors, unit.grad_shard, out):
+            update(each.shards, each.rule, *scale)
 
     def passes(
         self, unit: Unit, part: Part, tensors: Sequence[Tensor], grad: Tensor, out: Tensor | None

@@ -156,12 +156,12 @@ class _Numbers:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """The step of one unit."""
+    """The step of one unit; ``out`` is where its weights go on the device, None if elsewhere."""
 
     unit: Unit
     passes: Sequence[Pass]
     weights: Tensor
-    out: Tensor
+    out: Tensor | None
     begun: Ticket
     numbers: _Numbers
 
@@ -237,8 +237,8 @@ class HostUpdate:
         return {unit: self._submit(unit, fused, begun, numbers) for unit in self.units}
 
     def _submit(self, unit: Unit, fused: FusedAdam, begun: Ticket, numbers: _Numbers) -> Ticket:
-        out = unit.shard_to_write()
-        assert out is not None, "master weights off the device are not the shard on it"
+        out = unit.shard_to_write() if unit.is_shard_near else None
+        unit.end_gather()  # which may read it
         weights = self._rooms[unit].weights()
         job = _Job(unit, list(self._passes(unit, fused, weights)), weights, out, begun, numbers)
         self._last = self._worker.submit(lambda: self._run(job))
@@ -258,15 +258,26 @@ class HostUpdate:
         try:
             factor = job.numbers.factor.tensor()
             if not job.numbers.is_skipped():
-                for each in job.passes:
-                    self._stepper.step(each.shards, each.rule, factor)
-                    with self._back.after(job.begun):
-                        part = slice(each.start, each.stop)
-                        job.out[part].copy_(job.weights[part], non_blocking=True)
+                self._step(job, factor)
             return self._back.end()
         except Exception as error:
             self._failure = _failed(job.unit, error)
             raise self._failure from error
+
+    def _step(self, job: _Job, factor: Tensor) -> None:
+        """Step a unit and send its weights, those of a pass while the next one is made."""
+        at = 0
+        for each in job.passes:
+            job.weights[at : each.start].zero_()  # between parameters
+            self._stepper.step(each.shards, each.rule, factor)
+            if job.out is not None:
+                with self._back.after(job.begun):
+                    part = slice(at, each.stop)
+                    job.out[part].copy_(job.weights[part], non_blocking=True)
+            at = each.stop
+        if job.out is None:
+            job.weights[at:].zero_()
+            job.unit.write_shard(job.weights)
 
     def settle(self) -> None:
         """Let the host wait until all state is as stepped.

@@ -27,57 +27,20 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from zeroshard.core.depot import Depot
+from zeroshard.core.files import FileDepot
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.ticket import DONE, Ticket
+from zeroshard.core.ticket import Ticket
+from zeroshard.optim.carriers import Bus, Carrier, Disk, Load, Slot
 
-__all__ = ["Load", "Pipeline"]
+__all__ = ["Pipeline"]
 
-_ALIGN_BYTES = 4096  # files are read in such blocks
 _FEWEST = 4  # buffers: one arrives, one is stepped, one leaves, and one to spare
 _SHARE_OF_FREE = 8  # a part of what is free on the device
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Load:
-    """Tensors of a depot that are stepped at once."""
-
-    depot: Depot
-    homes: tuple[Tensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a buffer that has room for it."""
-        return sum(_rounded(home.nbytes) for home in self.homes)
-
-    def lay(self, buffer: Tensor) -> list[Tensor]:
-        """Views of a buffer that are like the tensors."""
-        views: list[Tensor] = []
-        start = 0
-        for home in self.homes:
-            views.append(buffer[start : start + home.nbytes].view(home.dtype).view(home.shape))
-            start += _rounded(home.nbytes)
-        return views
-
-
-def _rounded(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
-
-
-class _Slot:
-    """A buffer on the device and the load that is in it or on its way."""
-
-    def __init__(self, buffer: Tensor, number: int, free: Ticket) -> None:
-        self.buffer, self.number = buffer, number
-        self.load: Load | None = None
-        self.views: list[Tensor] = []
-        self.arrived: Ticket = DONE
-        self.left = free  # after which the buffer may be filled again
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,53 +56,6 @@ class _Stepped:
             self.pipeline.release()
 
 
-class _Carrier(Protocol):
-    """Brings loads of one depot into buffers and back."""
-
-    def fetch(self, slot: _Slot) -> None:
-        """Start bringing the load of a slot."""
-        ...
-
-    def receive(self, slot: _Slot) -> None:
-        """Let the current stream wait until the load is there."""
-        ...
-
-    def send(self, slot: _Slot, stepped: Ticket) -> None:
-        """Start bringing the load of a slot back, once it is stepped."""
-        ...
-
-    def settle(self) -> None:
-        """Let the host wait until everything is back."""
-        ...
-
-
-class _Bus:
-    """To and from host memory, by copies on two streams."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
-
-    def fetch(self, slot: _Slot) -> None:
-        assert slot.load is not None, "a slot without a load is not filled"
-        with self._mesh.incoming.after(slot.left):
-            for view, home in zip(slot.views, slot.load.homes, strict=True):
-                view.copy_(home, non_blocking=True)
-        slot.arrived = self._mesh.incoming.end()
-
-    def receive(self, slot: _Slot) -> None:
-        slot.arrived.wait()
-
-    def send(self, slot: _Slot, stepped: Ticket) -> None:
-        assert slot.load is not None, "a slot without a load is not emptied"
-        with self._mesh.outgoing.after(stepped):
-            for view, home in zip(slot.views, slot.load.homes, strict=True):
-                home.copy_(view, non_blocking=True)
-        slot.left = self._mesh.outgoing.end()
-
-    def settle(self) -> None:
-        self._mesh.outgoing.finish()
-
-
 class Pipeline:
     """The buffers of one optimizer. See [Note: state on its way].
 
@@ -152,11 +68,11 @@ class Pipeline:
     def __init__(self, mesh: Mesh, num_buffers: int | None = None) -> None:
         self._mesh, self._wanted = mesh, num_buffers
         self._room_bytes: int | None = None
-        self._carriers: dict[Depot, _Carrier] = {}
+        self._carriers: dict[Depot, Carrier] = {}
         self._loads: Sequence[Load] = ()
         self._due: deque[Load] = deque()  # not sent for yet
-        self._coming: deque[_Slot] = deque()  # sent for, oldest first
-        self._idle: deque[_Slot] = deque()
+        self._coming: deque[Slot] = deque()  # sent for, oldest first
+        self._idle: deque[Slot] = deque()
         self.is_under_way = False
 
     def start(self, loads: Sequence[Load], at_once: int = 1) -> None:
@@ -192,7 +108,7 @@ class Pipeline:
         now = self._mesh.now()
         for at in range(number):
             buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._mesh.device)
-            self._idle.append(_Slot(buffer, at, now))
+            self._idle.append(Slot(buffer, at, now))
 
     def _send_for(self) -> None:
         while self._due and self._idle:
@@ -202,10 +118,13 @@ class Pipeline:
             self._carrier(load).fetch(slot)
             self._coming.append(slot)
 
-    def _carrier(self, load: Load) -> _Carrier:
-        carrier = self._carriers.get(load.depot)
+    def _carrier(self, load: Load) -> Carrier:
+        depot = load.depot
+        carrier = self._carriers.get(depot)
         if carrier is None:
-            carrier = self._carriers[load.depot] = _Bus(self._mesh)
+            is_file = isinstance(depot, FileDepot)
+            carrier = Disk(self._mesh, depot) if is_file else Bus(self._mesh)
+            self._carriers[depot] = carrier
         return carrier
 
     @contextmanager
@@ -245,7 +164,7 @@ class Pipeline:
         self._coming.clear()
         self.is_under_way = False
 
-    def _carrier_of(self, slot: _Slot) -> _Carrier:
+    def _carrier_of(self, slot: Slot) -> Carrier:
         assert slot.load is not None, "a slot on its way has a load"
         return self._carrier(slot.load)
 
@@ -254,6 +173,14 @@ class Pipeline:
         for carrier in self._carriers.values():
             carrier.settle()
 
+    def close(self) -> None:
+        """End what is under way, and hold on to no memory."""
+        self.forget()
+        self.release()
+        carriers, self._carriers = self._carriers, {}
+        for carrier in carriers.values():
+            carrier.close()
+
     def release(self) -> None:
         """Give the buffers back, once the computation has waited for what leaves them."""
         if self._coming:
@@ -261,6 +188,7 @@ class Pipeline:
         for slot in self._idle:
             slot.left.wait()
         self._idle.clear()
+        self._mesh.parcels.settle()
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -56,6 +56,7 @@ Kernels = Literal["auto", "fused", "torch"]
 """Who steps the slices: one pass over each shard, or the optimizer's own step."""
 
 _log = logging.getLogger(__name__)
+_PAGE_NUMEL = 4096
 _MOST_NUMEL = 2**24  # elements that come from elsewhere at once: some 200 MB of Adam's state
 # Whose fused kernels take scalars of the device. A first step of SGD that is skipped leaves its
 # momentum undefined.
@@ -98,6 +99,12 @@ class StepPolicy:
     update: Where = "gpu"
     cores: float | None = None
     sums: bool = False
+
+
+def _numel_at_once(policy: StepPolicy) -> int:
+    """Elements of state that come from elsewhere at once: whole pages of files."""
+    most = min(policy.most_numel or _MOST_NUMEL, _MOST_NUMEL)
+    return -(-most // _PAGE_NUMEL) * _PAGE_NUMEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +274,7 @@ class ShardedOptimizer:
                     self._states,
                     mesh.device,
                     update,
-                    most_numel=min(policy.most_numel or _MOST_NUMEL, _MOST_NUMEL),
+                    most_numel=_numel_at_once(policy),
                     log_level=logging.INFO if is_asked_for else logging.DEBUG,
                 )
                 self._fused.reserve()
@@ -526,6 +533,7 @@ class ShardedOptimizer:
         """Step inside, beside the computation if state comes from elsewhere."""
         if not self._far:
             yield
+            self.mesh.parcels.settle()
             return
         for unit in self.units:
             unit.end_gather()
@@ -537,20 +545,19 @@ class ShardedOptimizer:
         """Step each unit in one pass and publish it, before the next one is stepped."""
         with self._stepping_inside():
             self.inner.step()  # finds no gradients; whoever wraps it knows that there was a step
-        factor = scaling.factor(self.mesh.device)
-        self._scalars = (factor, scaling)
+        scale = (scaling.factor(self.mesh.device), scaling.found_inf)
+        self._scalars = scale
         with torch.no_grad(), self._beside():
-            ends: dict[Unit, Ticket] = {}
-            if self._host is not None:
-                ends = self._host.step(fused, factor, scaling.found_inf)
+            ends = {} if self._host is None else self._host.step(fused, *scale)
             here = [unit for unit in self.units if unit not in ends]
             for unit in self.units:
                 if unit not in ends:
+                    out = unit.shard_to_write()
                     for part in fused.parts(unit):
                         with self._pipeline.visiting(part.load) as tensors:
-                            fused.update(unit, part, tensors, factor, scaling.found_inf)
+                            fused.update(unit, part, tensors, out, scale)
                     ends[unit] = self._end(is_last=unit is here[-1])
-                elif unit.publishes_together:
+                elif unit.reads_as_published:
                     ends[unit].wait()
                 self._publish([unit], is_written=True, step=ends[unit])
         fused.advance(scaling.found_inf)
@@ -644,12 +651,12 @@ class ShardedOptimizer:
         """Give the optimizer its parameters back; state, which is of slices, is dropped."""
         self._guard.remove()
         if self._host is not None:
-            self._host.close()
-        self._pipeline.settle()
-        self._pipeline.forget()
+            host, self._host = self._host, None
+            host.close()
+        self.recall()
+        self._pipeline.close()
         self.inner.state.clear()
         self.let_go_of_state()
-        self._pipeline.release()
         for unit, far in self._far.items():
             far.give_back()
             unit.recall = None

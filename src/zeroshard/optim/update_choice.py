@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from zeroshard.core.collectives import Exchange
 from zeroshard.core.files import FileDepot
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.numa import near_cpus
-from zeroshard.core.slab import HostDepot
+from zeroshard.core.numa import near
+from zeroshard.core.rates import bus
 from zeroshard.core.unit import Unit
 from zeroshard.errors import OffloadError
 from zeroshard.host import cgroup
@@ -42,7 +41,8 @@ _WORTH = 0.9  # of the time on the device: rates vary, and the device gives the 
 _UNHIDDEN_WORTH = 0.5
 
 _TRIAL_NUMEL = 2**25  # 470 MB with the gradient: no cache holds it
-_TRIALS = 4
+_TRIAL_BYTES = 2**26  # of one copy
+_TRIAL_S = 0.1
 _WORDS, _BITS = 64, 32  # of CPUs, for hosts of up to 2048
 
 
@@ -143,12 +143,16 @@ def stepped_on_host(
         cores: the part of the rank's CPUs that step; None for the engine's choice.
         num_buffers: through which state passes on the device, None if that is not known.
     """
-    fit = [unit for unit in units if not isinstance(unit.state, FileDepot)]
+    fit = [
+        unit
+        for unit in units
+        if not isinstance(unit.state, FileDepot) and unit.store.reader is None
+    ]
     hosts = _Hosts(mesh)
     obstacle = (
         "what is not torch's Adam or AdamW, or is to be stepped by torch, is stepped there"
         if not is_adam
-        else "state in files passes through it"
+        else "what is in files passes through it"
         if not fit
         else "the CPUs of ranks with the same weights differ, and would round differently"
         if mesh.replicate.size > 1 and not hosts.are_alike
@@ -165,14 +169,14 @@ def stepped_on_host(
     if wanted == "cpu":
         _log.info("the update of offloaded state runs on the host (%d threads)", worker.num_threads)
         return OnHost(fit, worker)
-    rates = _common(_try(mesh, worker), mesh)
+    rates = _try(mesh, worker)
     if rates is None:
         _log.info("the update of offloaded state runs on the GPU: there is no room for a trial")
         return None
     state_bytes = _STATE_BYTES * sum(unit.layout.shard_numel for unit in units)
     ahead = min(1.0, (num_buffers or 4) * _STATE_BYTES * 2**24 / max(1, state_bytes))
     found = seconds(rates, ahead=ahead, weight_bytes=max(unit.dtype.itemsize for unit in fit))
-    prefers = found.prefers_host(runs_on=not any(unit.publishes_together for unit in fit))
+    prefers = found.prefers_host(runs_on=not any(unit.reads_as_published for unit in fit))
     _log.info(
         "the update of offloaded state runs on the %s: %.2f s per billion parameters on the GPU, "
         "%.2f s on the host (%d threads)",
@@ -188,7 +192,7 @@ class _Hosts:
     """The CPUs of all ranks. Made by all ranks together."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.cpus = near_cpus(mesh.device)
+        self.cpus = near(mesh.device).cpus
         kind = zlib.crc32(
             f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}".encode()
         )
@@ -218,72 +222,41 @@ def _unpacked(words: Sequence[int]) -> frozenset[int]:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    """Memory like that of a unit of which state is on the host, and a buffer on the device."""
-
-    shards: Shards
-    buffer: Tensor
-
-
-def _take_trial(depot: HostDepot, device: torch.device) -> _Trial | None:
-    """Take memory for a trial, if there is room for it."""
-    numel = _TRIAL_NUMEL
+def _lowest(measure: Callable[[], float], mesh: Mesh) -> float:
+    """The rate of the slowest rank, while all measure theirs; 0 where one has no room for it."""
+    show = Exchange(mesh, 1)
+    show([0])  # all are there
     try:
-        master, average, square = (depot.take(numel, torch.float32) for _ in range(3))
-        grad = depot.take(numel, torch.bfloat16)
-        depot.seal()
-        buffer = torch.empty(numel, dtype=torch.float32, device=device)
+        rate = measure()
     except (OffloadError, torch.OutOfMemoryError):
-        return None
-    return _Trial(Shards(grad, master, average, square, grad), buffer)
+        rate = 0.0
+    return min(each for (each,) in show([int(rate)]))
 
 
 def _try(mesh: Mesh, worker: Worker) -> Rates | None:
-    """Measure what this rank has while all others do the same; None where there is no room."""
-    depot = HostDepot(mesh.device, pin=True, name="a trial of the optimizer's update")
-    meet, trial = Exchange(mesh, 1), _take_trial(depot, mesh.device)
-    is_ready = all(each for (each,) in meet([int(trial is not None)]))
-    rates: Rates | None = None
-    if trial is not None and is_ready:
-        rule = Rule(0.0, 0.9, 0.999, 1e-8, 0.0, decoupled=True, step=1)
-        stepper, one = Stepper(), torch.ones((), device="cpu")
+    """Measure what the slowest rank has while all do the same; None where there is no room."""
 
-        def step() -> None:
-            worker.submit(lambda: stepper.step(trial.shards, rule, one)).result()
+    def crosses() -> float:
+        return bus([mesh.device], _TRIAL_BYTES, _TRIAL_S).both_ways / 2
 
-        bus = _seconds_of(lambda: _cross(mesh, trial), meet)
-        adam = _seconds_of(step, meet)
-        rates = Rates(bus=trial.buffer.nbytes / bus, adam=_TRIAL_NUMEL / adam)
-    depot.close()
-    return rates
+    def steps() -> float:
+        return worker.submit(_adam_rate).result()
+
+    each_way = _lowest(crosses, mesh)
+    adam = _lowest(steps, mesh)
+    return Rates(each_way, adam) if each_way and adam else None
 
 
-def _cross(mesh: Mesh, trial: _Trial) -> None:
-    """Copy the bytes of a buffer in, and as many out at once, and wait for them."""
-    buffer = trial.buffer
-    half = buffer.numel() // 2
-    for home in (trial.shards.master, trial.shards.average):
-        with mesh.incoming.entered():
-            buffer[:half].copy_(home[:half], non_blocking=True)
-        with mesh.outgoing.entered():
-            home[half:].copy_(buffer[half:], non_blocking=True)
-    mesh.incoming.finish()
-    mesh.outgoing.finish()
-
-
-def _seconds_of(work: Callable[[], None], meet: Exchange) -> float:
-    """How long work takes that all ranks do at the same time; the first time does not count."""
-    work()
-    meet([0])
-    begin = time.perf_counter()
-    for _ in range(_TRIALS):
-        work()
-    return (time.perf_counter() - begin) / _TRIALS
-
-
-def _common(rates: Rates | None, mesh: Mesh) -> Rates | None:
-    """The lowest of all ranks; None if some have none."""
-    mine = [0, 0] if rates is None else [int(rates.bus), int(rates.adam)]
-    bus, adam = (min(column) for column in zip(*Exchange(mesh, 2)(mine), strict=True))
-    return Rates(bus, adam) if bus and adam else None
+def _adam_rate() -> float:
+    """Elements per second that this thread and its helpers step, with gradients in bf16."""
+    master, average, square = (torch.ones(_TRIAL_NUMEL, device="cpu") for _ in range(3))
+    grad = torch.ones(_TRIAL_NUMEL, dtype=torch.bfloat16, device="cpu")
+    stepper, one = Stepper(), torch.ones((), device="cpu")
+    rule = Rule(0.0, 0.9, 0.999, 1e-8, 0.0, decoupled=True, step=1)
+    shards = Shards(grad, master, average, square, grad)
+    stepper.step(shards, rule, one)
+    rounds, begin = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - begin) < _TRIAL_S:
+        stepper.step(shards, rule, one)
+        rounds += 1
+    return rounds * _TRIAL_NUMEL / elapsed

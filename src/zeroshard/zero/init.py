@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,15 +13,15 @@ from torch import nn
 
 from zeroshard.config import Config, ConfigSource, peek
 from zeroshard.core import world
+from zeroshard.core.depot import PlainDepot
 from zeroshard.core.init import Sharding, shard_module, sharded_construction
 from zeroshard.core.lifetime import lifetime
 from zeroshard.core.mesh import default_mesh
+from zeroshard.core.store import ON_DEVICE, OnHost
 from zeroshard.errors import ConfigError, UsageError, compose
 from zeroshard.logs import show_messages
 
 __all__ = ["Init"]
-
-_log = logging.getLogger(__name__)
 
 
 class Init:
@@ -31,7 +30,8 @@ class Init:
     No rank ever holds more of the model than its shards and one module. Pass the model to
     ``zeroshard.initialize`` afterwards, whatever the stage there; until then,
     ``zeroshard.gathered`` makes parameters full. With one rank there is nothing to shard, and
-    parameters are only cast. All ranks build the same modules; the values are those of rank 0.
+    parameters are only cast; unless they wait in host memory, so that a model can be built that
+    does not fit on the device. All ranks build the same modules; the values are those of rank 0.
 
     The dtype of floating-point parameters is ``dtype`` if that is given. Else, with a
     configuration, it is that of its fp16 or bf16 block if one is enabled, and at least fp32 if none
@@ -41,9 +41,10 @@ class Init:
         module: a model that exists, to be sharded in place, one module at a time.
         data_parallel_group: None, or a group of all ranks.
         mem_efficient_linear: accepted; no layer is replaced here, so there is nothing to undo.
-        remote_device: where shards are to be kept. Those on "cpu" and "nvme" stay on the device
-            for now, which is said once.
-        pin_memory: accepted; it concerns shards in host memory.
+        remote_device: where shards wait for ``initialize``: "cpu" and "nvme" are host memory, and
+            "none" is the device. By default what ``offload_param`` of the configuration says. It is
+            the configuration of ``initialize`` that decides where they are afterwards.
+        pin_memory: accepted; what waits is not page-locked, as it is read once.
         config_dict_or_path: the configuration that ``initialize`` is given, too.
         config: older name of ``config_dict_or_path``.
         enabled: false to do nothing at all.
@@ -95,8 +96,9 @@ class Init:
                 raise UsageError(
                     compose(f"zero.Init: {name} is not supported.", hint=f"leave {name} out.")
                 )
-        dtype_of = _dtype_rule(dtype, _load(config_dict_or_path, config))
-        _check_remote_device(remote_device)
+        settings = _load(config_dict_or_path, config)
+        dtype_of = _dtype_rule(dtype, settings)
+        is_remote = _is_remote(remote_device, settings)
         world.init_distributed()
         _check_world()
         for name, group in (
@@ -106,7 +108,9 @@ class Init:
         ):
             _check_group(name, group)
         mesh = default_mesh(world.device())
-        self._sharding = Sharding(mesh, lifetime(3, mesh.world), dtype_of)
+        life = lifetime(3, mesh.world, ["parameters"] if is_remote else [])
+        shards = OnHost(PlainDepot()) if is_remote else ON_DEVICE
+        self._sharding = Sharding(mesh, life, dtype_of, shards)
         if module is not None:
             shard_module(module, self._sharding)
 
@@ -167,20 +171,18 @@ def _dtype_rule(
 _HALF = frozenset({torch.float16, torch.bfloat16})
 
 
-def _check_remote_device(remote_device: str | None) -> None:
-    if remote_device in {None, "none"}:
-        return
-    if remote_device not in {"cpu", "nvme"}:
+def _is_remote(remote_device: str | None, settings: Config | None) -> bool:
+    """Whether shards wait in host memory."""
+    if remote_device not in {None, "none", "cpu", "nvme"}:
         raise UsageError(
             compose(
                 f"zero.Init: remote_device cannot be {remote_device!r}.",
                 hint='pass "cpu" or "nvme", or leave it out.',
             )
         )
-    _log.warning(
-        'zero.Init: remote_device "%s" has no effect in this version: shards stay on the device.',
-        remote_device,
-    )
+    if remote_device is None and settings is not None:
+        remote_device = settings.zero_optimization.offload_param.device
+    return remote_device in {"cpu", "nvme"}
 
 
 def _check_world() -> None:

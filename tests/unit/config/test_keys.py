@@ -113,7 +113,6 @@ IGNORED: list[tuple[str, object]] = [
     ("zero_optimization.memory_efficient_linear", False),
     ("zero_optimization.offload_optimizer.pipeline_read", False),
     ("zero_optimization.offload_optimizer.super_offload", True),
-    ("zero_optimization.offload_param.buffer_count", 5),
     ("bf16.immediate_grad_update", True),
     ("amp", {"enabled": False}),
     ("elasticity", {"enabled": False, "version": 0.2}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from zeroshard.core import numa
-from zeroshard.core.numa import bind, bound, near_cpus
+from zeroshard.core.numa import Near, bind, bound, near
 
 GPU = torch.device("cuda", 1)
 BUS = "0000:3b:00.0"
@@ -31,28 +32,32 @@ def host(folder: Path, node: str, cpulist: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("node", "cpulist", "allowed", "near"),
+    ("node", "cpulist", "allowed", "found"),
     [
-        ("1", "4-6,8", range(10), {4, 5, 6, 8}),
-        ("1", "4-6,8", {0, 1, 6, 7}, {6}),  # a job has less than the node
-        ("1", "4-6,8", {0, 1}, {0, 1}),  # a launcher bound the rank elsewhere
-        ("-1", "4-6,8", range(10), set(range(10))),  # what a host says that has one node
-        ("0", "4-6,8", range(10), set(range(10))),  # a node that is not described
-        ("1", "", range(10), set(range(10))),  # a node of memory alone
+        ("1", "4-6,8", range(10), ({4, 5, 6, 8}, 1)),
+        ("1", "4-6,8", {0, 1, 6, 7}, ({6}, 1)),  # a job has less than the node
+        ("1", "4-6,8", {0, 1}, ({0, 1}, None)),  # a launcher bound the rank elsewhere
+        ("-1", "4-6,8", range(10), (range(10), None)),  # what a host says that has one node
+        ("0", "4-6,8", range(10), (range(10), None)),  # a node that is not described
+        ("1", "", range(10), (range(10), None)),  # a node of memory alone
     ],
 )
 def test_the_cpus_near_a_gpu_are_those_of_its_node_that_the_process_may_use(
-    node: str, cpulist: str, allowed: set[int], near: set[int], tmp_path: Path
+    node: str,
+    cpulist: str,
+    allowed: Iterable[int],
+    found: tuple[Iterable[int], int | None],
+    tmp_path: Path,
 ) -> None:
     sysfs = host(tmp_path, node, cpulist)
     with mock.patch.object(numa, "allowed_cpus", lambda: frozenset(allowed)):
-        assert near_cpus(GPU, bus=BUS, sysfs=sysfs) == near
-        assert near_cpus(torch.device("cpu"), bus=BUS, sysfs=sysfs) == set(allowed)
+        assert near(GPU, bus=BUS, sysfs=sysfs) == Near(frozenset(found[0]), found[1])
+        assert near(torch.device("cpu"), bus=BUS, sysfs=sysfs) == Near(frozenset(allowed))
 
 
 def test_without_a_driver_to_ask_all_cpus_are_as_near() -> None:
     with mock.patch("ctypes.CDLL", side_effect=OSError("no such library")):
-        assert near_cpus(GPU) == numa.allowed_cpus()
+        assert near(GPU) == Near(numa.allowed_cpus())
 
 
 @needs_two_cpus

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 from unittest import mock
 
@@ -305,6 +306,7 @@ class FakeUnit:
 
     def __post_init__(self) -> None:
         self.name = f"unit {self.index}"
+        self.store = SimpleNamespace(reader=None, is_at_hand=True)
         self.is_full = self.lifetime.params_stay
 
     def gather(self) -> None:

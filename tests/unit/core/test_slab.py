@@ -12,16 +12,20 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zeroshard.core.slab import HostDepot
+from zeroshard.core.slab import CudaPinner, HostDepot
 from zeroshard.errors import OffloadError, UsageError
 from zeroshard.host.pages import PAGE_BYTES
 
@@ -156,6 +160,20 @@ def test_a_tensor_is_zero_when_taken_and_nobody_else_writes_to_it(data: st.DataO
     for tensor in live.values():
         home.give_back(tensor)
     assert (home.nbytes, home.locked_bytes, locks.ranges) == (0, 0, {})
+
+
+@on_linux
+def test_locked_pages_are_never_exchanged_for_others_that_a_gpu_does_not_know() -> None:
+    home = depot()
+    tensor, _ = home.take(32 * MIB, torch.uint8).fill_(1), home.take(1, torch.uint8)
+    home.seal()
+    address, before = tensor.data_ptr(), resident_bytes()
+    home.give_back(tensor)
+    assert resident_bytes() > before - MIB
+    again = home.take(16 * MIB, torch.uint8)
+    assert again.data_ptr() == address
+    assert not again.any()
+    assert resident_bytes() > before - MIB
 
 
 def test_what_was_given_back_is_used_again_before_more_is_mapped_or_locked() -> None:
@@ -326,6 +344,37 @@ def test_a_refusal_halfway_unlocks_what_was_locked_and_says_who_refused_what() -
     assert home.locked_bytes == 7 * MIB
 
 
+def test_cuda_is_asked_for_all_devices_and_a_refusal_does_not_reach_the_next_kernel() -> None:
+    calls: list[Any] = []
+
+    def answer(*call: Any) -> int:
+        calls.append(call)
+        return 2 if call[-2:] == (8 * PAGE_BYTES, 1) else 0
+
+    cudart = SimpleNamespace(
+        cudaHostRegister=partial(answer, "register"),
+        cudaHostUnregister=partial(answer, "unregister"),
+        cudaGetErrorString=lambda _status: "out of memory",
+    )
+    with (
+        mock.patch("torch.cuda.cudart", lambda: cudart),
+        mock.patch("torch.cuda.device", lambda device: nullcontext(calls.append(device))),
+        mock.patch("torch.cuda.synchronize", lambda: calls.append("synchronize")),
+        mock.patch("torch.ones", lambda *_, device: calls.append(("kernel", device))),
+    ):
+        gpu = torch.device("cuda", 1)
+        pinner = CudaPinner(gpu)
+        assert pinner.lock(PAGE_BYTES, 2 * PAGE_BYTES) is None
+        assert pinner.lock(3 * PAGE_BYTES, 8 * PAGE_BYTES) == "out of memory (CUDA error 2)"
+        assert pinner.unlock(PAGE_BYTES) is None
+    portable = 1
+    assert calls == [
+        *(gpu, ("register", PAGE_BYTES, 2 * PAGE_BYTES, portable)),
+        *(gpu, ("register", 3 * PAGE_BYTES, 8 * PAGE_BYTES, portable), ("kernel", gpu)),
+        *(gpu, "synchronize", ("unregister", PAGE_BYTES)),
+    ]
+
+
 def test_small_seals_are_quiet_and_long_ones_say_how_far_they_are(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,7 +501,7 @@ def test_forked_processes_lack_locked_memory_and_end_without_touching_it() -> No
 def test_an_interpreter_that_ends_leaves_the_memory_to_the_system() -> None:
     script = """
 import atexit, torch
-from zeroshard.core.slab import HostDepot
+from zeroshard.core.slab import CudaPinner, HostDepot
 class Loud:
     def lock(self, address, nbytes): print("lock")
     def unlock(self, address): print("unlock")

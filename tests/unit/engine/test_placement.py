@@ -66,7 +66,7 @@ def test_wishes_are_those_of_the_configuration() -> None:
 
 def test_a_budget_alone_moves_state_to_the_host() -> None:
     assert wishes(load({"zeroshard": {"gpu_budget": 1.5}}), trains=True) == Wishes(
-        "cpu", budget=3 * GIB // 2
+        "cpu", budget=3 * GIB // 2, num_buffers=4
     )
     assert wishes(load({"zeroshard": {"gpu_budget": "auto"}}), trains=True).budget == "auto"
 
