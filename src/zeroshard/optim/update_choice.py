@@ -40,6 +40,8 @@ _STATE_BYTES = 12  # of an element: master weights and two averages in fp32
 _WORTH = 0.9  # of the time on the device: rates vary, and the device gives the bits of no offload
 _UNHIDDEN_WORTH = 0.5
 
+_FEWEST_BUFFERS, _BUFFER_BYTES = 4, _STATE_BYTES * 2**24  # through which state passes
+
 _TRIAL_NUMEL = 2**25  # 470 MB with the gradient: no cache holds it
 _TRIAL_BYTES = 2**26  # of one copy
 _TRIAL_S = 0.1
@@ -158,7 +160,7 @@ def stepped_on_host(
         if mesh.replicate.size > 1 and not hosts.are_alike
         else None
     )
-    if obstacle is not None or (wanted == "auto" and mesh.device.type == "cpu"):
+    if obstacle is not None or (wanted == "auto" and _is_the_host(mesh.device)):
         _log.log(
             logging.WARNING if wanted == "cpu" else logging.DEBUG,
             "the update of offloaded state runs on the device: %s",
@@ -174,7 +176,8 @@ def stepped_on_host(
         _log.info("the update of offloaded state runs on the GPU: there is no room for a trial")
         return None
     state_bytes = _STATE_BYTES * sum(unit.layout.shard_numel for unit in units)
-    ahead = min(1.0, (num_buffers or 4) * _STATE_BYTES * 2**24 / max(1, state_bytes))
+    ahead_bytes = (num_buffers or _FEWEST_BUFFERS) * _BUFFER_BYTES
+    ahead = min(1.0, ahead_bytes / max(1, state_bytes))
     found = seconds(rates, ahead=ahead, weight_bytes=max(unit.dtype.itemsize for unit in fit))
     prefers = found.prefers_host(runs_on=not any(unit.reads_as_published for unit in fit))
     _log.info(
@@ -186,6 +189,10 @@ def stepped_on_host(
         return OnHost(fit, worker)
     worker.close()
     return None
+
+
+def _is_the_host(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 class _Hosts:
