@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from zeroshard.core.slots import is_waiting, slot_of
 from zeroshard.zero import Init
 
 OWN = (torch.float64, torch.float32, torch.bfloat16, torch.int64)
+OFFLOADED = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -98,15 +99,39 @@ def test_a_group_of_all_ranks_is_accepted_and_a_part_of_them_is_not() -> None:
     run_ranks(work, 2)
 
 
-def test_what_has_no_effect_yet_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    def work(rank: int, world: int) -> list[str]:
-        with caplog.at_level(logging.WARNING), Init(remote_device="nvme", pin_memory=True):
-            nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-        return [record.getMessage() for record in caplog.records]
+@pytest.mark.parametrize(
+    ("arguments", "is_remote"),
+    [
+        ({"remote_device": "cpu"}, True),
+        ({"remote_device": "nvme", "pin_memory": True}, True),
+        ({"config": OFFLOADED}, True),
+        ({"config": OFFLOADED, "remote_device": "none"}, False),
+        ({}, False),
+    ],
+)
+@pytest.mark.parametrize("world", [1, 2])
+def test_shards_wait_in_host_memory_where_argument_or_configuration_say_so(
+    arguments: dict[str, Any], is_remote: bool, world: int
+) -> None:
+    def work(rank: int, world: int) -> None:
+        with Init(**arguments):
+            layer = nn.Linear(3, 2)
+            twin = copy.deepcopy(layer)
+            nn.init.ones_(layer.weight)
+        slot = slot_of(layer.weight)
+        if world == 1 and not is_remote:
+            assert slot is None
+            return
+        assert slot is not None
+        assert slot.unit.is_shard_near != is_remote
+        with zeroshard.gathered([layer.weight, twin.weight], modifier_rank=0):
+            assert torch.equal(layer.weight, torch.ones(2, 3))
+            assert not torch.equal(layer.weight, twin.weight)
+            twin.weight.data.fill_(2)
+        with zeroshard.gathered(twin.weight):
+            assert torch.equal(twin.weight, torch.full((2, 3), 2.0))
 
-    (messages,) = run_ranks(work, 1)
-    assert len(messages) == 1
-    assert '"nvme" has no effect' in messages[0]
+    run_ranks(work, world)
 
 
 def test_disabled_it_does_nothing_at_all() -> None:
