@@ -30,6 +30,9 @@ touches parameters or gradients first makes the computation wait for it. Until t
 which the step reads, stays allocated. Master weights off the device are current only once the way
 back has ended, too: whoever reads or edits them calls `at_home` first.
 
+A step on the host reads the gradient there. It leaves while backward goes on, as soon as it is
+reduced, and its memory on the device is given back; it returns for whoever asks for it.
+
 [Note: byte units]
 A unit of frozen parameters may be made of bytes instead. Its flat buffer is of ``uint8``, each
 parameter lies there as it is, of whatever dtype, and is never cast. Quantised weights need that, as
@@ -174,6 +177,14 @@ class _Reduction:
 
 
 @dataclass(frozen=True, slots=True)
+class _Away:
+    """A gradient in memory of the host, and the end of its way there."""
+
+    home: Tensor
+    left: Ticket
+
+
+@dataclass(frozen=True, slots=True)
 class _Arrived:
     """Gradients that wait for the unit's turn, and of which parameters they are."""
 
@@ -208,6 +219,10 @@ class Unit:
     mesh issues them in the same order, which is the schedule's business. With a transport that
     gathers alone, ``gather`` is local, too.
     """
+
+    _grad_shard: Tensor | None
+    _away: _Away | None  # instead of the grad shard
+    _norms: list[Tensor] | None  # of its rows, where they are known
 
     def __init__(  # noqa: PLR0913 - tensors, and what describes them
         self,
@@ -258,9 +273,10 @@ class Unit:
         self._spent: list[Tensor] = []  # gradients that the step under way reads
         # Set by the optimizer: waits until the state of all units is in its depot.
         self.recall: Callable[[bool], object] | None = None
+        # Set by the optimizer for a backward that ends an accumulation: takes what was reduced.
+        self.on_reduced: Callable[[Unit], object] | None = None
         self.has_gradient = False
-        self.grad_shard: Tensor | None = None
-        self._norms: list[Tensor] | None = None  # of its rows, where they are known
+        self._grad_shard = self._away = self._norms = None
         # Set by the runtime, for modules that use the unit without holding its parameters.
         self.add_use: Callable[[nn.Module], object] | None = None
         self.drop_use: Callable[[nn.Module], object] | None = None
@@ -337,6 +353,15 @@ class Unit:
         return self._full.tensor[self.layout.shard(self.mesh.shard.rank).slice()]
 
     # Parameters
+
+    @property
+    def reads_as_published(self) -> bool:
+        """Whether `publish` starts a gather, with other ranks or of a shard that lies elsewhere."""
+        if self.gathers_alone:
+            return False
+        if self.lifetime.params_stay:
+            return self.mesh.shard.size > 1
+        return self._num_holds > 0
 
     def stored(self, index: int) -> Tensor:
         """This rank's slice of a parameter, as gathers read it."""
@@ -829,6 +854,43 @@ class Unit:
 
     # Gradients
 
+    @property
+    def grad_shard(self) -> Tensor | None:
+        """The average over ranks of this rank's range; what is on the host comes back for it."""
+        if self._away is not None:
+            away, self._away = self._away, None
+            away.left.wait()
+            self._grad_shard = torch.empty_like(away.home, device=self.mesh.device)
+            self._grad_shard.copy_(away.home)
+        return self._grad_shard
+
+    @grad_shard.setter
+    def grad_shard(self, value: Tensor | None) -> None:
+        self._grad_shard, self._away = value, None
+
+    @property
+    def away_gradient(self) -> Tensor | None:
+        """The grad shard in memory of the host, if it was sent there."""
+        return None if self._away is None else self._away.home
+
+    def send_gradient(self, home: Tensor) -> None:
+        """Let the grad shard be in memory of the host, beside the computation.
+
+        Args:
+            home: of its length and dtype, and nobody else's until the gradient is cleared.
+        """
+        grad = self.grad_shard
+        assert grad is not None, f"{self.name}: no gradient"
+        if self._norms is None:
+            self._norms = row_norms(grad)
+        outgoing = self.mesh.outgoing
+        with outgoing.entered():
+            home.copy_(grad, non_blocking=True)
+        outgoing.outlive(grad)
+        self._grad_shard, self._away = None, _Away(home, outgoing.end())
+        if self.lifetime.grads_stay:
+            self._buffer.release()
+
     def collect(self, behind: bool = False) -> bool:
         """Add the gradients that arrived to the full gradient; say whether there were any.
 
@@ -914,9 +976,9 @@ class Unit:
         """The full gradient's memory with undefined content, once nothing else uses it."""
         self.end_step()
         self.settle()
-        if self.grad_shard is not None and self.lifetime.grads_stay:
+        if self._grad_shard is not None and self.lifetime.grads_stay:
             # The last reduction of this step left its result in the buffer.
-            self.grad_shard = self.grad_shard.clone()
+            self._grad_shard = self._grad_shard.clone()
         self._buffer.allocate()
         return self._buffer
 
@@ -1001,12 +1063,14 @@ class Unit:
             self.grad_shard = out if out.dtype.itemsize < wide.itemsize else out.to(wide)
         if not self.lifetime.grads_stay:
             self._buffer.release()
+        if self.on_reduced is not None:
+            self.on_reduced(self)
 
     def gradient_norms(self) -> Sequence[Tensor]:
         """L2 norms of the rows of the grad shard, none if there is none."""
-        if self.grad_shard is None:
-            return ()
-        return row_norms(self.grad_shard) if self._norms is None else self._norms
+        if self._norms is not None:
+            return self._norms
+        return () if self.grad_shard is None else row_norms(self.grad_shard)
 
     def widen_gradient(self) -> None:
         """Let the grad shard hold values of the accumulation's dtype, for one that edits it."""
@@ -1022,8 +1086,8 @@ class Unit:
         """
         self.settle()
         self._rejoin()
-        if is_read and self.grad_shard is not None:
-            self._spent.append(self.grad_shard)
+        if is_read and self._grad_shard is not None:
+            self._spent.append(self._grad_shard)
         self.grad_shard = self._norms = self._arrived = None
         self.has_gradient = False
         for piece in self.slices:
@@ -1056,8 +1120,8 @@ class Unit:
         """Bytes of full gradients and gradient shards on this rank now."""
         full = self._gradient is not None and self._gradient.is_allocated
         total = self._gradient.nbytes_full if full and self._gradient is not None else 0
-        if self.grad_shard is not None and not (full and self.lifetime.grads_stay):
-            total += self.grad_shard.nbytes
+        if self._grad_shard is not None and not (full and self.lifetime.grads_stay):
+            total += self._grad_shard.nbytes
         return total
 
     @property

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from unit.engine.small import Block, Net, batch, make, weights_of
 from zeroshard.engine import build
 from zeroshard.engine.headroom import Claim
 from zeroshard.errors import ConfigError, OffloadError
+from zeroshard.optim import carriers
 
 NUM_BLOCKS = 12
 BYTES = 2**-30  # in GiB
@@ -285,3 +287,25 @@ def test_where_the_update_runs_is_said_to_be_idle_if_nothing_leaves() -> None:
 
     ((text,),) = run_ranks(rank, 1)
     assert text == 'zeroshard.offload_update: "cpu" has no effect: no state leaves the device.'
+
+
+def test_what_backward_has_read_ahead_is_not_read_again_by_the_step() -> None:
+    def work(rank: int, world: int) -> list[int]:
+        counts: list[int] = []
+        fetch = carriers.Bus.fetch
+
+        def counted(bus: carriers.Bus, slot: carriers.Slot) -> None:
+            counts[-1] += 1
+            fetch(bus, slot)
+
+        zero = {"stage": 1, "offload_optimizer": CPU}
+        engine = make(1, zero_optimization=zero, optimizer=ADAM)
+        with mock.patch.object(carriers.Bus, "fetch", counted):
+            for number in range(4):
+                counts.append(0)
+                engine.backward((engine(batch(number)) - 1).square().mean())
+                engine.step()
+        return [*counts, len(engine.runtime.trained)]
+
+    for *counts, num_units in run_ranks(work, 1):
+        assert counts[-1] == counts[-2] == num_units
