@@ -24,7 +24,7 @@ from zeroshard.engine import build
 from zoo import ZOO
 
 CASES = [
-    "tied_head_used_first",
+    "tied_head",
     "nested_units",
     "block_called_twice_apart",
     "low_rank_adapters",

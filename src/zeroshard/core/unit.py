@@ -258,7 +258,8 @@ class Unit:
         self._spent: list[Tensor] = []  # gradients that the step under way reads
         # Set by the optimizer: waits until the state of all units is in its depot.
         self.recall: Callable[[bool], object] | None = None
-        self.has_gradient = False
+        # Whether there is a full gradient, and whether it may have digits that no addend of it has.
+        self.has_gradient = self._is_sum = False
         self.grad_shard: Tensor | None = None
         self._norms: list[Tensor] | None = None  # of its rows, where they are known
         # Set by the runtime, for modules that use the unit without holding its parameters.
@@ -795,7 +796,7 @@ class Unit:
             The full gradient of each parameter, zeros, to be filled.
         """
         self._fresh_gradient().tensor.zero_()
-        self.has_gradient = True
+        self.has_gradient = self._is_sum = True
         return self._buffer.views
 
     def _take_replaced(self) -> list[str]:
@@ -856,6 +857,7 @@ class Unit:
 
     def _fill(self, arrived: list[int], given: list[Tensor]) -> None:
         """Copy gradients into the full gradient, or add them to what it has."""
+        self._is_sum = self.has_gradient
         if self.has_gradient:
             torch._foreach_add_([self._buffer.views[index] for index in arrived], given)
         else:
@@ -890,6 +892,7 @@ class Unit:
         """What this rank alone has of a parameter's gradient since the last reduction, if any."""
         self._spill()
         self._rejoin()
+        self._is_sum = True  # whoever has it may edit it
         return self._buffer.views[index] if self.has_gradient else None
 
     def _checked(self, index: int, grad: Tensor) -> Tensor:
@@ -935,7 +938,12 @@ class Unit:
         mine = wire[self.layout.shard(self.mesh.shard.rank).slice()]
         # A gradient that stays is reduced in place; one that goes leaves its shard behind.
         in_place = wire is full and self.lifetime.grads_stay
-        return mine if in_place else torch.empty_like(mine), wire
+        if in_place:
+            return mine, wire
+        # Where nothing is averaged, what arrived once has no more digits than it came with.
+        is_exact = self.mesh.world == 1 and not self._is_sum and self.precision.averaging == MEAN
+        is_wider = dtype.itemsize > self.dtype.itemsize
+        return torch.empty_like(mine, dtype=self.dtype if is_exact and is_wider else dtype), wire
 
     def _write_in_turn(self) -> tuple[Tensor, Tensor]:
         """The same where the reducer has room for the full gradient.
