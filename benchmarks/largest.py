@@ -203,7 +203,7 @@ def trained(trial: Trial) -> dict[str, Any]:
         loss = engine(input_ids=x, labels=x).loss
         engine.backward(loss)
         engine.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         seconds.append(time.perf_counter() - start)
     if on_gpu:
         torch.cuda.synchronize()

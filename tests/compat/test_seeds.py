@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import io
+import json
 import logging
 import os
 import re
@@ -229,25 +230,27 @@ def test_numbers_for_four_ranks_are_refused_on_two_with_what_to_write() -> None:
     assert "the number of ranks: 4" in text
 
 
-def test_offload_changes_no_number_and_is_said_to_be_inactive(tmp_path: Path) -> None:
+def test_offload_changes_no_number(tmp_path: Path) -> None:
+    on_nvme = json.loads((SEEDS / "ds_config_7b_nvme.json").read_text())
+    on_nvme["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(tmp_path)
+    nvme = tmp_path / "nvme.json"
+    nvme.write_text(json.dumps(on_nvme))
     options = (
         *("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8"),
         *("--max_steps", "2", "--logging_steps", "1", "--output_dir", str(tmp_path)),
     )
 
     def rank(rank: int, world: int) -> list[tuple[list[float], list[str]]]:
-        configs = ("ds_config.json", "ds_config_7b.json", "ds_config_7b_nvme.json")
+        configs = ("ds_config.json", "ds_config_7b.json", str(nvme))
         runs = [run_script("seed_trainer.py", "--deepspeed", name, *options) for name in configs]
         return [(ran.losses(), ran.warnings) for ran in runs]
 
-    ((without, silence), *offloading), _ = run_ranks(rank)
-    assert len(without) == 2
-    assert silence == []
-    for losses, warnings in offloading:
-        assert losses == without
-        [warning] = warnings
-        assert "zero_optimization.offload_optimizer, zero_optimization.offload_param" in warning
-        assert "no memory is saved, and the numbers are the same" in warning
+    ((here, silence), (on_host, as_silent), (in_files, warnings)), _ = run_ranks(rank)
+    assert len(here) == 2
+    assert here == on_host == in_files
+    assert silence == as_silent == []
+    [warning] = warnings
+    assert "zero_optimization.offload_optimizer.fast_init. Files are preallocated" in warning
 
 
 def test_qlora_learns_the_same_by_each_printed_configuration(tmp_path: Path) -> None:

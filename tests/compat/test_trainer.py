@@ -244,7 +244,7 @@ def test_the_log_says_that_deepspeed_runs_at_the_level_of_the_trainer() -> None:
     assert quiet == []
 
 
-def test_offload_is_accepted_whoever_makes_the_optimizer() -> None:
+def test_offload_changes_no_number_whoever_makes_the_optimizer() -> None:
     def body(folder: Path) -> list[Log]:
         logs = []
 

@@ -18,6 +18,7 @@ import mmap
 import os
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -39,6 +40,8 @@ _log = logging.getLogger(__name__)
 ALIGNMENT = 4096
 
 _MIB = 1 << 20
+_MOST_THREADS = 64  # in each direction; more of them wait for the same drive
+_QUIET_BYTES = 1 << 30
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux alone has it
 
 
@@ -54,7 +57,7 @@ class FileSettings:
 
     Attributes:
         block_bytes: what one request reads or writes at most; rounded up to :data:`ALIGNMENT`.
-        depth: reads under way at once, and writes beside them.
+        depth: reads under way at once, and writes beside them; what is beyond 64 is not used.
         direct: whether to go around the page cache where the file system can.
     """
 
@@ -131,29 +134,28 @@ class FileDepot:
         self._folder, self._name = Path(folder), name
         self._block = _padded(settings.block_bytes)
         self.nbytes = 0
-        self._size = 0
+        self._size = self._sealed_bytes = 0
         self._places: dict[int, _Place] = {}  # by address
         self._failure: str | None = None
         self._jobs: set[Future[None]] = set()
         self._bounce = threading.local()
         # Two, for a read that the step waits for is not to queue up behind writes that can wait.
+        threads = min(settings.depth, _MOST_THREADS)
         self._readers, self._writers = (
-            ThreadPoolExecutor(settings.depth, f"zeroshard-files-{what}") for what in ("in", "out")
+            ThreadPoolExecutor(threads, f"zeroshard-files-{way}") for way in ("in", "out")
         )
-        self._plain, direct = self._open(want_direct=settings.direct)
-        self._close = weakref.finalize(
-            self, _close, (self._readers, self._writers), (self._plain, direct)
-        )
+        self._plain, self._direct, reason = self._open(want_direct=settings.direct)
+        pools = self._readers, self._writers
+        self._close = weakref.finalize(self, _close, pools, (self._plain, self._direct))
         self._trial = self._bytes_of(self._extend(ALIGNMENT))
-        self._direct: int | None = direct
-        if settings.direct and (reason := self._why_not_direct()):
+        if self._direct is not None:
+            reason = self._why_not_direct(self._direct)
+        if reason:
             self._direct = None
             _log.warning(
                 "%s: files in %s are read and written through the page cache, which costs a copy "
                 "and host memory: %s",
-                name,
-                self._folder,
-                reason,
+                *(name, self._folder, reason),
             )
 
     @property
@@ -178,10 +180,16 @@ class FileDepot:
         return tensor
 
     def give_back(self, tensor: Tensor) -> None:
-        """Give the range back to the drive; no read or write of it may be under way."""
+        """Give the range back to the drive; no read or write of it is under way.
+
+        Raises:
+            UsageError: it is none of this depot, or was given back before.
+        """
         if not tensor.numel():
             return
-        place = self._places.pop(tensor.data_ptr())
+        place = self._places.pop(tensor.data_ptr(), None)
+        if place is None:
+            raise UsageError(f"a tensor was given back that was not taken from {self._file}.")
         self.nbytes -= place.nbytes
         punch(self._plain, place.offset, place.pages.nbytes)
 
@@ -192,6 +200,10 @@ class FileDepot:
             OffloadError: the drive did not take it.
         """
         self.drain()
+        begin, new = time.monotonic(), self.nbytes - self._sealed_bytes
+        level = logging.INFO if new >= _QUIET_BYTES else logging.DEBUG
+        what = self._name, in_words(self.nbytes), self._folder
+        _log.log(level, "%s: bringing %s to the drive of %s", *what)
         try:
             os.fdatasync(self._plain)
             for place in self._places.values():
@@ -199,6 +211,12 @@ class FileDepot:
             os.posix_fadvise(self._plain, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise self._fail(f"cannot be brought to the drive: {error.strerror}.") from error
+        self._sealed_bytes = self.nbytes
+        _log.log(
+            level,
+            "%s: %s are in a file without a name in %s after %.1f s: df shows it, ls does not",
+            *(*what, time.monotonic() - begin),
+        )
 
     def read(self, home: Tensor, into: Tensor) -> Future[None]:
         """Read a range of the file into host memory.
@@ -250,6 +268,8 @@ class FileDepot:
         Those that have not begun fail. Space is held for as long as a tensor that was taken lives.
         """
         self._failure = self._failure or f"{self._file} was closed."
+        for pool in (self._readers, self._writers):
+            pool.shutdown()
         self._close()
         self._places.clear()
         self.nbytes = 0
@@ -260,20 +280,21 @@ class FileDepot:
     def _file(self) -> str:
         return f"the offload file of {self._name} in {self._folder}"
 
-    def _open(self, *, want_direct: bool) -> tuple[int, int | None]:
-        """Two descriptors of a new file without a name, the second for direct I/O."""
+    def _open(self, *, want_direct: bool) -> tuple[int, int | None, str]:
+        """Two descriptors of a new file, the second for direct I/O; or why there is no second."""
         try:
             plain, path = tempfile.mkstemp(prefix=".zeroshard-", dir=self._folder)
         except OSError as error:
             raise OffloadError(_why_no_file(self._folder, self._name, error)) from error
         try:
-            direct = os.open(path, os.O_RDWR | os.O_CLOEXEC | _O_DIRECT) if want_direct else None
-        except OSError:
-            direct = None
+            if want_direct:
+                return plain, os.open(path, os.O_RDWR | os.O_CLOEXEC | _O_DIRECT), ""
+        except OSError as error:
+            return plain, None, f"opening it for direct I/O: {error.strerror}."
         finally:
             # A run that is killed then leaves nothing behind, and nobody else can find the file.
             Path(path).unlink()
-        return plain, direct
+        return plain, None, ""
 
     def _extend(self, nbytes: int) -> _Place:
         """Lengthen the file by whole pages, whose space is had for certain."""
@@ -281,8 +302,8 @@ class FileDepot:
         try:
             os.posix_fallocate(self._plain, offset, padded)
         except OSError as error:
-            free = free_bytes(self._folder)
-            os.ftruncate(self._plain, offset)  # what it had got of it
+            os.ftruncate(self._plain, offset)  # gives back the part that it has got
+            free = _free(os.fstatvfs(self._plain))
             raise OffloadError(
                 compose(
                     f"{self._name} asked for {in_words(padded)} in {self._folder}, beside "
@@ -302,23 +323,21 @@ class FileDepot:
     def _bytes_of(place: _Place) -> Tensor:
         return torch.frombuffer(place.pages.buffer, dtype=torch.uint8, count=place.nbytes)
 
-    def _why_not_direct(self) -> str:
+    def _why_not_direct(self, handle: int) -> str:
         """Why direct I/O cannot be used here; nothing if it can.
 
         That the system refuses it may show at the first request only, and that it does not keep a
         mapping coherent never would.
         """
-        if self._direct is None:
-            return "it cannot be opened for direct I/O."
         page = mmap.mmap(-1, ALIGNMENT)
         try:
             for value in range(3):
                 self._trial.fill_(255 - value)
-                os.preadv(self._direct, [page], 0)
+                os.preadv(handle, [page], 0)
                 if page[:] != bytes([255 - value]) * ALIGNMENT:
                     return "direct I/O does not see what was stored through a mapping."
                 page[:] = bytes([value]) * ALIGNMENT
-                os.pwritev(self._direct, [page], 0)
+                os.pwritev(handle, [page], 0)
                 if not bool((self._trial == value).all()):
                     return "a mapping does not show what direct I/O has written."
         except OSError as error:
@@ -381,7 +400,7 @@ class FileDepot:
             try:
                 pool.submit(run, start)
             except RuntimeError as error:  # the interpreter is going down
-                job.end(error)
+                job.end(OffloadError(f"{self._file} cannot be used any more: {error}"))
         return job.future
 
     def _offset(self, home: Tensor) -> int:
@@ -471,15 +490,19 @@ def free_bytes(folder: Path) -> int:
         found = os.statvfs(folder)
     except OSError as error:
         raise OffloadError(_why_no_file(folder, "this process", error)) from error
+    return _free(found)
+
+
+def _free(found: os.statvfs_result) -> int:
     return found.f_bavail * found.f_frsize
 
 
 def _why_no_file(folder: Path, name: str, error: OSError) -> str:
     fact = f"{name} cannot make a file in {folder}: {error.strerror}."
     absolute = folder.absolute()
-    if absolute.is_dir():
+    if _is_folder(absolute):
         return compose(fact, hint="name a folder as nvme_path that this user may write to.")
-    existing = next(path for path in absolute.parents if path.is_dir())
+    existing = next(path for path in absolute.parents if _is_folder(path))
     return compose(
         f"{fact} Of its path, {existing} exists.",
         hint="mount the drive, correct nvme_path, or make the folder: it is not made here, lest "
@@ -487,9 +510,17 @@ def _why_no_file(folder: Path, name: str, error: OSError) -> str:
     )
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # in a folder that this user may not search
+        return False
+
+
 def _close(pools: Iterable[ThreadPoolExecutor], handles: Iterable[int | None]) -> None:
+    """End what a depot has when nothing is under way, since that would keep the depot alive."""
     for pool in pools:
-        pool.shutdown()
+        pool.shutdown(wait=False)  # this may be one of its threads
     for handle in handles:
         if handle is not None:
             os.close(handle)

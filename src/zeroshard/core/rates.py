@@ -119,7 +119,8 @@ def drive(
         settings: how bytes travel.
         nbytes: of the file.
         memory: two pieces of host memory of the same size, one to write from and one to read into,
-            over and over: aligned, and page-locked where those of training will be.
+            over and over: aligned, page-locked where those of training will be, and of content that
+            no drive can make smaller.
         seconds: that each of the three measurements takes, at least.
 
     Raises:
@@ -163,7 +164,7 @@ def host_memory(device: torch.device, count: int, nbytes: int) -> list[Tensor]:
         OffloadError: the host has not enough memory left, or does not let it be locked.
     """
     depot = HostDepot(device, pin=True, name="io-bench")
-    pieces = [depot.take(nbytes, torch.uint8).random_() for _ in range(count)]
+    pieces = [depot.take(nbytes, torch.uint8) for _ in range(count)]
     depot.seal()
     return pieces
 

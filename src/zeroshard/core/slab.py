@@ -145,7 +145,7 @@ class _Slab:
     end: int
     top: int = 0
     live: int = 0
-    holes: list[_Range] = field(default_factory=list["_Range"])
+    holes: list[_Range] = field(default_factory=list[_Range])
     is_filled: bool = True
 
     @property

@@ -630,7 +630,8 @@ class Unit:
 
         Args:
             is_written: the step has put them there itself.
-            step: its end, if it runs beside the computation, on the stream that is current.
+            step: its end, if it runs beside the computation, on the stream that is current. Then
+                `show_stepped` follows on the stream of the computation.
         """
         if is_written:
             self._send_staged()
@@ -651,7 +652,12 @@ class Unit:
         coming = step if self._gathering is DONE else self._gathering
         if is_ours and not self._num_holds and coming is not DONE:
             self._defer(coming)
-        else:
+        elif step is DONE:  # else it is not this stream that is to wait: see `show_stepped`
+            self.wait()
+
+    def show_stepped(self) -> None:
+        """Let the computation wait for a step that runs beside it, if no reader will."""
+        if self.is_full and not self._is_deferred:
             self.wait()
 
     def _send_staged(self) -> None:

@@ -225,6 +225,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
             else None,
             autocast=autocast_dtype(settings, device),
         ),
+        depots,
         sharded=sharded,
         watch=None
         if settings.zero_optimization.ignore_unused_parameters
@@ -579,7 +580,7 @@ def _choose_groups(
     settings: configuration.Config,
     device: torch.device,
 ) -> list[Group]:
-    """Divide the parameters into units, as the configuration wants it."""
+    """Divide the parameters into units, as the configuration wants it, in the order of use."""
     zero = settings.zero_optimization
     leaf = zero.leaf_module
     leaves = find_leaves(model, classes=leaf.classes, names=leaf.names, suffixes=leaf.name_suffixes)
@@ -600,7 +601,7 @@ def _choose_groups(
     buckets = (zero.reduce_bucket_size, zero.allgather_bucket_size)
     compute_dtype = compute_dtypes(model, settings, device)
     companions = quantized.companions_in(model)
-    return choose_groups(
+    groups = choose_groups(
         model,
         kind_of=lambda param: Kind(
             trained=param.requires_grad and param in trained,
@@ -613,6 +614,9 @@ def _choose_groups(
         most_numel=min((size for size in buckets if size is not None), default=None),
         companions=companions,
     )
+    # A module comes before those inside it: it runs first, and waits for its own parameters then.
+    position = {module: at for at, module in enumerate(model.modules())}
+    return sorted(groups, key=lambda group: min(position[site] for site in group.sites))
 
 
 def _place(
@@ -741,13 +745,12 @@ def _seal(
         depots.seal()
     is_gpu = mesh.device.type == "cuda"
     _log.info(
-        "%s (on each of %d ranks).",
+        "each rank: %s.",
         describe(
             placed,
             pins_state=is_gpu and zero.offload_optimizer.pin_memory,
             pins_shards=is_gpu and zero.offload_param.pin_memory,
         ),
-        mesh.world,
     )
 
 

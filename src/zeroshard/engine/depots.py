@@ -66,7 +66,9 @@ class Depots:
         self._settings, self._mesh = settings, mesh
         self._state: dict[Home, Depot] = {}
         self._shards: dict[Home, Place] = {"none": ON_DEVICE}
-        self._to_seal: list[Depot | Staging] = []
+        self._host: list[HostDepot] = []
+        self._files: list[FileDepot] = []
+        self._staging: list[Staging] = []
 
     def make(self, placed: Iterable[Placed]) -> None:
         """Make all depots of a plan.
@@ -85,9 +87,9 @@ class Depots:
         if home not in self._state:
             block = self._settings.zero_optimization.offload_optimizer
             if home == "nvme":
-                self._state[home] = self._files(block.nvme_path)
+                self._state[home] = self._make_files(block.nvme_path)
             else:
-                self._state[home] = self._host(
+                self._state[home] = self._make_host(
                     "optimizer state", "offload_optimizer", pin=block.pin_memory
                 )
         return self._state[home]
@@ -97,34 +99,33 @@ class Depots:
         if home not in self._shards:
             block = self._settings.zero_optimization.offload_param
             what = "parameters" if home == "cpu" else "buffers of parameters"
-            host = self._host(what, "offload_param", pin=block.pin_memory)
+            host = self._make_host(what, "offload_param", pin=block.pin_memory)
             if home == "nvme":
                 buffers = _buffers(self._settings)
-                staging = Staging(
-                    self._files(block.nvme_path), host, count=buffers.count, nbytes=buffers.nbytes
-                )
-                self._to_seal.append(staging)
+                files = self._make_files(block.nvme_path)
+                staging = Staging(files, host, count=buffers.count, nbytes=buffers.nbytes)
+                self._staging.append(staging)
                 self._shards[home] = InFiles(staging)
             else:
                 self._shards[home] = OnHost(host)
         return self._shards[home]
 
-    def _files(self, folder: str | None) -> FileDepot:
+    def _make_files(self, folder: str | None) -> FileDepot:
         assert folder is not None, "files without a folder are refused by the rules"
         made = FileDepot(
             folder, name=f"rank {self._mesh.rank}", settings=file_settings(self._settings.aio)
         )
-        self._to_seal.append(made)
+        self._files.append(made)
         return made
 
-    def _host(self, what: str, block: str, *, pin: bool) -> HostDepot:
+    def _make_host(self, what: str, block: str, *, pin: bool) -> HostDepot:
         made = HostDepot(
             self._mesh.device,
             pin=pin,
             name=what,
             pin_key=f"zero_optimization.{block}.pin_memory",
         )
-        self._to_seal.append(made)
+        self._host.append(made)
         return made
 
     def seal(self) -> None:
@@ -133,8 +134,18 @@ class Depots:
         Raises:
             OffloadError: memory cannot be locked, or the drive refuses.
         """
-        for each in self._to_seal:
+        for each in (*self._files, *self._host, *self._staging):
             each.seal()
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of what is in host memory."""
+        return sum(depot.nbytes for depot in self._host)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of what is in files."""
+        return sum(depot.nbytes for depot in self._files)
 
     def close(self) -> None:
         """Give the optimizer's state back, which nobody reads any more.

@@ -30,6 +30,7 @@ from zeroshard.core.usage import GradientWatch
 from zeroshard.engine.activations import ActivationPlan, Activations
 from zeroshard.engine.compiled import Compiled, advise, compile_blocks, objection
 from zeroshard.engine.data import ShardedLoader, make_loader
+from zeroshard.engine.depots import Depots
 from zeroshard.engine.diagnose import explain_backward, explain_memory
 from zeroshard.engine.export import load_weights, save_weights, weights_of
 from zeroshard.engine.getters import Getters
@@ -59,19 +60,25 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """Bytes of model state on this rank.
+    """Bytes of model state of this rank.
 
-    Parameters and optimizer state as they are now; gradients as they were at the end of the last
-    backward, since the step frees them, and what is kept for other ranks to read them in.
+    Parameters, optimizer state and gradients are those on the device: the first two as they are
+    now, gradients as they were at the end of the last backward, since the step frees them, and what
+    is kept for other ranks to read them in. What is kept off the device is counted apart.
     """
 
     parameters_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    host_bytes: int = 0
+    """Master weights, optimizer state and shards in host memory, and buffers of those in files."""
+
+    file_bytes: int = 0
+    """The same in files."""
 
     @property
     def total_bytes(self) -> int:
-        """Sum of the three."""
+        """Sum of what is on the device."""
         return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
 
 
@@ -82,12 +89,13 @@ class Engine(Getters):
     the model.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts it is made of
         self,
         module: nn.Module,
         runtime: Runtime,
         mesh: Mesh,
         settings: Settings,
+        depots: Depots,
         *,
         sharded: ShardedOptimizer | None,
         watch: GradientWatch | None = None,
@@ -96,6 +104,7 @@ class Engine(Getters):
         local_rank: int = 0,
     ) -> None:
         super().__init__()
+        self._depots = depots
         self.module = module
         self.runtime, self.mesh, self.settings = runtime, mesh, settings
         self.lr_scheduler, self.training_dataloader = lr_scheduler, training_dataloader
@@ -524,13 +533,15 @@ class Engine(Getters):
         self._num_skipped_before += count - self.skipped_steps
 
     def memory(self) -> MemoryReport:
-        """Bytes of model state on this rank."""
+        """Bytes of model state of this rank, on its device and off it."""
         units = self.runtime.units
         return MemoryReport(
             parameters_bytes=sum(unit.parameter_bytes for unit in units),
             gradients_bytes=self.runtime.gradient_bytes
             + max((unit.reducer.nbytes for unit in units), default=0),
             optimizer_bytes=self._sharded.state_bytes() if self._sharded else 0,
+            host_bytes=self._depots.host_bytes,
+            file_bytes=self._depots.file_bytes,
         )
 
     # Weights in full
@@ -934,6 +945,7 @@ class Engine(Getters):
         if self._sharded is not None:
             self._sharded.release()
             vars(self._sharded.inner).pop("zero_grad", None)
+        self._depots.close()
         self.mesh.destroy()
         self._is_destroyed = True
 

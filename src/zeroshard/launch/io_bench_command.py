@@ -160,7 +160,7 @@ def what_it_means(parameters: float, rates: Rates, room: Room) -> Model:
 @click.option(
     "--depth",
     "depths",
-    type=click.IntRange(1, 256),
+    type=click.IntRange(1, 64),
     multiple=True,
     default=(1, 8, 32),
     show_default=True,
@@ -229,6 +229,7 @@ def _measure(path: Path, nbytes: int, seconds: float, settings: Sequence[tuple[i
 
     device = devices[0] if devices else torch.device("cpu")
     source, target = rates.host_memory(device, 2, buffer)
+    source.view(torch.int64).random_()
     drives: list[DriveRate] = []
     is_direct = True
     for number, (block, depth) in enumerate(settings, 1):

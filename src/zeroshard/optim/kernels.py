@@ -41,14 +41,16 @@ def _adam(  # noqa: PLR0913, PLR0917 - what it reads and writes, and its numbers
     may_skip: tl.constexpr,
     block: tl.constexpr,
 ):
-    if may_skip:  # noqa: SIM102 - decided when the kernel is compiled
-        if tl.load(found_inf_ptr) != 0.0:
-            return
     # A shard may have more than 2^31 elements.
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block).to(tl.int64)
     inside = at < numel
-    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     master = tl.load(master_ptr + at, mask=inside, other=0.0)
+    if may_skip:  # noqa: SIM102 - decided when the kernel is compiled
+        if tl.load(found_inf_ptr) != 0.0:
+            if has_out:  # which may be memory of this step alone
+                tl.store(out_ptr + at, master.to(out_ptr.dtype.element_ty), mask=inside)
+            return
+    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     average = tl.load(average_ptr + at, mask=inside, other=0.0).to(tl.float32)
     square = tl.load(square_ptr + at, mask=inside, other=0.0).to(tl.float32)
     grad = grad * tl.load(factor_ptr)

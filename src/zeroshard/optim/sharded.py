@@ -519,6 +519,8 @@ class ShardedOptimizer:
         with self.mesh.stepping.entered():
             yield
         self._pipeline.end()
+        for unit in self.units:
+            unit.show_stepped()
 
     def _step_shards(self, fused: FusedAdam, scaling: _Scaling) -> None:
         """Step each unit in one pass and publish it, before the next one is stepped."""
@@ -638,11 +640,13 @@ class ShardedOptimizer:
             self._fused.let_go()
 
     def state_bytes(self) -> int:
-        """Bytes of state on this rank: moments, and master weights kept beside parameters."""
+        """Bytes of state on this rank's device: moments, and master weights beside parameters."""
+        near = [unit for unit in self.units if unit.state.is_near]
         moments = sum(
             _bytes_of(value)
-            for state in self.inner.state.values()
-            for value in state.values()
+            for unit in near
+            for piece in unit.slices
+            for value in self.inner.state.get(piece, {}).values()
             if isinstance(value, Tensor) and value.dim()
         )
-        return moments + sum(unit.master_bytes for unit in self.units)
+        return moments + sum(unit.master_bytes for unit in near)

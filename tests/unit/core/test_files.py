@@ -117,6 +117,8 @@ def test_tensors_are_zeros_of_any_dtype_and_only_they_are_counted(tmp_path: Path
     assert [t.unique().tolist() for t in taken] == [[1], [2], [], [4]]
     depot.give_back(taken[1])
     assert depot.nbytes == 10 + 56
+    with pytest.raises(UsageError, match="given back that was not taken"):
+        depot.give_back(taken[1])
     depot.close()
     assert depot.nbytes == 0
 
@@ -286,6 +288,22 @@ def test_a_full_drive_is_known_when_room_is_taken(drive: Path) -> None:
     depot.close()
 
 
+def test_the_part_that_a_full_drive_has_given_is_free_again(
+    drive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depot = FileDepot(drive, name="rank 0")
+    true, free = os.posix_fallocate, free_bytes(drive)
+
+    def give_half(handle: int, offset: int, nbytes: int) -> None:
+        true(handle, offset, nbytes // 2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", give_half)
+    with pytest.raises(OffloadError, match=f"and {in_words(free)} are free: No space left"):
+        depot.take(2 * MIB, torch.uint8)
+    depot.close()
+
+
 def test_what_is_given_back_is_room_for_others(drive: Path) -> None:
     depot = FileDepot(drive, name="rank 0")
     free = free_bytes(drive)
@@ -418,6 +436,39 @@ def test_closing_ends_the_block_under_way_and_fails_those_that_wait(
     depot.close()
 
 
+def test_however_deep_the_queue_there_are_64_threads_in_a_direction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depot = FileDepot(tmp_path, name="rank 0", settings=FileSettings(ALIGNMENT, 256))
+    home = depot.take(100 * ALIGNMENT, torch.uint8)
+    may_go_on = threading.Event()
+
+    def wait(true: Callable[..., int], *args: Any) -> int:
+        may_go_on.wait()
+        return true(*args)
+
+    replace_calls(monkeypatch, "preadv", wait)
+    future = depot.read(home, aligned(home.nbytes))
+    names = [thread.name for thread in threading.enumerate()]
+    assert sum(name.startswith("zeroshard-files-in") for name in names) == 64
+    may_go_on.set()
+    future.result()
+    depot.close()
+
+
+def test_a_depot_that_nobody_closes_goes_when_its_last_transfer_is_over(tmp_path: Path) -> None:
+    depot = FileDepot(tmp_path, name="rank 0", settings=SMALL)
+    home = depot.take(64 * ALIGNMENT, torch.uint8)
+    future = depot.write(home, torch.full_like(home, 4))
+    del depot
+    future.result()
+    assert home.eq(4).all()
+    del home, future
+    with pytest.raises(AssertionError, match="is open"):
+        while descriptor(tmp_path):
+            os.sched_yield()
+
+
 # Where direct I/O cannot be had.
 
 
@@ -462,7 +513,7 @@ def keep_what_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
-        (refuse_at_opening, "it cannot be opened for direct I/O"),
+        (refuse_at_opening, "opening it for direct I/O: Invalid argument"),
         (refuse_at_the_first_request, "direct I/O: Invalid argument"),
         (ignore_what_is_cached, "direct I/O does not see what was stored through a mapping"),
         (keep_what_is_mapped, "a mapping does not show what direct I/O has written"),
