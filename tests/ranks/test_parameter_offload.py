@@ -38,6 +38,9 @@ def offloaded(device: str, **more: Any) -> dict[str, Any]:
 
 
 HOST = offloaded("cpu")
+EVERYTHING = {
+    "zero_optimization": {**HOST["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
+}
 
 
 def in_files(folder: Path) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def test_the_device_holds_what_is_in_use_and_no_more() -> None:
 def test_shards_off_the_device_are_edited_saved_loaded_and_run_as_any_other(tmp_path: Path) -> None:
     def work(rank: int, world: int) -> None:
         case = ZOO["frozen_block_between"]
-        extras = ({}, HOST, in_files(tmp_path))
+        extras = ({}, HOST, in_files(tmp_path), EVERYTHING)
         settings = [Setting(3, world, precision="bf16", extra=extra) for extra in extras]
         plain = settings[0]
         engines = [make_engine(case, setting) for setting in settings]

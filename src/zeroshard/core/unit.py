@@ -152,7 +152,7 @@ class _Beside:
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """The tensors that hold a unit on this rank now. See [Note: flat units]."""
+    """The tensors that hold a unit on the device now. See [Note: flat units]."""
 
     parameters: tuple[Tensor, ...]
     master: Tensor | None
@@ -505,7 +505,7 @@ class Unit:
 
     @property
     def holdings(self) -> Holdings:
-        """The tensors whose memory may be moved between two passes, after :meth:`park`."""
+        """The tensors on the device that may be moved between two passes, after :meth:`park`."""
         self.settle()
         self._spill()
         self._rejoin()
@@ -514,7 +514,7 @@ class Unit:
         has_buffer = self._gradient is not None and self._gradient.is_allocated
         return Holdings(
             parameters=(*full, *self._store.tensors),
-            master=self.master,
+            master=self.master if self.state.is_near else None,
             grad_shard=self.grad_shard,
             full_gradient=self._buffer.tensor if has_buffer else None,
         )
