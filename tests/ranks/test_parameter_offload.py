@@ -1,4 +1,4 @@
-"""Shards of parameters off the device: the same training to the last bit, and no bytes left."""
+"""Shards of parameters off the device: the same training to the last bit, nothing left there."""
 
 from __future__ import annotations
 
