@@ -247,7 +247,7 @@ class Unit:
         self._wants_gather, self._wants_reduce = f"to gather {self.name}", f"to reduce {self.name}"
         self._gathering: Ticket = DONE
         self._writing: Ticket = DONE  # of master weights, which may not change meanwhile
-        self._staged: Tensor | None = None  # the shard that a step writes, on its way out
+        self._leaving: Tensor | None = None  # the shard that a step writes, on its way out
         self._num_users = 0  # of the full buffer's memory, before it was gathered
         self._is_readable = self._is_outlined = self._is_deferred = False
         self._own_users = 0  # of that memory; see `note_users`
@@ -609,8 +609,8 @@ class Unit:
         assert self.master is not None, f"{self.name} is frozen and has no master weights"
         self._end_gather()
         if not self.is_shard_near:
-            self._staged = self._full.tensor.new_empty(self.layout.shard_numel)
-            return self._staged
+            self._leaving = self._full.tensor.new_empty(self.layout.shard_numel)
+            return self._leaving
         (shard,) = self._store.tensors
         return None if shard.data_ptr() == self.master.data_ptr() else shard
 
@@ -634,7 +634,7 @@ class Unit:
                 `show_stepped` follows on the stream of the computation.
         """
         if is_written:
-            self._send_staged()
+            self._send_shard()
             self._note_edit()
         else:
             self.write_master()
@@ -660,10 +660,10 @@ class Unit:
         if self.is_full and not self._is_deferred:
             self.wait()
 
-    def _send_staged(self) -> None:
-        staged, self._staged = self._staged, None
-        if staged is not None:
-            self.mesh.parcels.send(staged, self._store.write(staged))
+    def _send_shard(self) -> None:
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            self.mesh.parcels.send(leaving, self._store.write(leaving))
 
     def _defer(self, coming: Ticket) -> None:
         """Let whoever touches a parameter wait for its values.
