@@ -510,6 +510,7 @@ class ShardedOptimizer:
     @contextmanager
     def _beside(self) -> Iterator[None]:
         """Step inside, beside the computation if state comes from elsewhere."""
+        self.mesh.parcels.settle()
         if not self._far:
             yield
             self.mesh.parcels.settle()
@@ -580,7 +581,7 @@ class ShardedOptimizer:
             for unit in units:
                 step: Ticket = DONE
                 if is_beside:
-                    step = self._pipeline.ticket(is_last=unit is self.units[-1])
+                    step = self._pipeline.ticket()
                 unit.publish(is_written=is_written or self._overflow, step=step)
 
     @contextmanager
