@@ -227,11 +227,14 @@ def _move_state(
     optimizer: torch.optim.Optimizer, units: Sequence[Unit], pin: bool, non_blocking: bool
 ) -> list[_MovedState]:
     moved: list[_MovedState] = []
-    for piece in (piece for unit in units if unit.state.is_near for piece in unit.slices):
-        for value in optimizer.state.get(piece, {}).values():
-            if not isinstance(value, Tensor) or not value.dim():
-                continue
-            moved.append(_MovedState(value, value.device))
-            host = torch.empty_like(value, device="cpu", pin_memory=pin and value.is_cuda)
-            value.data = host.copy_(value, non_blocking=non_blocking)
+    for unit in units:
+        if not unit.state.is_near:
+            continue  # it is off the device already, in memory of its depot
+        for piece in unit.slices:
+            for value in optimizer.state.get(piece, {}).values():
+                if not isinstance(value, Tensor) or not value.dim():
+                    continue
+                moved.append(_MovedState(value, value.device))
+                host = torch.empty_like(value, device="cpu", pin_memory=pin and value.is_cuda)
+                value.data = host.copy_(value, non_blocking=non_blocking)
     return moved
