@@ -87,6 +87,7 @@ class Pipeline:
         if self.is_under_way and tuple(loads) == self._loads:
             return
         self.forget()
+        self._due.clear()
         far = [load for load in loads if not load.depot.is_near]
         if not far:
             return

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zeroshard.core.depot import PlainDepot
 from zeroshard.core.mesh import Axis, Mesh
+from zeroshard.core.slab import HostDepot
 from zeroshard.errors import OffloadError
 from zeroshard.optim import pipeline as module
 from zeroshard.optim.carriers import Bus, Load, Slot
@@ -57,7 +57,7 @@ class Rig:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, num_loads: int, num_buffers: int) -> None:
         alone = Axis(size=1, rank=0)
         self.mesh = Mesh(alone, alone, None, torch.device("cpu"))
-        depot = PlainDepot()
+        depot = HostDepot(self.mesh.device, pin=False, name="state")
         self.homes = [depot.take(NUMEL, torch.float32).fill_(1) for _ in range(num_loads)]
         self.loads = [Load(depot, (home,)) for home in self.homes]
         self.journal: list[str] = []
@@ -187,3 +187,13 @@ def test_another_order_of_loads_starts_anew(monkeypatch: pytest.MonkeyPatch) -> 
     rig.step()
     assert rig.values == [2.0] * 5
     assert next(entry for entry in rig.journal if "send" in entry) == "send 4"
+
+
+def test_a_step_without_loads_ends_though_others_were_read_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig(monkeypatch, num_loads=6, num_buffers=4)
+    rig.pipeline.start(rig.loads)
+    rig.pipeline.start([])
+    rig.pipeline.end()
+    assert rig.values == [1.0] * 6
