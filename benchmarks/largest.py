@@ -8,7 +8,8 @@ under ``zero.Init`` and trained for some steps, with full activation checkpointi
 for an engine is arithmetic: the bytes that the machine has over those that a parameter takes. From
 there the search goes up or down, and by halves once a size has trained and one has not, until the
 two are ``--resolution`` layers apart or the time is over. What ended the smaller of those that did
-not train is what bounds the largest.
+not train is what bounds the largest. What an engine keeps on the device, where it can choose, is
+what gradients and activations leave.
 
 A line of JSON for each engine is appended to DIR/largest.jsonl.
 """
@@ -38,21 +39,26 @@ from zeroshard.launch.gpus import visible_gpus
 
 SHAPE = Shape(5120, 0, 40, 8, 13824, 32000)
 TOY = Shape(64, 0, 4, 2, 128, 256)
-STATE_BYTES = 16  # of a parameter: weight and gradient in bf16, three of AdamW in fp32
+STATE_BYTES = 2 + 4 + 12  # of a parameter: weight in bf16; gradient and AdamW's in fp32
+GRADIENT_BYTES = 4
 SPARED_GIB = 6.0  # of a device, for activations, logits and what CUDA takes
-SPARED_OF_HOST = 0.12
+SPARED_OF_HOST = 0.08
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A size to try: an engine, a shape, a batch, and for how many steps it has to train."""
+    """A size to try: an engine, a shape, a batch, and for how many steps it has to train.
+
+    ``budget_gib`` is what may stay on the device between steps of an engine whose state can leave.
+    """
 
     engine: str
     shape: Shape
     batch: int
     seq: int
     steps: int
+    budget_gib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,17 @@ def guess(shape: Shape, variant: Variant, device_bytes: int, host_bytes: int, ra
         room += host_bytes * (1 - SPARED_OF_HOST)
     of_layer = replace(shape, layers=1).parameters - shape.parameters
     return max(1, int((room / STATE_BYTES - shape.parameters) / of_layer))
+
+
+def budget(shape: Shape, variant: Variant, device_bytes: int, ranks: int) -> float | None:
+    """Return the GiB of a device that are left for parameters and state beside gradients.
+
+    None where nothing can leave the device, or the engine has a budget of its own.
+    """
+    if variant.offload == "none" or not device_bytes or "gpu_budget" in variant.label:
+        return None
+    gradients = GRADIENT_BYTES * shape.parameters / ranks
+    return max((device_bytes - gradients) / _GIB - SPARED_GIB, 0.0)
 
 
 def search(
@@ -184,6 +201,8 @@ def trained(trial: Trial) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     variant = Variant.parse(trial.engine)
     configuration = variant.configuration(zeroshard_configuration(variant.stage or 0, trial.batch))
+    if trial.budget_gib is not None:
+        configuration.setdefault("zeroshard", {})["gpu_budget"] = trial.budget_gib
     began = time.perf_counter()
     with zeroshard.zero.Init(config_dict_or_path=configuration, dtype=torch.bfloat16):
         model = LlamaForCausalLM(llama_config(trial.shape, attn_implementation="sdpa"))
@@ -315,7 +334,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         def attempt(layers: int, engine: str = engine, until: float = until) -> Outcome:
             sized = replace(shape, layers=layers)
-            trial = Trial(engine, sized, args.batch, args.seq, args.steps)
+            room = budget(sized, Variant.parse(engine), device_bytes, ranks)
+            trial = Trial(engine, sized, args.batch, args.seq, args.steps, room)
             limit_s = min(args.trial_limit, max(until - time.monotonic(), 1.0))
             outcome = try_in_new_ranks(trial, ranks, limit_s)
             ended = "trains" if outcome.trains else outcome.reason

@@ -112,8 +112,8 @@ def test_stages_are_named_only_in_configuration_and_the_lifetime_table() -> None
         for path in sorted(PACKAGE.rglob("*.py"))
         if path not in allowed and PACKAGE / "config" not in path.parents
         for line, word in words_of_code(path.read_text(encoding="utf-8"))
-        # Prose is left alone: an error message may name the JSON key.
-        if "stage" in word.lower() and " " not in word
+        # Prose is left alone: an error message may name the JSON key. What is staged is on its way.
+        if "stage" in word.lower().replace("staged", "") and " " not in word
     ]
     assert found == []
 

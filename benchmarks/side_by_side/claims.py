@@ -11,7 +11,7 @@ from side_by_side.workload import Workload
 __all__ = ["ALL", "CLAIMS", "LARGEST_OFFLOADED", "Claim", "Requirement", "Verdict", "judge"]
 
 ALL = 0  # as many ranks as there are GPUs
-LARGEST_OFFLOADED = "zeroshard-3:offload=all:zeroshard.gpu_budget=auto"
+LARGEST_OFFLOADED = "zeroshard-3:offload=all"
 
 Record = Mapping[str, Any]
 
@@ -283,7 +283,7 @@ _OF_GPUS = ("allocated", "reserved")
 # Why there may be no figure although the engine ran.
 _WITHOUT = {
     "hidden": "no profile with communication",
-    "pinned": "nothing is off the device",
+    "pinned": "nothing is page-locked",
     "disk": "nothing was read or written",
 }
 
@@ -314,7 +314,7 @@ def _hidden(result: Record) -> float | None:
 
 def _pinned(result: Record) -> float | None:
     """Page-locked bytes over bytes of state, on the rank where that is most."""
-    found = [each for each in result.get("off_device", ()) if each]
+    found = [each for each in result.get("off_device", ()) if each and each["pinned_bytes"]]
     return max((each["pinned_bytes"] / each["state_bytes"] for each in found), default=None)
 
 

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 import zeroshard
 from side_by_side.workload import SHAPES, Shape, Variant, Workload
 from zeroshard.core.pulled import Slab
-from zeroshard.core.slab import HostDepot
 
 __all__ = [
     "OffDevice",
@@ -325,11 +324,9 @@ def zeroshard_configuration(
 
 def off_device(engine: zeroshard.Engine) -> OffDevice | None:
     """Return what an engine of ours keeps off the device on this rank, None if that is nothing."""
-    of_units = {unit.state for unit in engine.runtime.units}
-    depots = [each for each in getattr(engine, "depots", of_units) if not each.is_near]
-    state = sum(depot.nbytes for depot in depots)
-    pinned = sum(depot.locked_bytes for depot in depots if isinstance(depot, HostDepot))
-    return OffDevice(state, pinned) if state else None
+    report = engine.memory()
+    found = OffDevice(report.host_bytes + report.file_bytes, report.pinned_bytes)
+    return found if found.state_bytes else None
 
 
 def bytes_beside(engine: zeroshard.Engine) -> int:

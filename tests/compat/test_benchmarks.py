@@ -45,7 +45,8 @@ def test_every_engine_runs_on_the_same_weights_and_tokens(
     ours = [f"zeroshard-{stage}" for stage in (1, 2, 3)]
     other = "zeroshard-3:checkpointing=full:zero_optimization.overlap_comm=false"
     wrong = "zeroshard-3:zero_optimization.stage=7"
-    names = [*engines, wrong, *ours, other, "deepspeed-3"]
+    far = ["zeroshard-2:offload=optimizer", "zeroshard-3:offload=all", "fsdp2:offload=all"]
+    names = [*engines, wrong, *ours, other, *far, "deepspeed-3"]
     options = ["--dtype", "fp32", "--seq", "32", "--steps", "2", "--profile", "zeroshard-3"]
     status = train_step.main(
         ["--engines", ",".join(names), *options, "--ranks", "2", "--out", str(tmp_path)]
@@ -58,7 +59,7 @@ def test_every_engine_runs_on_the_same_weights_and_tokens(
     assert "stage must be" in found[wrong]["detail"]
     reference = found["plain"]
     assert render.reference_of(list(found.values())) is reference
-    for name in (*engines, *ours, other):
+    for name in (*engines, *ours, other, *far):
         assert found[name]["status"] == "ok", found[name]
         assert render.loss_differences(found[name], reference)[1] < 1e-6, name
     losses = reference["result"]["losses"]

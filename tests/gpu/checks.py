@@ -783,7 +783,7 @@ def with_files(zero: dict[str, Any], folder: str) -> dict[str, Any]:
 HOST, FILES = offloading("cpu"), offloading("nvme")
 BF16 = {"bf16": {"enabled": True}}
 # Of which the first steps overflow.
-FP16 = {"fp16": {"enabled": True, "initial_scale_power": 19, "hysteresis": 1}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 21, "hysteresis": 1}}
 # What trains alike with state off the device: a stage, what else is set, and what leaves.
 OFFLOADED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     **{f"bf16, stage {stage}, host": (stage, BF16, HOST) for stage in (1, 2, 3)},
@@ -1011,7 +1011,7 @@ def travels(found: Sequence[Activity]) -> dict[str, Any]:
     first = updates[: len(updates) // 2]  # of the two steps
     products = [each for each in found if kind_of(each.name) in ("matmul", "attention")]
     spans_in, spans_out = ([each.span for each in group] for group in (inwards, outwards))
-    computing = [each.span for each in found if computes(each.name) and each not in updates]
+    computing = [e.span for e in found if computes(e.name) and kind_of(e.name) != "optimizer"]
     streams = [
         {each.stream for each in group if each.end - each.start > 50}  # of state, not of numbers
         for group in (products, inwards, outwards)

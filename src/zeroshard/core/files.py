@@ -360,9 +360,10 @@ class FileDepot:
             raise OffloadError(self._failure)
 
     def _require_whole(self) -> None:
+        expected = self._size  # first: another thread may lengthen the file meanwhile
         size = os.fstat(self._plain).st_size
-        if size < self._size:
-            raise self._fail(f"was cut short from outside: it has {size} of {self._size} bytes.")
+        if size < expected:
+            raise self._fail(f"was cut short from outside: it has {size} of {expected} bytes.")
 
     # Reads and writes.
 

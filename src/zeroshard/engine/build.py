@@ -739,6 +739,7 @@ def _seal(
 ) -> None:
     """Make depots ready for training, and say what is where."""
     zero = settings.zero_optimization
+    _warn_of_shards_that_stay(placed, settings)
     if all(each.state == each.shard == "none" for each in placed):
         if settings.zeroshard.offload_update != "auto":
             _log.info(
@@ -757,6 +758,23 @@ def _seal(
             pins_shards=is_gpu and zero.offload_param.pin_memory,
         ),
     )
+
+
+def _warn_of_shards_that_stay(placed: Sequence[Placed], settings: configuration.Config) -> None:
+    """Say which parameters cannot leave, though they were meant to."""
+    zero = settings.zero_optimization
+    if zero.offload_param.device == "none" or settings.zeroshard.gpu_budget is not None:
+        return
+    could = [each for each in placed if each.size.can_free]
+    bound = [each for each in could if each.shard == "none"]
+    if bound:
+        _log.warning(
+            "zero_optimization.offload_param: the shards of %d of %d units stay on the device, as "
+            "they are the master weights that are stepped there. Offload the optimizer's state, "
+            "too, or compute in bf16 or fp16.",
+            len(bound),
+            len(could),
+        )
 
 
 def _share(units: Sequence[Unit], mesh: Mesh, how: str) -> None:

@@ -143,6 +143,11 @@ class Depots:
         return sum(depot.nbytes for depot in self._host)
 
     @property
+    def pinned_bytes(self) -> int:
+        """Bytes of host memory that are page-locked."""
+        return sum(depot.locked_bytes for depot in self._host)
+
+    @property
     def file_bytes(self) -> int:
         """Bytes of what is in files."""
         return sum(depot.nbytes for depot in self._files)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ __all__ = ["explain_backward", "explain_memory"]
 
 
 def explain_memory(
-    error: Exception, batch: Batch, units: Iterable[Unit], *, has_budget: bool = False
+    error: Exception, batch: Batch, units: Sequence[Unit], *, has_budget: bool = False
 ) -> None:
     """Add to an out-of-memory error what would make room; it stays the error that it is.
 
@@ -41,6 +41,11 @@ def explain_memory(
         else '"zeroshard": {"activation_budget": "auto"}, model.gradient_checkpointing_enable() or '
         "zeroshard.checkpointing computes activations twice instead of keeping them"
     )
+    if any(unit.is_trained and unit.state.is_near for unit in units):
+        advice.append(
+            '"zero_optimization": {"offload_optimizer": {"device": "cpu"}} keeps optimizer state '
+            "in host memory between steps"
+        )
     if all(unit.lifetime.params_stay for unit in units):
         advice.append('"zero_optimization": {"stage": 3} on several GPUs shards the weights, too')
     else:

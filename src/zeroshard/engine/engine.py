@@ -74,7 +74,10 @@ class MemoryReport:
     """Master weights, optimizer state and shards in host memory, and buffers of those in files."""
 
     file_bytes: int = 0
-    """The same in files."""
+    """Master weights, optimizer state and shards in files."""
+
+    pinned_bytes: int = 0
+    """Host memory that is page-locked for what is in it."""
 
     @property
     def total_bytes(self) -> int:
@@ -542,6 +545,7 @@ class Engine(Getters):
             optimizer_bytes=self._sharded.state_bytes() if self._sharded else 0,
             host_bytes=self._depots.host_bytes,
             file_bytes=self._depots.file_bytes,
+            pinned_bytes=self._depots.pinned_bytes,
         )
 
     # Weights in full

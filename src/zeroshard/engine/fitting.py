@@ -1,4 +1,4 @@
-"""What stays on the device and what leaves it: arithmetic, apart from what is measured and done.
+"""What stays on the device and what leaves it: arithmetic, apart from what is done.
 
 Sizes are bytes on one rank, the same on every rank. A *run* is the parameters of one unit, in the
 order in which they lie there, and runs are in the order in which forward uses them. What stays is
@@ -12,14 +12,24 @@ parameters, which makes two units of it.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from zeroshard.engine.budget import in_words
+from zeroshard.engine.meter import Meter
 from zeroshard.errors import ConfigError, compose
 
-__all__ = ["Demand", "Stay", "keep_by_budget", "keep_by_ratio", "keep_first", "promote", "spend"]
+__all__ = [
+    "Demand",
+    "Stay",
+    "keep_by_budget",
+    "keep_by_ratio",
+    "keep_first",
+    "promote",
+    "spare_bytes",
+    "spend",
+]
 
 
 def keep_by_ratio(runs: Sequence[Sequence[int]], ratio: float) -> list[int]:
@@ -127,6 +137,16 @@ def spend(demand: Demand, budget: int) -> Stay:
             'let shards of parameters leave, too: "offload_param": {"device": "cpu"}.',
         )
     )
+
+
+def spare_bytes(meter: Meter, agree: Callable[[int], int]) -> int:
+    """Bytes that no step so far has needed on any device. A collective.
+
+    Args:
+        meter: measures the memory of this rank's device, and has done so for a whole step.
+        agree: gives the least number of all ranks.
+    """
+    return agree(max(meter.limit() - meter.read().peak, 0))
 
 
 def promote(sizes: Sequence[int], free: int) -> list[int]:

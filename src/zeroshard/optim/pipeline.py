@@ -17,6 +17,10 @@ than the units it uses next, so the end of a step runs under the next forward. W
 in may be read again as soon as it was written out, in the order of the streams; the host, which
 looks at it between two steps, waits (`settle`).
 
+How many there are decides how long a step takes. Nothing can leave before the norm is known, so the
+update of the last unit, for which the next forward waits, comes as much earlier as there is room
+for what is stepped and has not left. Hence buffers stay from one step to the next.
+
 Buffers are allocated and freed on the compute stream: what was there before is over when the first
 load arrives, and the computation has waited for the last one to leave before they are freed.
 """
@@ -45,15 +49,12 @@ _SHARE_OF_FREE = 8  # a part of what is free on the device
 
 @dataclass(frozen=True, slots=True)
 class _Stepped:
-    """The end of a unit's step."""
+    """The end of a unit's step; one of its own also where there is nothing to wait for."""
 
     ticket: Ticket
-    pipeline: Pipeline | None
 
     def wait(self) -> None:
         self.ticket.wait()
-        if self.pipeline is not None:
-            self.pipeline.release()
 
 
 class Pipeline:
@@ -145,9 +146,9 @@ class Pipeline:
         self._idle.append(slot)
         self._send_for()
 
-    def ticket(self, *, is_last: bool) -> Ticket:
-        """The end of what the current stream was given so far; with the last, buffers go back."""
-        return _Stepped(self._mesh.now(), self if is_last else None)
+    def ticket(self) -> Ticket:
+        """The end of what the current stream was given so far."""
+        return _Stepped(self._mesh.now())
 
     def end(self) -> None:
         """A step has gone through all loads."""
@@ -188,7 +189,6 @@ class Pipeline:
         for slot in self._idle:
             slot.left.wait()
         self._idle.clear()
-        self._mesh.parcels.settle()
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -531,6 +531,7 @@ class ShardedOptimizer:
     @contextmanager
     def _beside(self) -> Iterator[None]:
         """Step inside, beside the computation if state comes from elsewhere."""
+        self.mesh.parcels.settle()
         if not self._far:
             yield
             self.mesh.parcels.settle()
@@ -551,14 +552,13 @@ class ShardedOptimizer:
         self._scalars = scale
         with torch.no_grad(), self._beside():
             ends = {} if self._host is None else self._host.step(fused, *scale)
-            here = [unit for unit in self.units if unit not in ends]
             for unit in self.units:
                 if unit not in ends:
                     out = unit.shard_to_write()
                     for part in fused.parts(unit):
                         with self._pipeline.visiting(part.load) as tensors:
                             fused.update(unit, part, tensors, out, scale)
-                    ends[unit] = self._end(is_last=unit is here[-1])
+                    ends[unit] = self._end()
                 elif unit.reads_as_published:
                     ends[unit].wait()
                 self._publish([unit], is_written=True, step=ends[unit])
@@ -578,8 +578,7 @@ class ShardedOptimizer:
                 for unit in units:
                     if unit in self._far:
                         self._far[unit].take_in()
-                    end = self._end(is_last=unit is self.units[-1])
-                    self._publish([unit], is_written=unit in self._far, step=end)
+                    self._publish([unit], is_written=unit in self._far, step=self._end())
 
     def _step_units(self, units: Sequence[Unit], scaling: _Scaling, *, is_inside: bool) -> None:
         """Step the slices of some units; torch's optimizers pass over those without gradients.
@@ -599,9 +598,9 @@ class ShardedOptimizer:
                 scaling.apply_(shards)
                 self.inner.step()
 
-    def _end(self, *, is_last: bool) -> Ticket:
+    def _end(self) -> Ticket:
         """The end of a unit's step, which is made on the stream that is current."""
-        return self._pipeline.ticket(is_last=is_last) if self._far else DONE
+        return self._pipeline.ticket() if self._far else DONE
 
     def _publish(
         self, units: Sequence[Unit], *, is_written: bool = False, step: Ticket = DONE

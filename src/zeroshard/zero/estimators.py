@@ -19,7 +19,9 @@ all three; optimizer, parameters            4L              18Pa/N, or Pa max(4n
 
 Of two figures the first is for models built inside ``zero.Init``. Activations, communication
 buffers and fragmentation are not in them. ``zeroshard`` averages gradients in fp32, unit by unit,
-and keeps no second copy of them, so it takes somewhat less.
+and keeps no second copy of them, so where nothing is on the host it takes somewhat less. What is on
+the host takes 12P for the optimizer and 2P for parameters there, without a factor. Gradients that
+are averaged stay on the GPUs until the step, 4P/G beside the figures of the last rows.
 """
 
 from __future__ import annotations

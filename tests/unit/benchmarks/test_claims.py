@@ -66,9 +66,28 @@ def test_a_variant_says_what_differs_in_the_workload_and_in_the_configuration() 
     assert Variant.parse("fsdp2-kept").stage is None
 
 
+def test_what_leaves_the_device_is_a_setting_of_each_engine_that_can() -> None:
+    base = {"zero_optimization": {"stage": 3}}
+    home = {"device": "cpu", "pin_memory": True}
+    ratio = "zero_optimization.offload_optimizer.ratio=0.25"
+    variant = Variant.parse(f"zeroshard-2:offload=optimizer:{ratio}")
+    assert variant.configuration(base) == {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {**home, "ratio": 0.25}}
+    }
+    variant = Variant.parse("deepspeed-3:offload=all")
+    assert variant.offload == "all" and Variant.parse("zeroshard-3").offload == "none"
+    assert variant.configuration(base) == {
+        "zero_optimization": {"stage": 3, "offload_optimizer": home, "offload_param": home}
+    }
+    assert Variant.parse("fsdp2:offload=all").offload == "all"
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
+        ("zeroshard-3:offload=half", "none, optimizer and all"),
+        ("fsdp2:offload=optimizer", "none and all"),
+        ("plain:offload=all", "plain: offload can be none"),
         ("fsdp", "no engine"),
         ("zeroshard-4", "no engine"),
         ("zeroshard-3:gather", "not KEY=VALUE"),
@@ -167,6 +186,41 @@ def test_on_a_host_without_gpus_a_claim_runs_at_toy_size(name: str) -> None:
         args = train_step.arguments(command[2:])
         entries = train_step.entries_of(args, name)
         assert {entry.own_workload.model for entry in entries} == {"tiny"}
+
+
+def test_page_locked_bytes_are_judged_on_the_rank_with_most_for_its_state() -> None:
+    requirement = Requirement("zeroshard-3", "pinned", 1.02)
+    moved = [None, {"state_bytes": 100, "pinned_bytes": 101}]
+    run = [measured("zeroshard-3", 1.0, off_device=moved)]
+    assert (judge(requirement, run).measured, judge(requirement, run).is_met) == (1.01, True)
+    run = [measured("zeroshard-3", 1.0, off_device=[{"state_bytes": 100, "pinned_bytes": 128}])]
+    assert judge(requirement, run).is_met is False
+    nothing = judge(requirement, [measured("zeroshard-3", 1.0)])
+    assert nothing.measured is None and "nothing is page-locked" in nothing.describe()
+
+
+def test_a_disk_and_the_largest_model_have_figures_of_their_own() -> None:
+    disk = Requirement("zeroshard-2", "disk", 0.85)
+    assert judge(disk, [measured("zeroshard-2", 1.0, disk_ratio=0.9)]).is_met
+    assert judge(disk, [measured("zeroshard-2", 1.0, disk_ratio=None)]).measured is None
+    largest = Requirement("zeroshard-3", "parameters", 1.8, "zeroshard-2")
+    run = [
+        measured("zeroshard-3", 1.0, parameters=18e9, notes=["20 billion do not train: no room"]),
+        measured("zeroshard-2", 1.0, parameters=9e9),
+    ]
+    assert judge(largest, run).measured == 2.0
+    assert "10^9 parameters" in render.terminal(run) and "18.00" in render.terminal(run)
+    assert "- zeroshard-3: 20 billion do not train: no room" in render.markdown(run)
+
+
+def test_host_memory_is_shown_where_something_leaves_the_device() -> None:
+    run = [
+        measured("zeroshard-2:offload=optimizer", 1.0, claim="offload", host_gib=43.25),
+        failed("deepspeed-2:offload=optimizer", "out of memory (build)", "offload"),
+    ]
+    text = render.markdown(run)
+    assert text.count("| host |") == 1 and "| 43.25 |" in text
+    assert " host" not in render.terminal([measured("zeroshard-2", 1.0, host_gib=43.25)])
 
 
 def test_scaling_compares_most_ranks_with_fewest() -> None:

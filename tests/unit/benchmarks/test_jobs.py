@@ -134,6 +134,24 @@ def test_an_engine_that_keeps_memory_ends_the_job_and_neither_it_nor_the_next_fa
     assert jobs == [list(names), ["zeroshard-3", "fsdp2"]]
 
 
+def test_so_does_one_that_keeps_memory_of_the_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    built: list[str] = []
+
+    def build(variant: Variant, *_: Any) -> Trainer:
+        built.append(variant.label)
+        return trained()
+
+    # As where page-locked memory is kept for the next who asks.
+    monkeypatch.setattr(worker, "_host_gib", lambda: 40.0 if "deepspeed-2" in built else 1.0)
+    names = ("plain", "deepspeed-2", "zeroshard-2")
+    reports, jobs = measured(monkeypatch, tmp_path, build, names)
+    assert jobs == [list(names), ["zeroshard-2"]]
+    figures = [each.result or {} for each in reports]
+    assert [each["host_gib"] for each in figures] == [2.0, 80.0, 2.0]  # of two ranks
+
+
 def test_a_rank_that_fails_alone_does_not_leave_the_others_waiting_in_a_collective(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -51,9 +51,9 @@ def descriptor(folder: Path) -> str:
 
 
 def replace_calls(
-    monkeypatch: pytest.MonkeyPatch, name: str, instead: Callable[..., int]
-) -> Callable[..., int]:
-    """Let os.preadv or os.pwritev be another function, which is given the true one first."""
+    monkeypatch: pytest.MonkeyPatch, name: str, instead: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Let a function of os be another one, which is given the true one first."""
     true = getattr(os, name)
     monkeypatch.setattr(os, name, lambda *args: instead(true, *args))
     return true
@@ -339,6 +339,24 @@ def test_a_file_where_a_folder_is_meant_is_an_error(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(OffloadError, match="Not a directory"):
         FileDepot(path, name="rank 0")
+
+
+def test_a_file_that_is_lengthened_while_another_thread_looks_at_it_is_not_cut_short(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    depot = FileDepot(tmp_path, name="rank 0", settings=SMALL)
+    taken: list[Tensor] = []
+
+    def meanwhile(true: Callable[[int], os.stat_result], handle: int) -> os.stat_result:
+        found = true(handle)
+        taken.append(depot.take(ALIGNMENT, torch.uint8))
+        return found
+
+    with monkeypatch.context() as patch:
+        replace_calls(patch, "fstat", meanwhile)
+        depot.check()
+    assert len(taken) == 1
+    depot.check()
 
 
 def test_a_file_that_is_cut_short_is_an_error_now_and_later_and_never_a_crash(

@@ -13,8 +13,10 @@ from zeroshard.engine.fitting import (
     keep_by_ratio,
     keep_first,
     promote,
+    spare_bytes,
     spend,
 )
+from zeroshard.engine.meter import Memory
 from zeroshard.errors import ConfigError
 
 SIZES = st.integers(0, 50)
@@ -140,6 +142,25 @@ def test_a_budget_too_small_for_what_has_to_stay_is_refused_with_the_bytes_of_ea
     assert "parameters 6.0 GiB, gradients 3.0 GiB, buffers for what leaves 0.5 GiB." in text
     assert "hint: raise the budget" in text
     assert spend(demand, 10 * gib) == Stay([1], [])
+
+
+def test_spare_is_what_the_fullest_rank_has_left_under_its_peak() -> None:
+    class Meter:
+        def __init__(self, peak: int) -> None:
+            self._peak = peak
+
+        def read(self) -> Memory:
+            return Memory(allocated=1, peak=self._peak, shortages=0)
+
+        def restart(self) -> None:
+            raise AssertionError("a peak that others read, too, is left alone")
+
+        def limit(self) -> int:
+            return 100
+
+    assert spare_bytes(Meter(70), lambda mine: min(mine, 50)) == 30
+    assert spare_bytes(Meter(70), lambda mine: min(mine, 20)) == 20
+    assert spare_bytes(Meter(120), lambda mine: mine) == 0
 
 
 @given(st.lists(SIZES, max_size=8), ROOMS)

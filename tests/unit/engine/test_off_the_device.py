@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from forked import run_ranks
 from unit.engine.small import Block, Net, batch, make, weights_of
 from zeroshard.engine import build
+from zeroshard.engine.headroom import Claim
 from zeroshard.errors import ConfigError, OffloadError
 from zeroshard.optim import carriers
 
@@ -86,7 +87,7 @@ def train(
 ) -> Run:
     settings = {"zero_optimization": {"stage": stage, **(zero or {})}, **more}
     with heard() as said:
-        engine = make(stage, model, optimizer=ADAM, bf16={"enabled": True}, **settings)
+        engine = make(stage, model, **{"optimizer": ADAM, "bf16": {"enabled": True}} | settings)
     for number in range(3):
         loss = (engine(batch(number, torch.bfloat16)).float() - 1).square().mean()
         engine.backward(loss)
@@ -188,6 +189,29 @@ def test_an_automatic_budget_begins_with_nothing_that_could_leave() -> None:
     run_ranks(rank, 1)
 
 
+def test_what_room_is_looked_for_is_what_is_taken() -> None:
+    """Whatever the optimizer keeps: padding is all that is asked for beside."""
+    optimizers: list[dict[str, Any]] = [
+        ADAM,
+        {"type": "SGD", "params": {"lr": 0.1}},
+        {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+        {"type": "Lion", "params": {"lr": 0.01}},
+        {"type": "Adagrad", "params": {"lr": 0.01}},
+        {"type": "RMSprop", "params": {"lr": 0.01, "centered": True}},
+    ]
+
+    def rank(rank: int, world: int) -> None:
+        asked: list[Claim] = []
+        zero = {"offload_optimizer": CPU, "offload_param": CPU}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "check_room", lambda claim, *_: asked.append(claim))
+            for optimizer in optimizers:
+                taken = train(3, zero, model=Deep(), optimizer=optimizer).memory.host_bytes
+                assert taken <= asked[-1].host_bytes <= 1.05 * taken, optimizer["type"]
+
+    run_ranks(rank, 2)
+
+
 def test_a_missing_folder_is_one_error_on_all_ranks_and_the_model_can_train_after_it(
     tmp_path: Path,
 ) -> None:
@@ -240,6 +264,19 @@ def test_a_depot_that_fails_on_one_rank_is_an_error_on_all() -> None:
         "rank 1 could not keep state off its device, so no rank did. OffloadError: rank 1 cannot "
         "page-lock.\n\nhint: do this."
     )
+
+
+def test_shards_that_cannot_leave_without_their_state_are_said_to_stay() -> None:
+    def rank(rank: int, world: int) -> list[str]:
+        with heard() as said:
+            for optimizer in ({}, {**CPU, "ratio": 0.5}, CPU):
+                zero = {"stage": 3, "offload_param": CPU, "offload_optimizer": optimizer}
+                make(3, optimizer=ADAM, zero_optimization=zero).destroy()
+        return [text for text in said if "stay on the device, as" in text]
+
+    nothing_leaves, half = run_ranks(rank, 2)[0]
+    assert "offload_param: the shards of 3 of 3 units stay on the device" in nothing_leaves
+    assert "the shards of 1 of 3 units stay" in half
 
 
 def test_where_the_update_runs_is_said_to_be_idle_if_nothing_leaves() -> None:
