@@ -121,7 +121,22 @@ def test_all_ranks_choose_by_the_slowest_and_say_both_figures(
 
 
 @on_ranks(1)
-def test_nothing_is_tried_where_the_device_is_the_host() -> None:
+def test_nothing_is_tried_where_memory_for_gradients_would_be_short(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with (
+        mock.patch.object(update_choice, "bytes_free", lambda: 100),
+        mock.patch.object(update_choice, "_is_the_host", lambda _: False),
+        mock.patch.object(update_choice, "bus", side_effect=AssertionError),
+        caplog.at_level(logging.INFO, "zeroshard"),
+    ):
+        assert offloaded() is None
+    said = "the update of offloaded state runs on the GPU: host memory is short"
+    assert said in caplog.messages
+
+
+@on_ranks(1)
+def test_nothing_is_tried_where_the_device_where_the_device_is_the_host() -> None:
     with mock.patch.object(update_choice, "bus", side_effect=AssertionError):
         assert offloaded() is None
         assert offloaded(offload_update="gpu") is None
