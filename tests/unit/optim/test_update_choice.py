@@ -85,10 +85,11 @@ def test_the_worker_has_threads_and_cpus_of_its_own_and_others_keep_theirs() -> 
     other.close()
 
 
-def offloaded(device: str = "cpu", **extension: object) -> object:
-    zero = {"stage": 3, "offload_optimizer": {"device": device, "cpuadam_cores_perc": 0.1}}
+def offloaded(stage: int = 3, **extension: object) -> object:
+    offload = {"device": "cpu", "cpuadam_cores_perc": 0.1}
+    zero = {"stage": stage, "offload_optimizer": offload}
     adam = {"type": "AdamW", "params": {"lr": 0.1}}
-    return make(3, optimizer=adam, zero_optimization=zero, zeroshard=extension)._sharded._host
+    return make(stage, optimizer=adam, zero_optimization=zero, zeroshard=extension)._sharded._host
 
 
 @on_ranks(2)
@@ -141,3 +142,17 @@ def test_nothing_is_tried_where_the_device_where_the_device_is_the_host() -> Non
         assert offloaded() is None
         assert offloaded(offload_update="gpu") is None
         assert offloaded(offload_update="cpu") is not None
+
+
+@on_ranks(2)
+def test_replicas_on_cpus_of_different_kinds_are_stepped_on_the_device(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kind = ("AVX2", "AVX512")[int(os.environ["RANK"])]
+    with (
+        mock.patch.object(torch.backends.cpu, "get_cpu_capability", lambda: kind),
+        caplog.at_level(logging.WARNING, "zeroshard"),
+    ):
+        assert offloaded(stage=0, offload_update="cpu") is None
+        assert offloaded(stage=3, offload_update="cpu") is not None
+    assert "with the same weights differ" in "".join(caplog.messages)
