@@ -155,7 +155,7 @@ class _Beside:
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """The tensors that hold a unit on this rank now. See [Note: flat units]."""
+    """The tensors that hold a unit on the device now. See [Note: flat units]."""
 
     parameters: tuple[Tensor, ...]
     master: Tensor | None
@@ -262,7 +262,7 @@ class Unit:
         self._wants_gather, self._wants_reduce = f"to gather {self.name}", f"to reduce {self.name}"
         self._gathering: Ticket = DONE
         self._writing: Ticket = DONE  # of master weights, which may not change meanwhile
-        self._staged: Tensor | None = None  # the shard that a step writes, on its way out
+        self._leaving: Tensor | None = None  # the shard that a step writes, on its way out
         self._num_users = 0  # of the full buffer's memory, before it was gathered
         self._is_readable = self._is_outlined = self._is_deferred = False
         self._own_users = 0  # of that memory; see `note_users`
@@ -275,7 +275,8 @@ class Unit:
         self.recall: Callable[[bool], object] | None = None
         # Set by the optimizer for a backward that ends an accumulation: takes what was reduced.
         self.on_reduced: Callable[[Unit], object] | None = None
-        self.has_gradient = False
+        # Whether there is a full gradient, and whether it may have digits that no addend of it has.
+        self.has_gradient = self._is_sum = False
         self._grad_shard = self._away = self._norms = None
         # Set by the runtime, for modules that use the unit without holding its parameters.
         self.add_use: Callable[[nn.Module], object] | None = None
@@ -529,7 +530,7 @@ class Unit:
 
     @property
     def holdings(self) -> Holdings:
-        """The tensors whose memory may be moved between two passes, after :meth:`park`."""
+        """The tensors on the device that may be moved between two passes, after :meth:`park`."""
         self.settle()
         self._spill()
         self._rejoin()
@@ -538,7 +539,7 @@ class Unit:
         has_buffer = self._gradient is not None and self._gradient.is_allocated
         return Holdings(
             parameters=(*full, *self._store.tensors),
-            master=self.master,
+            master=self.master if self.state.is_near else None,
             grad_shard=self.grad_shard,
             full_gradient=self._buffer.tensor if has_buffer else None,
         )
@@ -633,8 +634,8 @@ class Unit:
         assert self.master is not None, f"{self.name} is frozen and has no master weights"
         self._end_gather()
         if not self.is_shard_near:
-            self._staged = self._full.tensor.new_empty(self.layout.shard_numel)
-            return self._staged
+            self._leaving = self._full.tensor.new_empty(self.layout.shard_numel)
+            return self._leaving
         (shard,) = self._store.tensors
         return None if shard.data_ptr() == self.master.data_ptr() else shard
 
@@ -658,7 +659,7 @@ class Unit:
                 `show_stepped` follows on the stream of the computation.
         """
         if is_written:
-            self._send_staged()
+            self._send_shard()
             self._note_edit()
         else:
             self.write_master()
@@ -684,10 +685,10 @@ class Unit:
         if self.is_full and not self._is_deferred:
             self.wait()
 
-    def _send_staged(self) -> None:
-        staged, self._staged = self._staged, None
-        if staged is not None:
-            self.mesh.parcels.send(staged, self._store.write(staged))
+    def _send_shard(self) -> None:
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            self.mesh.parcels.send(leaving, self._store.write(leaving))
 
     def _defer(self, coming: Ticket) -> None:
         """Let whoever touches a parameter wait for its values.
@@ -826,7 +827,7 @@ class Unit:
             The full gradient of each parameter, zeros, to be filled.
         """
         self._fresh_gradient().tensor.zero_()
-        self.has_gradient = True
+        self.has_gradient = self._is_sum = True
         return self._buffer.views
 
     def _take_replaced(self) -> list[str]:
@@ -924,6 +925,7 @@ class Unit:
 
     def _fill(self, arrived: list[int], given: list[Tensor]) -> None:
         """Copy gradients into the full gradient, or add them to what it has."""
+        self._is_sum = self.has_gradient
         if self.has_gradient:
             torch._foreach_add_([self._buffer.views[index] for index in arrived], given)
         else:
@@ -958,6 +960,7 @@ class Unit:
         """What this rank alone has of a parameter's gradient since the last reduction, if any."""
         self._spill()
         self._rejoin()
+        self._is_sum = True  # whoever has it may edit it
         return self._buffer.views[index] if self.has_gradient else None
 
     def _checked(self, index: int, grad: Tensor) -> Tensor:
@@ -1003,7 +1006,12 @@ class Unit:
         mine = wire[self.layout.shard(self.mesh.shard.rank).slice()]
         # A gradient that stays is reduced in place; one that goes leaves its shard behind.
         in_place = wire is full and self.lifetime.grads_stay
-        return mine if in_place else torch.empty_like(mine), wire
+        if in_place:
+            return mine, wire
+        # Where nothing is averaged, what arrived once has no more digits than it came with.
+        is_exact = self.mesh.world == 1 and not self._is_sum and self.precision.averaging == MEAN
+        is_wider = dtype.itemsize > self.dtype.itemsize
+        return torch.empty_like(mine, dtype=self.dtype if is_exact and is_wider else dtype), wire
 
     def _write_in_turn(self) -> tuple[Tensor, Tensor]:
         """The same where the reducer has room for the full gradient.

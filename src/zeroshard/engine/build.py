@@ -742,7 +742,10 @@ def _update_bytes(placed: Sequence[Placed], settings: configuration.Config, mesh
 
 def _bytes_on_host(model: nn.Module) -> int:
     """Bytes of parameters in host memory, which they leave one unit after another."""
-    return sum(param.nbytes for param in model.parameters() if param.device.type == "cpu")
+    full = sum(param.nbytes for param in model.parameters() if param.device.type == "cpu")
+    slots = [slot_of(param) for param in model.parameters()]
+    waiting = dict.fromkeys(slot.unit for slot in slots if slot is not None)
+    return full + sum(unit.store.home.nbytes for unit in waiting if not unit.is_shard_near)
 
 
 def _seal(

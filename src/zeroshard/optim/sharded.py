@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zeroshard.core.collectives import DONE, Answered, Exchange, Ticket, all_reduce_
+from zeroshard.core.hook import while_alive
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.norm import squared
 from zeroshard.core.slots import slot_of
@@ -260,7 +261,7 @@ class ShardedOptimizer:
         self._far = {unit: FarState(unit, self._states[unit], inner) for unit in self._far_units()}
         self._parts = self._divide()
         for unit in self._far:
-            unit.recall = self.recall
+            unit.recall = while_alive(self.recall)
         self._num_slices = sum(len(group["params"]) for group in inner.param_groups)
         self._guard = inner.register_step_pre_hook(self._refuse_direct_step)
         self._fused: FusedAdam | None = None
@@ -578,7 +579,8 @@ class ShardedOptimizer:
                 for unit in units:
                     if unit in self._far:
                         self._far[unit].take_in()
-                    self._publish([unit], is_written=unit in self._far, step=self._end())
+                    end = self._end()
+                    self._publish([unit], is_written=unit in self._far, step=end)
 
     def _step_units(self, units: Sequence[Unit], scaling: _Scaling, *, is_inside: bool) -> None:
         """Step the slices of some units; torch's optimizers pass over those without gradients.

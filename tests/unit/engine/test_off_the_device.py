@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -309,3 +311,24 @@ def test_what_backward_has_read_ahead_is_not_read_again_by_the_step() -> None:
 
     for *counts, num_units in run_ranks(work, 1):
         assert counts[-1] == counts[-2] == num_units
+
+
+def test_an_engine_that_was_dropped_is_gone_with_what_it_kept_off_the_device() -> None:
+    def rank(rank: int, world: int) -> None:
+        for stage in (2, 3):
+            zero: dict[str, Any] = {"stage": stage, "offload_optimizer": CPU}
+            if stage == 3:
+                zero["offload_param"] = CPU
+            settings: dict[str, Any] = {"zero_optimization": zero, "bf16": {"enabled": True}}
+            engine = make(stage, optimizer=ADAM, **settings)
+            engine.backward(engine(batch(0, torch.bfloat16)).sum())
+            engine.step()
+            want, model, gone = weights_of(engine), engine.module, weakref.ref(engine)
+            del engine
+            gc.collect()
+            assert gone() is None
+            second = make(stage, model, optimizer=ADAM, **settings)
+            assert all(torch.equal(w, want[name]) for name, w in weights_of(second).items())
+            second.destroy()
+
+    run_ranks(rank, 2)
