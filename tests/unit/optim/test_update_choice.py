@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import threading
 from unittest import mock
 
 import pytest
@@ -82,7 +84,11 @@ def test_the_worker_has_threads_and_cpus_of_its_own_and_others_keep_theirs() -> 
     assert other.submit(torch.get_num_threads).result() == 2
     assert worker.submit(torch.get_num_threads).result() == 3
     worker.close()
-    other.close()
+    (thread,) = [each for each in threading.enumerate() if "zeroshard-update" in each.name]
+    del other  # nobody has ended it
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def offloaded(stage: int = 3, **extension: object) -> object:
