@@ -137,9 +137,8 @@ class Runtime:
         self.num_backwards = 0
         self.gradient_bytes = 0  # held on this rank at the end of the last backward
         self.scaled = False
-        # Called in each backward that ends an accumulation, when the first gradients are complete.
+        # Called in a backward that ends an accumulation, whenever the gradients of a unit are there.
         self.before_step: Callable[[], object] | None = None
-        self._is_told = False
         self._unreduced = False
         self._stray = [
             member.param
@@ -520,8 +519,7 @@ class Runtime:
             reduces = self._reduces(unit)
             if counts.uses <= 0 and unit.is_trained and unit.collect(behind=reduces) and reduces:
                 self.schedule.ready(unit)
-                if self.boundary and not self._is_told and self.before_step is not None:
-                    self._is_told = True
+                if self.boundary and self.before_step is not None:
                     self.before_step()
 
     def _reduces(self, unit: Unit) -> bool:
@@ -530,7 +528,7 @@ class Runtime:
     @torch.no_grad()
     def _finish(self) -> None:
         """End of backward: nothing is open, every gradient is collected and, if due, reduced."""
-        self._finish_queued = self._is_told = False
+        self._finish_queued = False
         if self._active:
             return  # inside forward; the backward that follows forward ends the pass
         for unit in self.units:

@@ -91,6 +91,19 @@ class Aside:
         """The end of what was started inside so far."""
         return DONE if self._device is None else self._stream.record_event()
 
+    def give_way(self, relay: Aside) -> None:
+        """Let copies of other streams in between what was started inside and what comes next.
+
+        The engine that copies in one direction stays with a stream as long as that has something
+        ready: a number that somebody reads on the host waits for all of it. A stream that has to
+        wait, for an event that is passed on by another one here, is left for the next.
+        """
+        if self._device is not None:
+            with relay.after(self.end()):
+                passed_on = relay.end()
+            with self.after(passed_on):
+                pass
+
     def finish(self) -> None:
         """Let the host wait for all that was started inside."""
         if self._device is not None and "_stream" in vars(self):
@@ -141,6 +154,7 @@ class Mesh:
         # State that is kept off the device: on its way in, stepped, and on its way out.
         self.incoming, self.outgoing = Aside(device), Aside(device)
         self.stepping = Aside(device, priority=-1)  # the next forward waits for it
+        self.relay = Aside(device, priority=-1)  # never has anything to do but pass on events
         self.reading, self.writing = Aside(device), Aside(device)  # shards off the device
         self.parcels = Parcels()
         self.rank = replicate.rank * shard.size + shard.rank

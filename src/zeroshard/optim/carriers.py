@@ -58,7 +58,8 @@ class Slot:
         self.load: Load | None = None
         self.views: list[Tensor] = []
         self.arrived: Ticket = DONE
-        self.left = free  # after which the buffer may be filled again
+        self.left = free  # after which the buffer may be filled again ...
+        self.gate: Ticket = DONE  # ... and this
 
 
 class Carrier(Protocol):
@@ -98,10 +99,11 @@ class Bus:
     def fetch(self, slot: Slot) -> None:
         """Copy it on a stream of its own, once the buffer may be filled."""
         assert slot.load is not None, "a slot without a load is not filled"
-        with self._mesh.incoming.after(slot.left):
+        with self._mesh.incoming.after(slot.left, slot.gate):
             for view, home in zip(slot.views, slot.load.homes, strict=True):
                 view.copy_(home, non_blocking=True)
         slot.arrived = self._mesh.incoming.end()
+        self._mesh.incoming.give_way(self._mesh.relay)
 
     def receive(self, slot: Slot) -> None:
         """Let the current stream wait for the copy."""
@@ -114,6 +116,7 @@ class Bus:
             for view, home in zip(slot.views, slot.load.homes, strict=True):
                 home.copy_(view, non_blocking=True)
         slot.left = self._mesh.outgoing.end()
+        self._mesh.outgoing.give_way(self._mesh.relay)
 
     def settle(self) -> None:
         """Let the host wait for all copies to the host."""

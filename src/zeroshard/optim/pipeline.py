@@ -11,7 +11,7 @@ ones after it arrive, and the bus works in both directions at once:
     outgoing                      load 3   load 4   load 5
 
 There are few buffers, used in turn: reading into one waits for the writing out of it. Reading ahead
-begins in backward, as far as the buffers go; nothing but the update itself needs the norm of all
+begins in backward, bit by bit as far as the buffers go; nothing but the update itself needs the norm of all
 gradients, so the time until that is known goes into reading. The computation waits for no more
 than the units it uses next, so the end of a step runs under the next forward. What a load is kept
 in may be read again as soon as it was written out, in the order of the streams; the host, which
@@ -27,6 +27,7 @@ load arrives, and the computation has waited for the last one to leave before th
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,7 +39,7 @@ from torch import Tensor
 from zeroshard.core.depot import Depot
 from zeroshard.core.files import FileDepot
 from zeroshard.core.mesh import Mesh
-from zeroshard.core.ticket import Ticket
+from zeroshard.core.ticket import DONE, Ticket
 from zeroshard.errors import OffloadError
 from zeroshard.optim.carriers import Bus, Carrier, Disk, Load, Slot
 
@@ -78,7 +79,7 @@ class Pipeline:
         self.is_under_way = False
 
     def start(self, loads: Sequence[Load], at_once: int = 1) -> None:
-        """Read ahead for a step that goes through these loads in order; nothing if it has begun.
+        """Be ready for a step that goes through these loads in order; nothing if that is so.
 
         Args:
             loads: all that the step needs; those of near depots are passed over.
@@ -96,7 +97,15 @@ class Pipeline:
         with self._mesh.incoming.after(self._mesh.outgoing.end()):
             pass  # what the last step brought back may be read again
         self._make_slots(max(load.nbytes for load in far), min(len(far), at_once + _FEWEST - 1))
-        self._send_for()
+
+    def read_ahead(self, share: float) -> None:
+        """Send for a share of what the buffers hold, once the computation has come to where it is.
+
+        The bus has more to carry in backward, such as shards of parameters, which would wait behind
+        a long row of loads: the host that sends for them is far ahead of the device.
+        """
+        number = len(self._idle) + len(self._coming)
+        self._send_for(self._mesh.now(), math.ceil(share * number))
 
     def _make_slots(self, nbytes: int, at_least: int) -> None:
         """Buffers on the device, if those there are do not do."""
@@ -112,9 +121,12 @@ class Pipeline:
             buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._mesh.device)
             self._idle.append(Slot(buffer, at, now))
 
-    def _send_for(self) -> None:
-        while self._due and self._idle:
+    def _send_for(self, after: Ticket = DONE, most: int | None = None) -> None:
+        number = len(self._idle) if most is None else most
+        while self._due and self._idle and number:
+            number -= 1
             slot = self._idle.popleft()
+            slot.gate = after
             load = slot.load = self._due.popleft()
             slot.views = load.lay(slot.buffer)
             self._carrier(load).fetch(slot)

@@ -510,10 +510,16 @@ class ShardedOptimizer:
             )
 
     def read_ahead(self) -> None:
-        """Send for the state that the next step is expected to need first, if any is elsewhere."""
+        """Send for some of what the next step is expected to need first, if any is elsewhere.
+
+        For a backward to call once for each unit; half of the units are enough to send for all that
+        there is room for.
+        """
         if self._host is not None and self._fused is not None and self._fused.may_step:
             self._host.send_as_reduced(True)
-        self._read_ahead(self._fused)
+        if self._far:
+            self._read_ahead(self._fused)
+            self._pipeline.read_ahead(share=2 / len(self.units))
 
     def _on_host(self, fused: FusedAdam | None) -> Sequence[Unit]:
         """The units that are stepped on the host."""
