@@ -37,6 +37,7 @@ from zeroshard.engine.getters import Getters
 from zeroshard.engine.misuse import ScheduleWatch, check_members, refuse_foreign_steps
 from zeroshard.engine.offload import Offloaded, OffloadStateTypeEnum, offload, states_named
 from zeroshard.engine.optimizer import ZeroOptimizer
+from zeroshard.engine.promotion import Promotion
 from zeroshard.errors import Error, UsageError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
 
@@ -118,6 +119,7 @@ class Engine(Getters):
         self.batch, self.configuration = settings.batch, settings.config
         self._sharded, self._watch = sharded, watch
         self._activations: Activations | None = None
+        self._promotion: Promotion | None = None
         self._boundary_override: bool | None = None
         self._counts_from = 0  # the micro-step from which accumulations are counted
         self._is_step_due = False  # a coalesced group of micro-steps has ended
@@ -351,6 +353,8 @@ class Engine(Getters):
         self.global_samples += self.train_batch_size()
         if self._activations is not None:
             self._activations.end_step()
+        if self._promotion is not None and self._promotion.end_step():
+            self._promotion = None
 
     def _report(self) -> None:
         every = self.settings.steps_per_print
@@ -512,6 +516,10 @@ class Engine(Getters):
         """Let a budget decide which blocks keep their activations, until ``destroy``."""
         self._activations = activations
         activations.install()
+
+    def bring_state_back(self, promotion: Promotion) -> None:
+        """Let optimizer state come back to the device once steps have shown what is free there."""
+        self._promotion = promotion
 
     @property
     def activation_plan(self) -> ActivationPlan | None:

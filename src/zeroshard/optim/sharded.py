@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zeroshard.core.collectives import DONE, Answered, Exchange, Ticket, all_reduce_
+from zeroshard.core.depot import DeviceDepot
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.norm import squared
 from zeroshard.core.slots import slot_of
@@ -47,7 +48,14 @@ from zeroshard.optim.pipeline import Pipeline
 from zeroshard.optim.scaler import LossScaler
 from zeroshard.optim.whole import ALONE, Sharded, WholeOptimizer
 
-__all__ = ["Kernels", "ShardedOptimizer", "StepPolicy", "check_optimizer", "optimizer_parameters"]
+__all__ = [
+    "Kernels",
+    "ShardedOptimizer",
+    "StepPolicy",
+    "check_optimizer",
+    "numel_at_once",
+    "optimizer_parameters",
+]
 
 Kernels = Literal["auto", "fused", "torch"]
 """Who steps the slices: one pass over each shard, or the optimizer's own step."""
@@ -93,9 +101,12 @@ class StepPolicy:
     num_buffers: int | None = None
 
 
-def _numel_at_once(policy: StepPolicy) -> int:
-    """Elements of state that come from elsewhere at once: whole pages of files."""
-    most = min(policy.most_numel or _MOST_NUMEL, _MOST_NUMEL)
+def numel_at_once(most_numel: int | None) -> int:
+    """Elements that come from elsewhere at once, whole pages of files, if one pass steps a shard.
+
+    ``most_numel``: as in `StepPolicy`.
+    """
+    most = min(most_numel or _MOST_NUMEL, _MOST_NUMEL)
     return -(-most // _PAGE_NUMEL) * _PAGE_NUMEL
 
 
@@ -284,7 +295,7 @@ class ShardedOptimizer:
                     self._states,
                     mesh.device,
                     update,
-                    most_numel=_numel_at_once(policy),
+                    most_numel=numel_at_once(policy.most_numel),
                     log_level=logging.INFO if is_asked_for else logging.DEBUG,
                 )
                 self._fused.reserve()
@@ -634,6 +645,38 @@ class ShardedOptimizer:
             group["params"] = params
         if isinstance(self.inner, WholeOptimizer):
             self.inner.whole = ALONE
+
+    @property
+    def far_bytes(self) -> dict[Unit, int]:
+        """What the state of each unit that is kept off the device would take there."""
+        return {unit: far.nbytes_near for unit, far in self._far.items()}
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes on the device for state that passes through it, between two steps."""
+        return self._pipeline.nbytes
+
+    def bring_back(self, units: Iterable[Unit]) -> None:
+        """Keep the state of some units that is off the device there from now on; between two steps.
+
+        Units are stepped in the parts in which they were stepped before, which took no more memory
+        than is known.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for it.
+        """
+        self.recall()
+        self._pipeline.close()
+        for unit in units:
+            self._far[unit].come_back(DeviceDepot(self.mesh.device))
+            del self._far[unit]
+            unit.recall = None
+            if self._fused is not None:
+                self._fused.forget(unit)
+            else:
+                self._states[unit].give_back()  # the optimizer's own views keep the memory
+        if self._fused is not None:
+            self._fused.prepare()  # so that reading ahead knows what there is to read
 
     def let_go_of_state(self) -> None:
         """Hold on to no memory of the optimizer's state, so that it can be moved."""
