@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from places import FilesByHand, ThreadedFiles
-from zeroshard.core.depot import PlainDepot
+from places import FilesByHand, PlainDepot, ThreadedFiles
 from zeroshard.core.mesh import Axis, Mesh
 from zeroshard.core.staging import FileStore, InFiles, Staging
 from zeroshard.core.ticket import DONE, Ticket
