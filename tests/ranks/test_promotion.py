@@ -18,8 +18,8 @@ from zeroshard.core.depot import DeviceDepot
 from zeroshard.engine import build
 from zeroshard.engine.meter import Memory
 
-STEPS, NUM_BLOCKS = 4, 4
-SOME = 45_000  # bytes on one rank, of which a block's state takes most
+STEPS, NUM_BLOCKS = 4, 5
+SOME = 70_000  # bytes on one rank: the state of one or two blocks
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 18, "hysteresis": 1}}
 
@@ -120,6 +120,10 @@ CASES: Mapping[str, Mapping[str, Any]] = {
         "gradient_clipping": 0.1,
     },
     "fused, fp32": {"zeroshard": {"optimizer_step": "fused"}},
+    "stepped on the host": {
+        **BF16,
+        "zeroshard": {"optimizer_step": "fused", "offload_update": "cpu"},
+    },
     "first steps overflow": FP16,
     "momentum": {**BF16, "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}},
 }
@@ -133,12 +137,12 @@ def test_state_comes_back_without_a_trace_in_numbers(world: int) -> None:
             for number, (case, settings) in enumerate(CASES.items()):
                 stage = 1 + (number + world) % 3
                 near = train(patch, stage, None, **settings)
-                for free, num_far in ((SOME // world, NUM_BLOCKS - 1), (10**6, 0)):
+                for free, some_far in ((SOME // world, (3, 4)), (10**6, (0,))):
                     where = f"{case}, stage {stage}, {free} bytes free"
                     back = train(patch, stage, free, **settings)
                     found += [f"{where}: {name}" for name in back.differs_from(near)]
                     assert len(back.said) == 1, where
-                    assert back.num_far == num_far, where
+                    assert back.num_far in some_far, where
                     if not back.num_far:
                         check_nothing_is_left(back, near)
                     back.engine.destroy()
@@ -148,13 +152,19 @@ def test_state_comes_back_without_a_trace_in_numbers(world: int) -> None:
     assert run_ranks(rank, world) == [[]] * world
 
 
+def places(run: Run) -> tuple[int, ...]:
+    """Bytes in each place; gradients apart, which one rank does not keep in full beside offload."""
+    memory = run.engine.memory()
+    return memory.parameters_bytes, memory.optimizer_bytes, memory.host_bytes, memory.file_bytes
+
+
 def check_nothing_is_left(back: Run, near: Run) -> None:
     """Memory is that of a run whose state never left, and nothing goes beside the computation."""
     sharded = back.engine._sharded
     assert not sharded.far_bytes
     assert sharded.buffer_bytes == 0
     assert not sharded._pipeline._carriers
-    assert back.engine.memory() == near.engine.memory()
+    assert places(back) == places(near)
     for unit, other in zip(back.engine.runtime.units, near.engine.runtime.units, strict=True):
         assert isinstance(unit.state, DeviceDepot)
         assert unit.recall is None
@@ -166,7 +176,7 @@ def check_nothing_is_left(back: Run, near: Run) -> None:
 def test_the_first_units_come_back_and_ranks_with_more_room_bring_no_more() -> None:
     def rank(rank: int, world: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            run = train(patch, 2, 10**6 if rank else SOME, **BF16)
+            run = train(patch, 2, 10**6 if rank else 50_000, **BF16)
             first, second, *others = run.engine.runtime.units
             assert [first.state.is_near, second.state.is_near] == [True, True]
             assert not any(unit.state.is_near for unit in others)
@@ -176,7 +186,7 @@ def test_the_first_units_come_back_and_ranks_with_more_room_bring_no_more() -> N
             assert memory.host_bytes == sum(map(far_bytes, others))
             assert run.engine._sharded.buffer_bytes < 2 * far_bytes(first)
             assert run.said == [
-                "each rank: 0.0 MiB of 0.1 MiB of optimizer state came back to the device (2 of 4 "
+                "each rank: 0.0 MiB of 0.1 MiB of optimizer state came back to the device (2 of 5 "
                 "units), of whose memory steps left 0.0 MiB."
             ]
 
@@ -217,7 +227,7 @@ def test_state_in_files_comes_back_and_the_files_give_their_space_back(tmp_path:
             near = train(patch, 2, None, **BF16)
             back = train(patch, 2, 10**6, zero_optimization=zero, **BF16)
             assert back.differs_from(near) == []
-            assert back.engine.memory() == near.engine.memory()
+            assert places(back) == places(near)
 
     run_ranks(rank, 1)
 
