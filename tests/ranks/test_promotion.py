@@ -17,9 +17,11 @@ from unit.engine.small import Block, batch, make
 from zeroshard.core.depot import DeviceDepot
 from zeroshard.engine import build
 from zeroshard.engine.meter import Memory
+from zeroshard.engine.placement import buffer_bytes
 
 STEPS, NUM_BLOCKS = 4, 5
 SOME = 70_000  # bytes on one rank: the state of one or two blocks
+ADAM = {"type": "AdamW", "params": {"lr": 0.01}}
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 18, "hysteresis": 1}}
 
@@ -27,14 +29,15 @@ FP16 = {"fp16": {"enabled": True, "initial_scale_power": 18, "hysteresis": 1}}
 class Wide(nn.Module):
     """Blocks whose state is larger than pages, and of which no buffer holds all."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_blocks: int = NUM_BLOCKS, width: int = 256) -> None:
         super().__init__()
+        self.width = width
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.blocks = nn.ModuleList(Block(256) for _ in range(NUM_BLOCKS))
+            self.blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.repeat(1, 64)
+        x = x.repeat(1, self.width // 4)
         for block in self.blocks:
             x = block(x)
         return x
@@ -89,7 +92,7 @@ def train(patch: pytest.MonkeyPatch, stage: int, free: int | None, **more: Any) 
     extension = {"units": ["Block"], **more.pop("zeroshard", {})}
     if free is not None:
         extension["gpu_budget"] = "auto"
-    settings: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}, **more}
+    settings: dict[str, Any] = {"optimizer": ADAM, **more}
     cpu = {"device": "cpu", "buffer_count": 1}
     zero = {"stage": stage, **({} if free is None else {"offload_optimizer": cpu})}
     engine = make(stage, Wide(), **{"zero_optimization": zero, **settings}, zeroshard=extension)
@@ -187,7 +190,7 @@ def test_the_first_units_come_back_and_ranks_with_more_room_bring_no_more() -> N
             assert run.engine._sharded.buffer_bytes < 2 * far_bytes(first)
             assert run.said == [
                 "each rank: 0.0 MiB of 0.1 MiB of optimizer state came back to the device (2 of 5 "
-                "units), of whose memory steps left 0.0 MiB."
+                "units), where steps had left 0.0 MiB."
             ]
 
     run_ranks(rank, 2)
@@ -258,5 +261,80 @@ def test_without_a_gpu_to_measure_state_stays_where_it_is() -> None:
             make(2, zeroshard={"gpu_budget": "auto"}, optimizer={"type": "AdamW"})
             assert len(said) == 1
             assert 'zeroshard.gpu_budget "auto" measures the memory of a GPU' in said[0]
+
+    run_ranks(rank, 1)
+
+
+def test_running_out_of_memory_afterwards_names_the_key_to_set() -> None:
+    def rank(rank: int, world: int) -> list[str]:
+        def run_out(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        texts: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for free in (None, 10**6):
+                engine = train(patch, 2, free, **BF16).engine
+                engine.module.register_forward_pre_hook(run_out)
+                with pytest.raises(torch.OutOfMemoryError) as caught:
+                    engine(batch(0, torch.bfloat16))
+                texts.append(str(caught.value))
+        return texts
+
+    ((near, back),) = run_ranks(rank, 1)
+    assert "offload_optimizer" in near
+    assert "gpu_budget" not in near
+    assert "offload_optimizer" not in back
+    assert '"zeroshard": {"gpu_budget": ...} with a number of GiB' in back
+
+
+@pytest.mark.parametrize("kernels", ["fused", "torch"])
+def test_the_buffers_that_a_budget_counts_are_those_that_are_made(kernels: str) -> None:
+    def rank(rank: int, world: int) -> None:
+        planned: list[int] = []
+
+        def spy(*args: Any) -> int:
+            planned.append(buffer_bytes(*args))
+            return planned[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "buffer_bytes", spy)
+            for num_wanted, num_made in ((None, 4), (1, 1), (3, 3), (99, 99)):
+                model = Wide(num_blocks=6, width=1020)
+                numel = sum(param.numel() for param in model.parameters())
+                offload = {"device": "cpu", "buffer_count": num_wanted}
+                # What forward and backward need, and the state of about one block.
+                block, load = 12 * numel / 6, 12 * (4096 if kernels == "fused" else numel / 6)
+                num_loads = 6 * -(-block // load)
+                buffers = min(num_made, num_loads) * load
+                budget = 6 * numel + 1.05 * buffers + 1.01 * block
+                if buffers > 4 * block:
+                    continue
+                engine = make(
+                    1,
+                    model,
+                    optimizer=ADAM,
+                    zero_optimization={
+                        "stage": 1,
+                        "offload_optimizer": offload,
+                        "sub_group_size": 4096,
+                    },
+                    zeroshard={
+                        "units": ["Block"],
+                        "optimizer_step": kernels,
+                        "gpu_budget": budget / 2**30,
+                    },
+                    **BF16,
+                )
+                for number in range(2):
+                    x = batch(number, torch.bfloat16)
+                    engine.backward(engine(x).float().square().mean())
+                    engine.step()
+                made = engine._sharded.buffer_bytes
+                assert made == pytest.approx(planned[-1], rel=0.01)  # whole pages
+                assert made == pytest.approx(buffers, rel=0.05)
+                memory = engine.memory()
+                assert memory.host_bytes > 0
+                assert memory.total_bytes + made <= budget
+                engine.destroy()
 
     run_ranks(rank, 1)

@@ -344,8 +344,10 @@ class Engine(Getters):
             self._watch.check()
         try:
             sharded.queue_step(divide_by=self.gradient_accumulation_steps())
+            if self._promotion is not None:
+                self._promotion.end_step()
         except torch.OutOfMemoryError as error:
-            explain_memory(error, self.batch, self.runtime.units)
+            self._explain_memory(error)
             raise
         # Torch's schedules look for it on the optimizer they were made from.
         vars(self._optimizer)["_opt_called"] = True
@@ -354,8 +356,6 @@ class Engine(Getters):
         self.global_samples += self.train_batch_size()
         if self._activations is not None:
             self._activations.end_step()
-        if self._promotion is not None and self._promotion.end_step():
-            self._promotion = None
 
     def _report(self) -> None:
         every = self.settings.steps_per_print
@@ -391,10 +391,18 @@ class Engine(Getters):
 
     def _note_shortage(self, error: Exception) -> None:
         """If the device ran out of memory, say what would make room, and make some if possible."""
-        has_budget = self._activations is not None
-        explain_memory(error, self.batch, self.runtime.units, has_budget=has_budget)
+        self._explain_memory(error)
         if self._activations is not None:
             self._activations.fail(error)
+
+    def _explain_memory(self, error: Exception) -> None:
+        explain_memory(
+            error,
+            self.batch,
+            self.runtime.units,
+            has_budget=self._activations is not None,
+            came_back=self._promotion is not None and self._promotion.num_units > 0,
+        )
 
     def _recover(self, in_backward: bool = False) -> None:
         if self._activations is not None:

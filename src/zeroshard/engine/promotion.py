@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
 from zeroshard.core.collectives import Answered, Exchange
 from zeroshard.core.mesh import Mesh
 from zeroshard.engine.budget import in_words
@@ -34,10 +32,11 @@ class Promotion:
 
     def __init__(self, sharded: ShardedOptimizer, meter: Meter, mesh: Mesh) -> None:
         self._sharded, self._meter, self._mesh = sharded, meter, mesh
-        self._is_measuring = False
+        self._is_measuring = self._is_over = False
+        self.num_units = 0  # whose state has come back
 
-    def end_step(self) -> bool:
-        """An optimizer step has ended; say whether all is done. A collective when state comes back.
+    def end_step(self) -> None:
+        """An optimizer step has ended; a collective when it is decided what comes back.
 
         The first step takes memory once that no other takes, so a peak begins after it. A step that
         was skipped may not have made all of the state.
@@ -45,14 +44,14 @@ class Promotion:
         Raises:
             torch.OutOfMemoryError: somebody else has taken the memory meanwhile.
         """
-        if self._sharded.overflow:
-            return False
+        if self._is_over or self._sharded.overflow:
+            return
         if not self._is_measuring:
             self._is_measuring = True
             self._meter.restart()
-            return False
+            return
+        self._is_over = True
         self._bring_back()
-        return True
 
     def _bring_back(self) -> None:
         far = self._sharded.far_bytes
@@ -62,15 +61,13 @@ class Promotion:
             min(row) if at < 2 else max(row) for at, row in enumerate(zip(*rows, strict=True))
         )
         units, numbers = list(far), promote(sizes, Spare(free, buffers))
+        self.num_units = len(numbers)
         if numbers:
-            if self._mesh.device.type == "cuda":
-                # What comes to stay should not lie among what comes and goes.
-                torch.cuda.empty_cache()
             self._sharded.bring_back([units[number] for number in numbers])
         back, total = sum(sizes[number] for number in numbers), sum(sizes)
         _log.info(
-            "each rank: %s of %s of optimizer state came back to the device (%d of %d units), of "
-            "whose memory steps left %s.",
+            "each rank: %s of %s of optimizer state came back to the device (%d of %d units), "
+            "where steps had left %s.",
             in_words(back),
             in_words(total),
             len(numbers),

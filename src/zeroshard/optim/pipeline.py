@@ -105,7 +105,7 @@ class Pipeline:
             self._room_bytes = _free_bytes(self._mesh.device) // _SHARE_OF_FREE
         most = self._wanted or max(at_once + _FEWEST - 1, self._room_bytes // nbytes)
         number = min(max(most, at_once), len(self._due))
-        if len(self._idle) == number and self._idle[0].buffer.numel() >= nbytes:
+        if len(self._idle) == number and self._idle[0].buffer.numel() == nbytes:
             return
         self.release()
         now = self._mesh.now()

@@ -709,6 +709,8 @@ class ShardedOptimizer:
         self._pipeline.close()
         if self._host is not None:
             self._host.leave(units)
+        if self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()  # what stays should not lie among what comes and goes
         for unit in units:
             self._far[unit].come_back(DeviceDepot(self.mesh.device))
             del self._far[unit]
