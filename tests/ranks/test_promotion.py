@@ -166,6 +166,7 @@ def check_nothing_is_left(back: Run, near: Run) -> None:
     sharded = back.engine._sharded
     assert not sharded.far_bytes
     assert sharded.buffer_bytes == 0
+    assert sharded._host is None
     assert not sharded._pipeline._carriers
     assert places(back) == places(near)
     for unit, other in zip(back.engine.runtime.units, near.engine.runtime.units, strict=True):

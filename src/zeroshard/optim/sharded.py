@@ -728,6 +728,9 @@ class ShardedOptimizer:
         self._pipeline.close()
         if self._host is not None:
             self._host.leave(units)
+            if not self._host.units:
+                self._host.close()
+                self._host = None
         if self.mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # what stays should not lie among what comes and goes
         for unit in units:
