@@ -939,6 +939,25 @@ def check_host_update(ctx: Context) -> dict[str, Any]:
     return result
 
 
+def check_automatic_budget(ctx: Context) -> dict[str, Any]:
+    """State comes back where there is room for all of it, and no bit of training shows it."""
+    result: dict[str, Any] = {"ok": True}
+    cases = itertools.product((1, 2, 3), ({}, BF16), ("auto", "torch"))
+    for stage, config, kernels in cases if ctx.on_gpu else [(2, BF16, "auto")]:
+        step = {"optimizer_step": kernels}
+        auto = {**step, "gpu_budget": "auto"}
+        near = train_far(ctx, stage, {**config, "zeroshard": step}, {}, 1.0, 6)
+        back = train_far(ctx, stage, {**config, "zeroshard": auto}, HOST, 1.0, 6)
+        wanted, got = (each["tensors"] for each in (near, back))
+        differ = [name for name in wanted if not torch.equal(got[name].cpu(), wanted[name].cpu())]
+        # Memory of the host is not measured, so nothing comes back to it.
+        fine = not differ and (back["moved"] is None) == ctx.on_gpu
+        name = f"stage {stage}, {next(iter(config), 'fp32')}, {kernels}"
+        result[name] = {"differ": differ[:6], "off the device": str(back["moved"]), "ok": fine}
+        result["ok"] &= fine
+    return result
+
+
 def check_offload_memory(ctx: Context) -> dict[str, Any]:
     """What leaves the device leaves it whole, is page-locked to the byte, and nothing grows."""
     result: dict[str, Any] = {"ok": True}
@@ -1096,6 +1115,7 @@ CHECKS = {
         check_overlap,
         check_offload_equal,
         check_host_update,
+        check_automatic_budget,
         check_offload_memory,
         check_offload_overlap,
         check_steady,

@@ -412,6 +412,32 @@ class Unit:
             self.show_slices(memory)
         self._store, self.transport = DeviceStore(memory), transport
 
+    @property
+    def can_share_master(self) -> bool:
+        """Whether the shard can be the master weights, too: it is on the device in their dtype."""
+        return (
+            self.master is not None
+            and self.is_shard_near
+            and self.master.dtype == self._full.tensor.dtype
+        )
+
+    def rehouse_state(self, state: Depot) -> None:
+        """Keep the master weights in a depot of the device from now on, or in the shard itself.
+
+        For the host to call when nothing is on its way to or from the depot that they leave. What
+        else the optimizer has of the unit there is left to be brought.
+        """
+        old, before = self.master, self.state
+        assert old is not None and state.is_near, f"{self.name}: state comes to the device only"
+        if self.can_share_master:
+            (master,) = self._store.tensors
+        else:
+            master = state.take(old.numel(), old.dtype)
+            master.copy_(old)
+        self.master, self.state = master, state
+        self.show_slices(master)
+        before.give_back(old)
+
     def _span(self, verb: str) -> AbstractContextManager[object]:
         """What a profile shows, if there is one, of what is started inside."""
         if not torch.autograd._profiler_enabled():
@@ -1137,11 +1163,19 @@ class Unit:
         return total
 
     @property
+    def most_gradient_bytes(self) -> int:
+        """Most bytes of this rank's gradient between backward and step."""
+        if self.lifetime.grads_stay:
+            return self._buffer.nbytes_full
+        dtypes = self.precision.reduce, self.precision.accumulate
+        return self.layout.shard_numel * max(self._wide(dtype).itemsize for dtype in dtypes)
+
+    @property
     def master_bytes(self) -> int:
         """Bytes of master weights kept on the device, beside the parameters."""
         if self.master is None or not self.state.is_near:
             return 0
-        return 0 if self.master.dtype == self._full.tensor.dtype else self.master.nbytes
+        return 0 if self.can_share_master else self.master.nbytes
 
 
 def plain(param: Tensor) -> Tensor:

@@ -68,17 +68,20 @@ from zeroshard.engine.precision import (
     precision,
 )
 from zeroshard.engine.progress import Progress
+from zeroshard.engine.promotion import Promotion
 from zeroshard.engine.recompute import CAN_COUNT
 from zeroshard.engine.space import Fixed, Measured, Space
 from zeroshard.errors import ConfigError, OffloadError, UsageError, compose
 from zeroshard.host.memory import bytes_free
 from zeroshard.logs import show_messages
 from zeroshard.optim.factory import make_optimizer
+from zeroshard.optim.fused import is_adam
 from zeroshard.optim.schedules import make_schedule
 from zeroshard.optim.sharded import (
     ShardedOptimizer,
     StepPolicy,
     check_optimizer,
+    numel_at_once,
     optimizer_parameters,
 )
 
@@ -238,6 +241,7 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     if settings.compile.enabled:
         engine.compile(settings.compile.backend, settings.compile.kwargs)
     _limit_activations(engine, settings)
+    _bring_state_back(engine, sharded, settings)
     return engine, engine.optimizer, loader, scheduler
 
 
@@ -256,6 +260,22 @@ def _policy(
         cores=settings.zero_optimization.offload_optimizer.cpuadam_cores_perc,
         sums=batch.accumulation > 1,
     )
+
+
+def _bring_state_back(
+    engine: Engine, sharded: ShardedOptimizer | None, settings: configuration.Config
+) -> None:
+    """Let state come back where it left the device only until it is known how much fits."""
+    if settings.zeroshard.gpu_budget != "auto" or sharded is None or not sharded.far_bytes:
+        return
+    meter = meter_of(engine.mesh.device)
+    if meter is None:
+        _log.warning(
+            'zeroshard.gpu_budget "auto" measures the memory of a GPU, and there is none: no state '
+            "comes back from where it is. Name a number of GiB instead."
+        )
+        return
+    engine.bring_state_back(Promotion(sharded, meter, engine.mesh))
 
 
 def _limit_activations(engine: Engine, settings: configuration.Config) -> None:
@@ -641,7 +661,13 @@ def _place(
     wished = wishes(settings, trains=optimizer is not None)
     dtypes = precision(settings, dist.get_world_size())
     sizes = Sizes(life, dtypes, num_shards, averages(optimizer))
-    return plan(groups, sizes.of, wished, partial(buffer_bytes, wished, optimizer, device))
+    # Adam's state comes in parts of units where one pass steps flat tensors.
+    kernels = settings.zeroshard.optimizer_step
+    passes = kernels == "fused" or (kernels == "auto" and device.type == "cuda")
+    most_numel = None
+    if passes and optimizer is not None and is_adam(optimizer):
+        most_numel = numel_at_once(settings.zero_optimization.sub_group_size)
+    return plan(groups, sizes.of, wished, partial(buffer_bytes, wished, most_numel))
 
 
 def _offloads(settings: configuration.Config, *, trains: bool) -> list[Offload]:

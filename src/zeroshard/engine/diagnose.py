@@ -15,7 +15,12 @@ __all__ = ["explain_backward", "explain_memory"]
 
 
 def explain_memory(
-    error: Exception, batch: Batch, units: Sequence[Unit], *, has_budget: bool = False
+    error: Exception,
+    batch: Batch,
+    units: Sequence[Unit],
+    *,
+    has_budget: bool = False,
+    came_back: bool = False,
 ) -> None:
     """Add to an out-of-memory error what would make room; it stays the error that it is.
 
@@ -26,6 +31,7 @@ def explain_memory(
         batch: the numbers of samples.
         units: those of the model.
         has_budget: whether an activation budget decides what is kept for backward.
+        came_back: whether state was brought back to the device by what the first steps needed.
     """
     if not isinstance(error, torch.OutOfMemoryError) or len(error.args) != 1:
         return
@@ -41,7 +47,12 @@ def explain_memory(
         else '"zeroshard": {"activation_budget": "auto"}, model.gradient_checkpointing_enable() or '
         "zeroshard.checkpointing computes activations twice instead of keeping them"
     )
-    if any(unit.is_trained and unit.state.is_near for unit in units):
+    if came_back:
+        advice.append(
+            '"zeroshard": {"gpu_budget": ...} with a number of GiB keeps less optimizer state on '
+            'the device than "auto" does, which goes by the memory that the first steps needed'
+        )
+    elif any(unit.is_trained and unit.state.is_near for unit in units):
         advice.append(
             '"zero_optimization": {"offload_optimizer": {"device": "cpu"}} keeps optimizer state '
             "in host memory between steps"

@@ -38,6 +38,7 @@ from zeroshard.engine.getters import Getters
 from zeroshard.engine.misuse import ScheduleWatch, check_members, refuse_foreign_steps
 from zeroshard.engine.offload import Offloaded, OffloadStateTypeEnum, offload, states_named
 from zeroshard.engine.optimizer import ZeroOptimizer
+from zeroshard.engine.promotion import Promotion
 from zeroshard.errors import Error, UsageError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
 
@@ -119,6 +120,7 @@ class Engine(Getters):
         self.batch, self.configuration = settings.batch, settings.config
         self._sharded, self._watch = sharded, watch
         self._activations: Activations | None = None
+        self._promotion: Promotion | None = None
         self._boundary_override: bool | None = None
         self._counts_from = 0  # the micro-step from which accumulations are counted
         self._is_step_due = False  # a coalesced group of micro-steps has ended
@@ -342,8 +344,10 @@ class Engine(Getters):
             self._watch.check()
         try:
             sharded.queue_step(divide_by=self.gradient_accumulation_steps())
+            if self._promotion is not None:
+                self._promotion.end_step()
         except torch.OutOfMemoryError as error:
-            explain_memory(error, self.batch, self.runtime.units)
+            self._explain_memory(error)
             raise
         # Torch's schedules look for it on the optimizer they were made from.
         vars(self._optimizer)["_opt_called"] = True
@@ -387,10 +391,18 @@ class Engine(Getters):
 
     def _note_shortage(self, error: Exception) -> None:
         """If the device ran out of memory, say what would make room, and make some if possible."""
-        has_budget = self._activations is not None
-        explain_memory(error, self.batch, self.runtime.units, has_budget=has_budget)
+        self._explain_memory(error)
         if self._activations is not None:
             self._activations.fail(error)
+
+    def _explain_memory(self, error: Exception) -> None:
+        explain_memory(
+            error,
+            self.batch,
+            self.runtime.units,
+            has_budget=self._activations is not None,
+            came_back=self._promotion is not None and self._promotion.num_units > 0,
+        )
 
     def _recover(self, in_backward: bool = False) -> None:
         if self._activations is not None:
@@ -513,6 +525,10 @@ class Engine(Getters):
         """Let a budget decide which blocks keep their activations, until ``destroy``."""
         self._activations = activations
         activations.install()
+
+    def bring_state_back(self, promotion: Promotion) -> None:
+        """Let optimizer state come back to the device once steps have shown what is free there."""
+        self._promotion = promotion
 
     @property
     def activation_plan(self) -> ActivationPlan | None:

@@ -1,4 +1,4 @@
-"""What stays on the device and what leaves it: arithmetic, apart from what is done.
+"""What stays on the device and what leaves it: arithmetic, apart from what is measured and done.
 
 Sizes are bytes on one rank, the same on every rank. A *run* is the parameters of one unit, in the
 order in which they lie there, and runs are in the order in which forward uses them. What stays is
@@ -12,22 +12,21 @@ parameters, which makes two units of it.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from zeroshard.engine.budget import in_words
-from zeroshard.engine.meter import Meter
 from zeroshard.errors import ConfigError, compose
 
 __all__ = [
     "Demand",
+    "Spare",
     "Stay",
     "keep_by_budget",
     "keep_by_ratio",
     "keep_first",
     "promote",
-    "spare_bytes",
     "spend",
 ]
 
@@ -139,25 +138,28 @@ def spend(demand: Demand, budget: int) -> Stay:
     )
 
 
-def spare_bytes(meter: Meter, agree: Callable[[int], int]) -> int:
-    """Bytes that no step so far has needed on any device. A collective.
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """What is free on the device while state passes through it."""
 
-    Args:
-        meter: measures the memory of this rank's device, and has done so for a whole step.
-        agree: gives the least number of all ranks.
-    """
-    return agree(max(meter.limit() - meter.read().peak, 0))
+    free: int
+    """Bytes that no step so far has needed, on any rank."""
+
+    buffers: int
+    """Bytes of the buffers, which nobody needs once all of the state is back."""
 
 
-def promote(sizes: Sequence[int], free: int) -> list[int]:
+def promote(sizes: Sequence[int], spare: Spare) -> list[int]:
     """Which units get their state back on the device, once it is known how much is free there.
 
     Args:
         sizes: bytes of the state of each unit that is off the device, in the order of use.
-        free: bytes that no step has needed so far, the least of all ranks.
+        spare: what there is for it.
 
     Returns:
         Numbers of units, in order.
     """
-    stays = keep_first(sizes, free)
+    if sum(sizes) <= spare.free + spare.buffers:
+        return list(range(len(sizes)))
+    stays = keep_first(sizes, spare.free)
     return [number for number, stay in enumerate(stays) if stay]

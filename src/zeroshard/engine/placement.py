@@ -24,7 +24,6 @@ from zeroshard.engine.fitting import (
     keep_first,
     spend,
 )
-from zeroshard.optim.fused import is_adam
 from zeroshard.optim.sizes import bytes_of_averages
 
 __all__ = [
@@ -47,7 +46,6 @@ Home = Literal["none", "cpu", "nvme"]
 """Where something is kept, in the configuration's words; "none" is the device."""
 
 _ALIGN_BYTES = 16  # as units are laid out
-_LOAD_NUMEL = 2**24  # as the step divides units
 _NUM_BUFFERS = 4  # the fewest that a step makes
 _AVERAGES_BYTES = 8.0  # of an optimizer that is not known, as of Adam
 
@@ -82,8 +80,8 @@ def wishes(settings: Config, *, trains: bool) -> Wishes:
     state: Home = zero.offload_optimizer.device
     if state == "none" and budget is not None:
         state = "cpu"
-    # A number of bytes leaves no room for more buffers than there have to be.
-    few = _NUM_BUFFERS if isinstance(budget, float) else None
+    # State that stays saves more time than a buffer of its size, so a budget goes to state.
+    few = None if budget is None else _NUM_BUFFERS
     return Wishes(
         state=state if trains else "none",
         shards=zero.offload_param.device,
@@ -322,18 +320,23 @@ def describe(placed: Sequence[Placed], *, pins_state: bool, pins_shards: bool) -
 
 def buffer_bytes(
     wished: Wishes,
-    optimizer: torch.optim.Optimizer | None,
-    device: torch.device,
+    most_numel: int | None,
     sizes: Sequence[Size],
 ) -> int:
-    """Bytes of the buffers on the device through which state passes in a step."""
-    # Adam's state comes in parts of units where a kernel steps flat tensors.
-    parts = optimizer is not None and device.type == "cuda" and is_adam(optimizer)
-    largest = 0
+    """Bytes of the buffers on the device through which state passes in a step.
+
+    Args:
+        wished: what the configuration says.
+        most_numel: elements that come to the device at once; None for those of a whole unit.
+        sizes: of the units.
+    """
+    largest = num_loads = 0
     for size in sizes:
-        share = min(1.0, _LOAD_NUMEL / size.numel) if parts else 1.0
-        largest = max(largest, math.ceil(sum(size.far) * share))
-    return (wished.num_buffers or _NUM_BUFFERS) * largest
+        if size.far and size.numel:
+            share = min(1.0, (most_numel or size.numel) / size.numel)
+            largest = max(largest, math.ceil(sum(size.far) * share))
+            num_loads += math.ceil(1 / share)
+    return min(wished.num_buffers or _NUM_BUFFERS, num_loads) * largest
 
 
 def _in_words(home: Home, pins: bool) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zeroshard.core.depot import Depot
 from zeroshard.core.unit import Unit
 from zeroshard.optim.carriers import Load
 from zeroshard.optim.flat_state import FlatState
@@ -144,6 +145,31 @@ class FarState:
                 if value is not tensor:  # not edited in place but made anew
                     tensor.copy_(value)
                 state[kept.name] = kept.home
+
+    @property
+    def nbytes_near(self) -> int:
+        """Bytes that all of it would take on the device."""
+        unit = self._unit
+        assert unit.master is not None, "looked at before"
+        master = 0 if unit.can_share_master else unit.master.nbytes
+        return master + self._flat.nbytes + sum(tensor.nbytes for tensor in self._alone)
+
+    def come_back(self, near: Depot) -> None:
+        """Move everything to a depot on the device, for good; nothing is on its way any more."""
+        self.take_in()
+        unit, before = self._unit, self._unit.state
+        unit.rehouse_state(near)
+        self._flat.follow(before)
+        for kept in self._kept:
+            if kept.index is None:
+                home = near.take(kept.home.numel(), kept.home.dtype).view(kept.home.shape)
+                home.copy_(kept.home)
+            else:
+                home = self._flat.part(kept.name, kept.home.dtype, kept.index)
+            self._inner.state[kept.piece][kept.name] = home
+        for tensor in self._alone:
+            before.give_back(tensor)
+        self._kept, self._alone = [], []
 
     @property
     def staying(self) -> list[Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zeroshard.core.depot import Depot
 from zeroshard.core.unit import Unit
 
 __all__ = ["FlatState"]
@@ -37,6 +38,18 @@ class FlatState:
         """What of it belongs to a slice; it keeps no more than the memory: it may be exchanged."""
         shape = self._unit.slices[index].shape
         return self._unit.part_of(self.flat(name, dtype), index).view(shape).data
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(flat.nbytes for flat in self._flats.values())
+
+    def follow(self, before: Depot) -> None:
+        """Move them from the depot that the unit has left to the one it has now."""
+        for key, flat in list(self._flats.items()):
+            moved = self._unit.state.take(flat.numel(), flat.dtype)
+            self._flats[key] = moved.copy_(flat)
+            before.give_back(flat)
 
     def give_back(self) -> None:
         """End the use of all of them."""

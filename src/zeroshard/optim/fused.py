@@ -296,6 +296,11 @@ class FusedAdam:
             if unit.state.is_near:
                 state.give_back()
 
+    def forget(self, unit: Unit) -> None:
+        """Look anew for the state of a unit, which has been moved."""
+        self._homes.pop(unit, None)
+        self._parts.pop(unit, None)
+
     # What must be so
 
     def _obstacle(self) -> str | None:

@@ -23,7 +23,7 @@ step after that raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -290,6 +290,15 @@ class HostUpdate:
         """
         if self._last is not None:
             self._last.result()
+
+    def leave(self, units: Iterable[Unit]) -> None:
+        """Step some of the units no more, and give the memory beside their state back."""
+        self.send_as_reduced(False)
+        self.settle()
+        self._back.finish()
+        for unit in set(units).intersection(self.units):
+            self._rooms.pop(unit).give_back()
+        self.units = tuple(unit for unit in self.units if unit in self._rooms)
 
     def close(self) -> None:
         """Wait for the worker, and give all memory back."""

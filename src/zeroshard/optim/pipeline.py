@@ -19,7 +19,8 @@ looks at it between two steps, waits (`settle`).
 
 How many there are decides how long a step takes. Nothing can leave before the norm is known, so the
 update of the last unit, for which the next forward waits, comes as much earlier as there is room
-for what is stepped and has not left. Hence buffers stay from one step to the next.
+for what is stepped and has not left. Hence buffers stay from one step to the next, but for those of
+an optimizer that steps several loads at once: they may be as large as all of the state.
 
 Buffers are allocated and freed on the compute stream: what was there before is over when the first
 load arrives, and the computation has waited for the last one to leave before they are freed.
@@ -76,7 +77,7 @@ class Pipeline:
         self._due: deque[Load] = deque()  # not sent for yet
         self._coming: deque[Slot] = deque()  # sent for, oldest first
         self._idle: deque[Slot] = deque()
-        self.is_under_way = False
+        self.is_under_way = self._must_release = False
 
     def start(self, loads: Sequence[Load], at_once: int = 1) -> None:
         """Be ready for a step that goes through these loads in order; nothing if that is so.
@@ -96,7 +97,7 @@ class Pipeline:
         self._due = deque(far)
         with self._mesh.incoming.after(self._mesh.outgoing.end()):
             pass  # what the last step brought back may be read again
-        self._make_slots(max(load.nbytes for load in far), min(len(far), at_once + _FEWEST - 1))
+        self._make_slots(max(load.nbytes for load in far), at_once)
 
     def read_ahead(self, share: float) -> None:
         """Send for a share of what the buffers hold, once the computation has come to where it is.
@@ -107,13 +108,14 @@ class Pipeline:
         number = len(self._idle) + len(self._coming)
         self._send_for(self._mesh.now(), math.ceil(share * number))
 
-    def _make_slots(self, nbytes: int, at_least: int) -> None:
+    def _make_slots(self, nbytes: int, at_once: int) -> None:
         """Buffers on the device, if those there are do not do."""
+        self._must_release = at_once > 1
         if self._room_bytes is None:
             self._room_bytes = _free_bytes(self._mesh.device) // _SHARE_OF_FREE
-        most = self._wanted or max(_FEWEST, self._room_bytes // nbytes)
-        number = min(max(most, at_least), len(self._due))
-        if len(self._idle) == number and self._idle[0].buffer.numel() >= nbytes:
+        most = self._wanted or max(at_once + _FEWEST - 1, self._room_bytes // nbytes)
+        number = min(max(most, at_once), len(self._due))
+        if len(self._idle) == number and self._idle[0].buffer.numel() == nbytes:
             return
         self.release()
         now = self._mesh.now()
@@ -174,6 +176,8 @@ class Pipeline:
         """A step has gone through all loads."""
         assert not self._due and not self._coming, "a step ends when all loads were stepped"
         self.is_under_way = False
+        if self._must_release:
+            self.release()
 
     def forget(self) -> None:
         """Drop what was read ahead; inside a step, what is still to be visited is read anew."""
@@ -192,11 +196,17 @@ class Pipeline:
         for carrier in self._carriers.values():
             carrier.settle()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers on the device, between two steps."""
+        return sum(slot.buffer.nbytes for slot in self._idle)
+
     def close(self) -> None:
-        """End what is under way, and hold on to no memory."""
+        """End what is under way, and hold on to no memory until the next `start`."""
         self.forget()
         self._due.clear()
         self.release()
+        self._loads = ()
         carriers, self._carriers = self._carriers, {}
         for carrier in carriers.values():
             carrier.close()

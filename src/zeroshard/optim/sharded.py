@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zeroshard.core.collectives import DONE, Answered, Exchange, Ticket, all_reduce_
-from zeroshard.core.depot import Depot
+from zeroshard.core.depot import Depot, DeviceDepot
 from zeroshard.core.hook import while_alive
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.norm import squared
@@ -52,7 +52,14 @@ from zeroshard.optim.scaler import LossScaler
 from zeroshard.optim.update_choice import Where, stepped_on_host
 from zeroshard.optim.whole import ALONE, Sharded, WholeOptimizer
 
-__all__ = ["Kernels", "ShardedOptimizer", "StepPolicy", "check_optimizer", "optimizer_parameters"]
+__all__ = [
+    "Kernels",
+    "ShardedOptimizer",
+    "StepPolicy",
+    "check_optimizer",
+    "numel_at_once",
+    "optimizer_parameters",
+]
 
 Kernels = Literal["auto", "fused", "torch"]
 """Who steps the slices: one pass over each shard, or the optimizer's own step."""
@@ -106,9 +113,12 @@ class StepPolicy:
     sums: bool = False
 
 
-def _numel_at_once(policy: StepPolicy) -> int:
-    """Elements of state that come from elsewhere at once: whole pages of files."""
-    most = min(policy.most_numel or _MOST_NUMEL, _MOST_NUMEL)
+def numel_at_once(most_numel: int | None) -> int:
+    """Elements that come from elsewhere at once, whole pages of files, if one pass steps a shard.
+
+    ``most_numel``: as in `StepPolicy`.
+    """
+    most = min(most_numel or _MOST_NUMEL, _MOST_NUMEL)
     return -(-most // _PAGE_NUMEL) * _PAGE_NUMEL
 
 
@@ -282,7 +292,7 @@ class ShardedOptimizer:
                     self._states,
                     mesh.device,
                     update,
-                    most_numel=_numel_at_once(policy),
+                    most_numel=numel_at_once(policy.most_numel),
                     log_level=logging.INFO if is_asked_for else logging.DEBUG,
                 )
                 self._fused.reserve()
@@ -693,6 +703,52 @@ class ShardedOptimizer:
             group["params"] = params
         if isinstance(self.inner, WholeOptimizer):
             self.inner.whole = ALONE
+
+    @property
+    def far_bytes(self) -> dict[Unit, int]:
+        """What the state of each unit that is kept off the device would take there.
+
+        Where it is stepped on the host, the gradient would be on the device for longer, too.
+        """
+        on_host = () if self._host is None else self._host.units
+        return {
+            unit: far.nbytes_near + (unit.most_gradient_bytes if unit in on_host else 0)
+            for unit, far in self._far.items()
+        }
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes on the device for state that passes through it, between two steps."""
+        return self._pipeline.nbytes
+
+    def bring_back(self, units: Sequence[Unit]) -> None:
+        """Keep the state of some units that is off the device there from now on; between two steps.
+
+        Units are stepped in the parts in which they were stepped before, which took no more memory
+        than is known.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for it.
+        """
+        self.recall()
+        self._pipeline.close()
+        if self._host is not None:
+            self._host.leave(units)
+            if not self._host.units:
+                self._host.close()
+                self._host = None
+        if self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()  # what stays should not lie among what comes and goes
+        for unit in units:
+            self._far[unit].come_back(DeviceDepot(self.mesh.device))
+            del self._far[unit]
+            unit.recall = None
+            if self._fused is not None:
+                self._fused.forget(unit)
+            else:
+                self._states[unit].give_back()  # the optimizer's own views keep the memory
+        if self._fused is not None:
+            self._fused.prepare()  # so that reading ahead knows what there is to read
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the optimizer go on with what its ``state_dict`` gave on this rank."""

@@ -8,15 +8,14 @@ from hypothesis import strategies as st
 
 from zeroshard.engine.fitting import (
     Demand,
+    Spare,
     Stay,
     keep_by_budget,
     keep_by_ratio,
     keep_first,
     promote,
-    spare_bytes,
     spend,
 )
-from zeroshard.engine.meter import Memory
 from zeroshard.errors import ConfigError
 
 SIZES = st.integers(0, 50)
@@ -144,29 +143,13 @@ def test_a_budget_too_small_for_what_has_to_stay_is_refused_with_the_bytes_of_ea
     assert spend(demand, 10 * gib) == Stay([1], [])
 
 
-def test_spare_is_what_the_fullest_rank_has_left_under_its_peak() -> None:
-    class Meter:
-        def __init__(self, peak: int) -> None:
-            self._peak = peak
-
-        def read(self) -> Memory:
-            return Memory(allocated=1, peak=self._peak, shortages=0)
-
-        def restart(self) -> None:
-            raise AssertionError("a peak that others read, too, is left alone")
-
-        def limit(self) -> int:
-            return 100
-
-    assert spare_bytes(Meter(70), lambda mine: min(mine, 50)) == 30
-    assert spare_bytes(Meter(70), lambda mine: min(mine, 20)) == 20
-    assert spare_bytes(Meter(120), lambda mine: mine) == 0
-
-
-@given(st.lists(SIZES, max_size=8), ROOMS)
-def test_what_comes_back_is_in_order_and_fits(sizes: list[int], free: int) -> None:
-    numbers = promote(sizes, free)
+@given(st.lists(SIZES, max_size=8), ROOMS, SIZES)
+def test_what_comes_back_is_in_order_and_fits_beside_the_buffers_that_are_still_used(
+    sizes: list[int], free: int, buffers: int
+) -> None:
+    numbers = promote(sizes, Spare(free, buffers))
     assert numbers == sorted(set(numbers))
-    assert sum(sizes[number] for number in numbers) <= free
-    if sum(sizes) <= free:
-        assert numbers == list(range(len(sizes)))
+    is_everything = sum(sizes) <= free + buffers
+    assert (numbers == list(range(len(sizes)))) == is_everything
+    if not is_everything:
+        assert sum(sizes[number] for number in numbers) <= free
