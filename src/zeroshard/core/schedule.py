@@ -41,10 +41,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal, NamedTuple
 
+from zeroshard.core.attendance import forget_word, leave_word, word_of
 from zeroshard.core.collectives import Answered, Exchange
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.unit import Unit
-from zeroshard.errors import DistributedError, UsageError, compose
+from zeroshard.errors import DistributedError, OffloadError, UsageError, compose
 
 __all__ = [
     "ABORT",
@@ -393,6 +394,8 @@ class Schedule:
         aborting = [rank for rank, other in enumerate(wishes) if ABORT in other]
         if aborting and ABORT not in wish:
             self._is_aborting = True
+            if word := next(filter(None, map(word_of, aborting)), ""):
+                raise OffloadError(word)
             raise DistributedError(
                 compose(
                     f"rank {self._mesh.rank} wants {self._describe(wish[0])}, but an exception "
@@ -665,8 +668,15 @@ class Schedule:
                         )
                     )
 
-    def reset(self, in_backward: bool) -> None:
-        """Give up the pass under way, in a way that the other ranks can follow."""
+    def reset(self, in_backward: bool, word: str = "") -> None:
+        """Give up the pass under way, in a way that the other ranks can follow.
+
+        Args:
+            in_backward: all ranks are to give it up.
+            word: what is lost to this rank for good, which all of them raise then.
+        """
+        if word:
+            leave_word(word)
         if self._is_cut_off:
             self._window.clear()
         self._complete_window()
@@ -676,6 +686,8 @@ class Schedule:
             # Gradients of this pass are lost on this rank, so they must be on all.
             while self._exchange([ABORT]) != [ABORT]:
                 pass
+            if word:
+                forget_word()
         elif self._in_forward:
             self._leave_forward([])
         self._in_forward = self._is_aborting = False

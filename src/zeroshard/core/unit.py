@@ -439,6 +439,7 @@ class Unit:
     def wait(self) -> None:
         """Make the parameters readable; the unit must be full or on the way."""
         self._end_gather()
+        self._require_shards()
         if not self._is_readable:
             self._end_deferral()
             self._show_full()
@@ -452,7 +453,13 @@ class Unit:
     def await_views(self) -> Sequence[Tensor]:
         """The full parameters, which must be on the way, while the parameters stay empty."""
         self._end_gather()
+        self._require_shards()
         return self._full.views[: len(self._params)]
+
+    def _require_shards(self) -> None:
+        """Refuse to read what was gathered without this rank's shard."""
+        if self._store.failure is not None:
+            raise self._store.failure
 
     def free(self) -> None:
         """Give the memory of full parameters back, where the lifetime says so."""

@@ -212,11 +212,12 @@ class Disk:
         return beside
 
     def settle(self) -> None:
-        """Let the host wait until everything is in the files."""
+        """Let the host wait until everything is in the files, which are whole."""
         self._mesh.outgoing.finish()
         writes, self._writes = self._writes, {}
         for write in writes.values():
             write.result()
+        self._depot.check()
 
     def close(self) -> None:
         """End the threads, and give host memory back."""

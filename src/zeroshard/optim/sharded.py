@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
@@ -28,13 +28,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from zeroshard.core.agreed import agreed
 from zeroshard.core.collectives import DONE, Answered, Exchange, Ticket, all_reduce_
+from zeroshard.core.files import FileDepot
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.norm import squared
 from zeroshard.core.slots import slot_of
 from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
-from zeroshard.errors import UsageError, compose
+from zeroshard.errors import OffloadError, UsageError, compose
 from zeroshard.optim.adam import Update
 from zeroshard.optim.factory import ELEMENTWISE
 from zeroshard.optim.far_state import FarState
@@ -263,12 +265,14 @@ class ShardedOptimizer:
         self._pending: _OnItsWay | None = None  # the norm that decides about the last step
         self._square = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._stepping = False
+        self._published: set[Unit] = set()  # in the step under way
         self._scalars: tuple[object, ...] = ()  # what a step beside the computation reads
         self._given = [list(group["params"]) for group in inner.param_groups]
         self._adopt()
         self._pipeline = Pipeline(mesh, policy.num_buffers)
         self._states = {unit: FlatState(unit) for unit in self.units}
         self._far = {unit: FarState(unit, self._states[unit], inner) for unit in self._far_units()}
+        self._has_files = any(isinstance(unit.state, FileDepot) for unit in self._far)
         self._parts = self._divide()
         for unit in self._far:
             unit.recall = self.recall
@@ -459,8 +463,23 @@ class ShardedOptimizer:
     def _update(self, fused: FusedAdam | None, scaling: _Scaling) -> None:
         """Step all units, unless it is known that they are skipped, and publish them.
 
-        A skipped step publishes, too: other ranks may not know of it yet.
+        A skipped step publishes, too: other ranks may not know of it yet. So does one that fails
+        where state is kept, before it raises: no rank waits for what another one does not send.
         """
+        self._published.clear()
+        try:
+            self._update_units(fused, scaling)
+        except OffloadError:
+            self._publish_rest()
+            raise
+
+    def _publish_rest(self) -> None:
+        for unit in self.units:
+            if unit not in self._published:
+                with suppress(OffloadError):
+                    self._publish([unit], is_written=True)
+
+    def _update_units(self, fused: FusedAdam | None, scaling: _Scaling) -> None:
         if self._overflow:
             self._pipeline.forget()
         else:
@@ -545,14 +564,21 @@ class ShardedOptimizer:
         with self._beside():
             for units in self._parts:
                 with torch.no_grad(), ExitStack() as visits:
-                    for unit in units:
-                        if unit in self._far:
-                            visits.enter_context(self._far[unit].visiting(self._pipeline))
+                    with self._arriving():
+                        for unit in units:
+                            if unit in self._far:
+                                visits.enter_context(self._far[unit].visiting(self._pipeline))
                     self._step_units(units, scaling, is_inside=is_inside)
                 for unit in units:
                     if unit in self._far:
                         self._far[unit].take_in()
                     self._publish([unit], is_written=unit in self._far)
+
+    def _arriving(self) -> AbstractContextManager[object]:
+        """Around the arrival of state: all ranks learn of a failure before a step that talks."""
+        if isinstance(self.inner, WholeOptimizer) and self._has_files:
+            return agreed(self.mesh, "read the optimizer's state")
+        return nullcontext()
 
     def _step_units(self, units: Sequence[Unit], scaling: _Scaling, *, is_inside: bool) -> None:
         """Step the slices of some units; torch's optimizers pass over those without gradients.
@@ -579,6 +605,7 @@ class ShardedOptimizer:
             unit.clear_gradients(is_read=is_beside)
         with torch.no_grad():
             for unit in units:
+                self._published.add(unit)
                 step: Ticket = DONE
                 if is_beside:
                     step = self._pipeline.ticket()
@@ -623,7 +650,10 @@ class ShardedOptimizer:
     def release(self) -> None:
         """Give the optimizer its parameters back; state, which is of slices, is dropped."""
         self._guard.remove()
-        self.recall()
+        try:
+            self.recall()
+        except OffloadError as error:
+            _log.warning("optimizer state is given up that cannot be read: %s", error)
         self._pipeline.close()
         self.inner.state.clear()
         self.let_go_of_state()
