@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -97,15 +97,16 @@ def num_groups() -> int:
     return len(dist.distributed_c10d._world.pg_map)
 
 
-@contextlib.contextmanager
-def largest_file(nbytes: int) -> Iterator[None]:
+def largest_file(nbytes: int) -> Any:
     """A drive that has no room for a larger file, whatever it says of what is free."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    true = os.posix_fallocate
+
+    def allocate(file: int, offset: int, more: int) -> None:
+        if offset + more > nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        true(file, offset, more)
+
+    return mock.patch.object(os, "posix_fallocate", allocate)
 
 
 def refuse_after(cls: type, name: str, calls: int, text: str) -> Any:
@@ -136,14 +137,18 @@ def test_what_is_refused_on_one_rank_is_an_error_on_all_and_the_model_trains_els
         cases: list[tuple[str, dict[str, Any], Any]] = [
             (str(missing), config(state=missing if mine else tmp_path), nothing()),
             (str(missing), config(3, state="cpu", shards=missing), nothing()),
-            (str(readonly), config(3, shards=readonly if mine else tmp_path), nothing()),
             (
-                f"{tmp_path}.*free: File too large",
+                str(readonly),
+                config(3, state="cpu", shards=readonly if mine else tmp_path),
+                nothing(),
+            ),
+            (
+                f"{tmp_path}.*free: No space left on device",
                 config(state=tmp_path),
                 largest_file(8192) if mine else nothing(),
             ),
             (
-                "in the memory of their host, and 7 bytes are free",
+                "in the memory of their host, and 0.0 MiB are free",
                 config(state="cpu"),
                 mock.patch.object(build, "bytes_free", lambda: 7 if mine else 1 << 40),
             ),
@@ -258,7 +263,7 @@ def test_two_runs_in_one_folder_do_not_meet_and_a_killed_one_leaves_nothing(
         assert got == [(loss, loss) for loss in want]
         assert len(open_files(tmp_path)) >= 4
         if rank == 1:
-            os.abort()  # as with SIGKILL, nothing of ours runs any more
+            os.kill(os.getpid(), signal.SIGKILL)
         dist.barrier()
 
     with pytest.raises(RankError):

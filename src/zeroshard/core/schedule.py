@@ -508,7 +508,18 @@ class Schedule:
     # What hooks call
 
     def need(self, unit: Unit) -> None:
-        """Make a unit's parameters readable now."""
+        """Make a unit's parameters readable now.
+
+        Raises:
+            OffloadError: this rank's shard cannot be read. The pass is over on all ranks.
+        """
+        try:
+            self._need(unit)
+        except OffloadError:
+            self._is_aborting = True
+            raise
+
+    def _need(self, unit: Unit) -> None:
         index = self._index[unit]
         op = Op("gather", index)
         if unit.is_full and index not in self._ahead:
@@ -595,7 +606,7 @@ class Schedule:
         if self._gathers and expects_backward and not self._is_cut_off:
             self._note(END_FORWARD)
             self._expect_backward()
-        if self._in_forward and not self._is_cut_off:
+        if self._in_forward and not (self._is_cut_off or self._is_aborting):
             due = self._expected() if expects_backward else ()
             wish = self._look_ahead(due)
             # No reductions: a rank that gives its batch up would lose what others contribute.

@@ -336,7 +336,7 @@ class FileStore:
                     end = self._reading.end()
                     self.staging.hand_in(buffer, end)
             except OffloadError as error:
-                self.failure = error
+                self.failure = error.with_traceback(None)  # which would hold on to memory
             gathering = gather(into)
         return end if gathering is DONE else gathering
 

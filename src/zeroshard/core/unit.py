@@ -72,7 +72,7 @@ from zeroshard.core.norm import row_norms
 from zeroshard.core.reducer import CollectiveReduction, Reducer
 from zeroshard.core.store import DeviceStore, Store
 from zeroshard.core.transport import COLLECTIVE, Transport
-from zeroshard.errors import UsageError, compose
+from zeroshard.errors import OffloadError, UsageError, compose
 
 __all__ = [
     "COMING",
@@ -459,7 +459,7 @@ class Unit:
     def _require_shards(self) -> None:
         """Refuse to read what was gathered without this rank's shard."""
         if self._store.failure is not None:
-            raise self._store.failure
+            raise OffloadError(str(self._store.failure)) from self._store.failure
 
     def free(self) -> None:
         """Give the memory of full parameters back, where the lifetime says so."""
