@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
-from zeroshard.core.depot import PlainDepot
+from zeroshard.core.depot import DeviceDepot
 
-__all__ = ["FilesByHand", "ThreadedFiles"]
+__all__ = ["FilesByHand", "PlainDepot", "ThreadedFiles"]
+
+
+class PlainDepot(DeviceDepot):
+    """Ordinary memory, as if it were not that of the device."""
+
+    is_near = False
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
 
 
 class ThreadedFiles(PlainDepot):

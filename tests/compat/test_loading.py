@@ -330,6 +330,31 @@ def test_a_model_loads_whoever_makes_the_process_group(group: str, tmp_path: Pat
     on_ranks(work, process_group=group == "torch's")
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_model_loads_into_shards_that_wait_in_host_memory(world: int, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["llama_tied"]
+    save(plain_model(architecture), tmp_path)
+    load = architecture.model_class.from_pretrained
+    offloaded = {"stage": 3, "offload_param": {"device": "cpu"}}
+    config = {**STAGE_3, "bf16": {"enabled": True}, "zero_optimization": offloaded}
+
+    def work(rank: int) -> None:
+        with zero3(config):
+            model = load(tmp_path)
+        assert all_wait(model)
+        slots = [slot_of(param) for param in model.parameters()]
+        assert not any(slot is None or slot.unit.is_shard_near for slot in slots)
+        assert differences(model, load(tmp_path, dtype=torch.bfloat16)) == []
+        engine = deepspeed.initialize(model=model, config=config)[0]
+        engine.backward(engine(**batch_of(architecture, rank))["loss"])
+        engine.step()
+        assert engine.memory().parameters_bytes == 0
+        changed = load(tmp_path, dtype=torch.bfloat16)
+        assert len(differences(model, changed)) > len(list(changed.parameters())) // 2
+
+    on_ranks(work, world)
+
+
 def test_what_is_auto_when_a_model_loads_has_defaults(tmp_path: Path) -> None:
     load = ARCHITECTURES["llama"].model_class.from_pretrained
     wanted = save(plain_model(ARCHITECTURES["llama"]), tmp_path)

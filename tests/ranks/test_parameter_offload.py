@@ -24,7 +24,7 @@ from zeroshard.engine import build
 from zoo import ZOO
 
 CASES = [
-    "tied_head_used_first",
+    "tied_head",
     "nested_units",
     "block_called_twice_apart",
     "low_rank_adapters",
@@ -38,6 +38,9 @@ def offloaded(device: str, **more: Any) -> dict[str, Any]:
 
 
 HOST = offloaded("cpu")
+EVERYTHING = {
+    "zero_optimization": {**HOST["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
+}
 
 
 def in_files(folder: Path) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def test_the_device_holds_what_is_in_use_and_no_more() -> None:
 def test_shards_off_the_device_are_edited_saved_loaded_and_run_as_any_other(tmp_path: Path) -> None:
     def work(rank: int, world: int) -> None:
         case = ZOO["frozen_block_between"]
-        extras = ({}, HOST, in_files(tmp_path))
+        extras = ({}, HOST, in_files(tmp_path), EVERYTHING)
         settings = [Setting(3, world, precision="bf16", extra=extra) for extra in extras]
         plain = settings[0]
         engines = [make_engine(case, setting) for setting in settings]
@@ -180,11 +183,11 @@ def test_building_holds_one_unit_beside_the_shards(built: str) -> None:
         with context:
             model = Wide()
         numel = sum(full_shape(param).numel() for param in model.parameters())
-        sizes: list[tuple[int, int]] = []
+        sizes: list[int] = []
 
         def build_and_measure(*args: Any, **kwargs: Any) -> Unit:
             unit = build_unit(*args, **kwargs)
-            sizes.append((sum(live_storages().values()), unit.nbytes_full))
+            sizes.append(sum(live_storages().values()))
             return unit
 
         if built == "in shards":
@@ -194,11 +197,12 @@ def test_building_holds_one_unit_beside_the_shards(built: str) -> None:
         before = sum(live_storages().values())
         with mock.patch.object(build, "build_unit", build_and_measure):
             engine = zeroshard.initialize(model=model, config=config)[0]
-        largest, per_unit = max(nbytes for _, nbytes in sizes), (2 + 4) * numel / world / len(sizes)
         # What a unit had before is gone when it stands: what is left falls as what is new grows.
-        for number, (live, _) in enumerate(sizes, 1):
+        # Gloo may hold on to what it has sent, of one unit at most.
+        fp32_unit, per_unit = 4 * numel / len(sizes), (2 + 4) * numel / world / len(sizes)
+        for number, live in enumerate(sizes, 1):
             old = before * (1 - number / len(sizes))
-            assert live <= old + number * per_unit + largest
+            assert live <= old + number * per_unit + 1.01 * fp32_unit
         assert all(unit.lifetime is STAGES[3] for unit in engine.runtime.units)
 
     for world in (1, 2):

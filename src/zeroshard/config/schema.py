@@ -231,8 +231,8 @@ class OffloadOptimizer(_Block):
     free (DeepSpeed: 4, between host memory and files)."""
 
     cpuadam_cores_perc: FractionOrNone = None
-    """The part of a rank's cores that an update on the host uses, at least one core; null is all
-    (DeepSpeed: 0.8)."""
+    """The part of a rank's cores that an update on the host uses, at least one core; null is the
+    engine's choice (DeepSpeed: 0.8)."""
 
     pipeline_read: Annotated[Flag, _READ_AHEAD] = True
     """Whether a part is read while the one before it is stepped (DeepSpeed: false)."""

@@ -185,20 +185,21 @@ def build_unit(
     layout = pieces.layout(mesh, compute, as_bytes=as_bytes)
     mine = layout.shard(mesh.shard.rank)
     part = Range(0, layout.full_numel) if lifetime.params_stay else mine
+    is_master = trained and compute == wide and state.is_near
+    place = ON_DEVICE if lifetime.params_stay or is_master else shards
     full = gradient = None
     with torch.no_grad():
         # Without master weights, nobody asks for more digits than the compute dtype has.
-        values = _values(pieces.all, layout, part, mesh, own_dtype if trained else compute)
+        kept = own_dtype if trained else compute
+        is_far = not (place.is_near or (trained and state.is_near))
+        values = _values(pieces.all, layout, part, mesh, kept, is_far=is_far)
         if lifetime.params_stay:
             full = values.to(compute)
             shard, values = full[mine.slice()], values[mine.slice()]
         else:
             shard = values.to(compute)
-        is_master = trained and compute == wide and state.is_near
-        place = ON_DEVICE if lifetime.params_stay or is_master else shards
         with together():
-            store = place.store(shard, mesh)
-            master = shard
+            store, master = place.store(shard, mesh), shard
             if trained and not state.is_near:
                 master = state.take(values.numel(), wide).copy_(values)
         pieces = pieces.without_values()
@@ -249,11 +250,21 @@ def _gradient(
 
 
 def _values(
-    pieces: Sequence[_Piece], layout: Layout, part: Range, mesh: Mesh, dtype: torch.dtype
+    pieces: Sequence[_Piece],
+    layout: Layout,
+    part: Range,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    *,
+    is_far: bool = False,
 ) -> Tensor:
-    """The values of this rank's shard, or of the whole flat buffer."""
+    """The values of this rank's shard, or of the whole flat buffer.
+
+    Those that are kept off the device, as ``is_far`` says, do not pass through it on one rank.
+    """
     own = [None if piece.own is None else _flat(piece.own, dtype) for piece in pieces]
-    out = torch.zeros(part.numel, dtype=dtype, device=mesh.device)
+    device = torch.device("cpu") if is_far and mesh.world == 1 else mesh.device
+    out = torch.zeros(part.numel, dtype=dtype, device=device)
     if any(values is not None for values in own):
         if part == layout.shard(mesh.shard.rank):
             deal(own, layout, out, mesh)
@@ -290,7 +301,8 @@ def share_values(param: Tensor, mesh: Mesh) -> Tensor:
     """
     layout = Layout(numels=(full_shape(param).numel(),), world=mesh.shard.size, align=1)
     with torch.no_grad():
-        return _values([_piece(param)], layout, layout.shard(mesh.shard.rank), mesh, param.dtype)
+        part = layout.shard(mesh.shard.rank)
+        return _values([_piece(param)], layout, part, mesh, param.dtype)
 
 
 def _vacate(members: Sequence[Member], mesh: Mesh) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Depot", "DeviceDepot", "PlainDepot"]
+__all__ = ["Depot", "DeviceDepot"]
 
 
 class Depot(Protocol):
@@ -77,12 +77,3 @@ class DeviceDepot:
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-class PlainDepot(DeviceDepot):
-    """Ordinary memory of the host: each tensor's goes back to the system with the tensor."""
-
-    is_near = False
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Hook"]
+__all__ = ["Hook", "while_alive"]
 
 
 class Hook:
@@ -22,6 +23,21 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (_nothing,)
+
+
+def while_alive(method: Callable[..., Any]) -> Callable[..., None]:
+    """A call of a bound method that does nothing once its object is gone, and does not keep it.
+
+    A model reaches its hooks and units, and must not keep an engine that was dropped.
+    """
+    found = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        alive = found()
+        if alive is not None:
+            alive(*args)
+
+    return call
 
 
 def _nothing(*args: object) -> None:

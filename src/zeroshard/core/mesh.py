@@ -82,6 +82,11 @@ class Aside:
                 ticket.wait()
             yield
 
+    def outlive(self, tensor: Tensor) -> None:
+        """Keep the memory of a tensor until what was started inside is over."""
+        if self._device is not None:
+            tensor.record_stream(self._stream)
+
     def end(self) -> Mark:
         """The end of what was started inside so far."""
         return DONE if self._device is None else self._stream.record_event()

@@ -44,6 +44,7 @@ from typing import Literal, NamedTuple
 from zeroshard.core.attendance import forget_word, leave_word, word_of
 from zeroshard.core.collectives import Answered, Exchange
 from zeroshard.core.mesh import Mesh
+from zeroshard.core.store import Store
 from zeroshard.core.unit import Unit
 from zeroshard.errors import DistributedError, OffloadError, UsageError, compose
 
@@ -488,10 +489,19 @@ class Schedule:
         self._read_ahead()
 
     def _read_ahead(self) -> None:
-        """Let shards that come be brought nearer, to the end of the pass and across its marks."""
+        """Let shards that are to be gathered be brought nearer, across the marks of the pass."""
         for reader in self._readers:
-            coming = (self._units[op.unit] for op in self._coming() if op.kind == "gather")
-            reader.expect(unit.store for unit in coming if not unit.is_full)
+            reader.expect(self._to_read())
+
+    def _to_read(self) -> Iterator[Store]:
+        gathered = {*self._ahead, *self._kept}
+        for op in self._coming():
+            if op.kind != "gather":
+                continue
+            if op.unit in gathered:  # for its next use, and not for those after it
+                gathered.remove(op.unit)
+            else:
+                yield self._units[op.unit].store
 
     def _gather_ahead(self) -> None:
         """Start what this rank gathers alone and is about to need, within the budget."""

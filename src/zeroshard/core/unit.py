@@ -30,6 +30,9 @@ touches parameters or gradients first makes the computation wait for it. Until t
 which the step reads, stays allocated. Master weights off the device are current only once the way
 back has ended, too: whoever reads or edits them calls `at_home` first.
 
+A step on the host reads the gradient there. It leaves while backward goes on, as soon as it is
+reduced, and its memory on the device is given back; it returns for whoever asks for it.
+
 [Note: byte units]
 A unit of frozen parameters may be made of bytes instead. Its flat buffer is of ``uint8``, each
 parameter lies there as it is, of whatever dtype, and is never cast. Quantised weights need that, as
@@ -152,7 +155,7 @@ class _Beside:
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """The tensors that hold a unit on this rank now. See [Note: flat units]."""
+    """The tensors that hold a unit on the device now. See [Note: flat units]."""
 
     parameters: tuple[Tensor, ...]
     master: Tensor | None
@@ -171,6 +174,14 @@ class _Reduction:
     out: Tensor
     wire: Tensor
     norms: list[Tensor] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Away:
+    """A gradient in memory of the host, and the end of its way there."""
+
+    home: Tensor
+    left: Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +219,10 @@ class Unit:
     mesh issues them in the same order, which is the schedule's business. With a transport that
     gathers alone, ``gather`` is local, too.
     """
+
+    _grad_shard: Tensor | None
+    _away: _Away | None  # instead of the grad shard
+    _norms: list[Tensor] | None  # of its rows, where they are known
 
     def __init__(  # noqa: PLR0913 - tensors, and what describes them
         self,
@@ -247,7 +262,7 @@ class Unit:
         self._wants_gather, self._wants_reduce = f"to gather {self.name}", f"to reduce {self.name}"
         self._gathering: Ticket = DONE
         self._writing: Ticket = DONE  # of master weights, which may not change meanwhile
-        self._staged: Tensor | None = None  # the shard that a step writes, on its way out
+        self._leaving: Tensor | None = None  # the shard that a step writes, on its way out
         self._num_users = 0  # of the full buffer's memory, before it was gathered
         self._is_readable = self._is_outlined = self._is_deferred = False
         self._own_users = 0  # of that memory; see `note_users`
@@ -258,9 +273,11 @@ class Unit:
         self._spent: list[Tensor] = []  # gradients that the step under way reads
         # Set by the optimizer: waits until the state of all units is in its depot.
         self.recall: Callable[[bool], object] | None = None
-        self.has_gradient = False
-        self.grad_shard: Tensor | None = None
-        self._norms: list[Tensor] | None = None  # of its rows, where they are known
+        # Set by the optimizer for a backward that ends an accumulation: takes what was reduced.
+        self.on_reduced: Callable[[Unit], object] | None = None
+        # Whether there is a full gradient, and whether it may have digits that no addend of it has.
+        self.has_gradient = self._is_sum = False
+        self._grad_shard = self._away = self._norms = None
         # Set by the runtime, for modules that use the unit without holding its parameters.
         self.add_use: Callable[[nn.Module], object] | None = None
         self.drop_use: Callable[[nn.Module], object] | None = None
@@ -337,6 +354,15 @@ class Unit:
         return self._full.tensor[self.layout.shard(self.mesh.shard.rank).slice()]
 
     # Parameters
+
+    @property
+    def reads_as_published(self) -> bool:
+        """Whether `publish` starts a gather, with other ranks or of a shard that lies elsewhere."""
+        if self.gathers_alone:
+            return False
+        if self.lifetime.params_stay:
+            return self.mesh.shard.size > 1
+        return self._num_holds > 0
 
     def stored(self, index: int) -> Tensor:
         """This rank's slice of a parameter, as gathers read it."""
@@ -511,7 +537,7 @@ class Unit:
 
     @property
     def holdings(self) -> Holdings:
-        """The tensors whose memory may be moved between two passes, after :meth:`park`."""
+        """The tensors on the device that may be moved between two passes, after :meth:`park`."""
         self.settle()
         self._spill()
         self._rejoin()
@@ -520,7 +546,7 @@ class Unit:
         has_buffer = self._gradient is not None and self._gradient.is_allocated
         return Holdings(
             parameters=(*full, *self._store.tensors),
-            master=self.master,
+            master=self.master if self.state.is_near else None,
             grad_shard=self.grad_shard,
             full_gradient=self._buffer.tensor if has_buffer else None,
         )
@@ -615,8 +641,8 @@ class Unit:
         assert self.master is not None, f"{self.name} is frozen and has no master weights"
         self._end_gather()
         if not self.is_shard_near:
-            self._staged = self._full.tensor.new_empty(self.layout.shard_numel)
-            return self._staged
+            self._leaving = self._full.tensor.new_empty(self.layout.shard_numel)
+            return self._leaving
         (shard,) = self._store.tensors
         return None if shard.data_ptr() == self.master.data_ptr() else shard
 
@@ -640,7 +666,7 @@ class Unit:
                 `show_stepped` follows on the stream of the computation.
         """
         if is_written:
-            self._send_staged()
+            self._send_shard()
             self._note_edit()
         else:
             self.write_master()
@@ -666,10 +692,10 @@ class Unit:
         if self.is_full and not self._is_deferred:
             self.wait()
 
-    def _send_staged(self) -> None:
-        staged, self._staged = self._staged, None
-        if staged is not None:
-            self.mesh.parcels.send(staged, self._store.write(staged))
+    def _send_shard(self) -> None:
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            self.mesh.parcels.send(leaving, self._store.write(leaving))
 
     def _defer(self, coming: Ticket) -> None:
         """Let whoever touches a parameter wait for its values.
@@ -808,7 +834,7 @@ class Unit:
             The full gradient of each parameter, zeros, to be filled.
         """
         self._fresh_gradient().tensor.zero_()
-        self.has_gradient = True
+        self.has_gradient = self._is_sum = True
         return self._buffer.views
 
     def _take_replaced(self) -> list[str]:
@@ -835,6 +861,43 @@ class Unit:
         return misfits
 
     # Gradients
+
+    @property
+    def grad_shard(self) -> Tensor | None:
+        """The average over ranks of this rank's range; what is on the host comes back for it."""
+        if self._away is not None:
+            away, self._away = self._away, None
+            away.left.wait()
+            self._grad_shard = torch.empty_like(away.home, device=self.mesh.device)
+            self._grad_shard.copy_(away.home)
+        return self._grad_shard
+
+    @grad_shard.setter
+    def grad_shard(self, value: Tensor | None) -> None:
+        self._grad_shard, self._away = value, None
+
+    @property
+    def away_gradient(self) -> Tensor | None:
+        """The grad shard in memory of the host, if it was sent there."""
+        return None if self._away is None else self._away.home
+
+    def send_gradient(self, home: Tensor) -> None:
+        """Let the grad shard be in memory of the host, beside the computation.
+
+        Args:
+            home: of its length and dtype, and nobody else's until the gradient is cleared.
+        """
+        grad = self.grad_shard
+        assert grad is not None, f"{self.name}: no gradient"
+        if self._norms is None:
+            self._norms = row_norms(grad)
+        outgoing = self.mesh.outgoing
+        with outgoing.entered():
+            home.copy_(grad, non_blocking=True)
+        outgoing.outlive(grad)
+        self._grad_shard, self._away = None, _Away(home, outgoing.end())
+        if self.lifetime.grads_stay:
+            self._buffer.release()
 
     def collect(self, behind: bool = False) -> bool:
         """Add the gradients that arrived to the full gradient; say whether there were any.
@@ -869,6 +932,7 @@ class Unit:
 
     def _fill(self, arrived: list[int], given: list[Tensor]) -> None:
         """Copy gradients into the full gradient, or add them to what it has."""
+        self._is_sum = self.has_gradient
         if self.has_gradient:
             torch._foreach_add_([self._buffer.views[index] for index in arrived], given)
         else:
@@ -903,6 +967,7 @@ class Unit:
         """What this rank alone has of a parameter's gradient since the last reduction, if any."""
         self._spill()
         self._rejoin()
+        self._is_sum = True  # whoever has it may edit it
         return self._buffer.views[index] if self.has_gradient else None
 
     def _checked(self, index: int, grad: Tensor) -> Tensor:
@@ -921,9 +986,9 @@ class Unit:
         """The full gradient's memory with undefined content, once nothing else uses it."""
         self.end_step()
         self.settle()
-        if self.grad_shard is not None and self.lifetime.grads_stay:
+        if self._grad_shard is not None and self.lifetime.grads_stay:
             # The last reduction of this step left its result in the buffer.
-            self.grad_shard = self.grad_shard.clone()
+            self._grad_shard = self._grad_shard.clone()
         self._buffer.allocate()
         return self._buffer
 
@@ -948,7 +1013,12 @@ class Unit:
         mine = wire[self.layout.shard(self.mesh.shard.rank).slice()]
         # A gradient that stays is reduced in place; one that goes leaves its shard behind.
         in_place = wire is full and self.lifetime.grads_stay
-        return mine if in_place else torch.empty_like(mine), wire
+        if in_place:
+            return mine, wire
+        # Where nothing is averaged, what arrived once has no more digits than it came with.
+        is_exact = self.mesh.world == 1 and not self._is_sum and self.precision.averaging == MEAN
+        is_wider = dtype.itemsize > self.dtype.itemsize
+        return torch.empty_like(mine, dtype=self.dtype if is_exact and is_wider else dtype), wire
 
     def _write_in_turn(self) -> tuple[Tensor, Tensor]:
         """The same where the reducer has room for the full gradient.
@@ -1008,12 +1078,14 @@ class Unit:
             self.grad_shard = out if out.dtype.itemsize < wide.itemsize else out.to(wide)
         if not self.lifetime.grads_stay:
             self._buffer.release()
+        if self.on_reduced is not None:
+            self.on_reduced(self)
 
     def gradient_norms(self) -> Sequence[Tensor]:
         """L2 norms of the rows of the grad shard, none if there is none."""
-        if self.grad_shard is None:
-            return ()
-        return row_norms(self.grad_shard) if self._norms is None else self._norms
+        if self._norms is not None:
+            return self._norms
+        return () if self.grad_shard is None else row_norms(self.grad_shard)
 
     def widen_gradient(self) -> None:
         """Let the grad shard hold values of the accumulation's dtype, for one that edits it."""
@@ -1029,8 +1101,8 @@ class Unit:
         """
         self.settle()
         self._rejoin()
-        if is_read and self.grad_shard is not None:
-            self._spent.append(self.grad_shard)
+        if is_read and self._grad_shard is not None:
+            self._spent.append(self._grad_shard)
         self.grad_shard = self._norms = self._arrived = None
         self.has_gradient = False
         for piece in self.slices:
@@ -1063,8 +1135,8 @@ class Unit:
         """Bytes of full gradients and gradient shards on this rank now."""
         full = self._gradient is not None and self._gradient.is_allocated
         total = self._gradient.nbytes_full if full and self._gradient is not None else 0
-        if self.grad_shard is not None and not (full and self.lifetime.grads_stay):
-            total += self.grad_shard.nbytes
+        if self._grad_shard is not None and not (full and self.lifetime.grads_stay):
+            total += self._grad_shard.nbytes
         return total
 
     @property

@@ -73,9 +73,12 @@ def deal(params: Sequence[Tensor | None], layout: Layout, out: Tensor, mesh: Mes
 def pass_round(shard: Tensor, layout: Layout, mesh: Mesh) -> Iterator[tuple[Range, Tensor]]:
     """Yield all parts of a flat buffer with their values, on every rank. A collective.
 
-    The shard may be in host memory; what is yielded is on the device.
+    The shard may be in host memory; parts of other ranks are on the device.
     """
     size = mesh.shard.size
+    if size == 1:
+        yield layout.shard(0), shard
+        return
     for piece in _pieces(mesh, layout, shard.dtype):
         mine = shard[piece.slice()].to(mesh.device)
         rows = mine.new_empty(size * piece.numel)

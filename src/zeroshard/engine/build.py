@@ -211,7 +211,7 @@ def initialize(  # noqa: PLR0913, PLR0915, PLR0917 - the signature is DeepSpeed'
                     inner,
                     runtime.units,
                     mesh,
-                    policy=_policy(settings, can_overflow=scaler is not None),
+                    policy=_policy(settings, batch, can_overflow=scaler is not None),
                     scaler=scaler,
                 )
             undo.callback(sharded.release)
@@ -244,7 +244,9 @@ def initialize(  # noqa: PLR0913, PLR0915, PLR0917 - the signature is DeepSpeed'
     return engine, engine.optimizer, loader, scheduler
 
 
-def _policy(settings: configuration.Config, *, can_overflow: bool) -> StepPolicy:
+def _policy(
+    settings: configuration.Config, batch: configuration.Batch, *, can_overflow: bool
+) -> StepPolicy:
     """What happens between backward and the optimizer."""
     return StepPolicy(
         clip=settings.gradient_clipping,
@@ -253,6 +255,9 @@ def _policy(settings: configuration.Config, *, can_overflow: bool) -> StepPolicy
         most_numel=settings.zero_optimization.sub_group_size,
         kernels=settings.zeroshard.optimizer_step,
         num_buffers=wishes(settings, trains=True).num_buffers,
+        update=settings.zeroshard.offload_update,
+        cores=settings.zero_optimization.offload_optimizer.cpuadam_cores_perc,
+        sums=batch.accumulation > 1,
     )
 
 
@@ -772,7 +777,10 @@ def _make_depots(
 
 def _bytes_on_host(model: nn.Module) -> int:
     """Bytes of parameters in host memory, which they leave one unit after another."""
-    return sum(param.nbytes for param in model.parameters() if param.device.type == "cpu")
+    full = sum(param.nbytes for param in model.parameters() if param.device.type == "cpu")
+    slots = [slot_of(param) for param in model.parameters()]
+    waiting = dict.fromkeys(slot.unit for slot in slots if slot is not None)
+    return full + sum(unit.store.home.nbytes for unit in waiting if not unit.is_shard_near)
 
 
 def _seal(

@@ -24,6 +24,7 @@ from zeroshard.checkpoint.writing import Common, save
 from zeroshard.config import Batch, Config, resolve
 from zeroshard.core import tree
 from zeroshard.core.agreed import agreed
+from zeroshard.core.hook import while_alive
 from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.scaling import ScaledLoss
@@ -137,7 +138,7 @@ class Engine(Getters):
             self._optimizer = ZeroOptimizer(sharded, self._step_now, self.zero_grad)
             # The gradients are here, so forgetting them is, too.
             sharded.inner.zero_grad = self.zero_grad
-            runtime.before_step = sharded.read_ahead
+            runtime.before_step = while_alive(sharded.read_ahead)
         self._shown_optimizer: Any = self._optimizer
         self._allow_foreign_steps = weakref.finalize(self, refuse_foreign_steps().remove)
         self._allow_foreign_steps.atexit = False

@@ -226,6 +226,8 @@ def _move_state(
 ) -> list[_MovedState]:
     moved: list[_MovedState] = []
     for unit in units:
+        if not unit.state.is_near:
+            continue  # it is off the device already, in memory of its depot
         for piece in unit.slices:
             for value in optimizer.state.get(piece, {}).values():
                 if not isinstance(value, Tensor) or not value.dim():

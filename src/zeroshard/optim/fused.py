@@ -32,7 +32,7 @@ from zeroshard.optim.adam import Rule, Shards, Update
 from zeroshard.optim.carriers import Load
 from zeroshard.optim.flat_state import FlatState
 
-__all__ = ["FusedAdam", "Part", "is_adam", "is_watched", "triton_update"]
+__all__ = ["FusedAdam", "Part", "Pass", "is_adam", "is_watched", "triton_update"]
 
 _log = logging.getLogger(__name__)
 _AVERAGE, _SQUARE, _STEP = "exp_avg", "exp_avg_sq", "step"
@@ -83,6 +83,16 @@ class Part:
     start: int
     stop: int
     load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A range of a unit's shard whose tensors are stepped by one rule."""
+
+    start: int
+    stop: int
+    shards: Shards
+    rule: Rule
 
 
 class _Home:
@@ -199,6 +209,11 @@ class FusedAdam:
         return parts
 
     @property
+    def may_step(self) -> bool:
+        """Whether nothing spoke against the last step, if there was one."""
+        return self._reason is None
+
+    @property
     def is_laid_out(self) -> bool:
         """Whether the state of all units has its place, so that it may be read ahead."""
         return len(self._homes) == len(self._units)
@@ -222,9 +237,23 @@ class FusedAdam:
                 scalars in fp32 on the device.
         """
         assert unit.grad_shard is not None, f"{unit.name}: no gradient"
-        grad = unit.grad_shard
-        master, average, square = tensors
         update = adam.update_ if self._triton is None else self._triton
+        for each in self.passes(unit, part, tensors, unit.grad_shard, out):
+            update(each.shards, each.rule, *scale)
+
+    def passes(
+        self, unit: Unit, part: Part, tensors: Sequence[Tensor], grad: Tensor, out: Tensor | None
+    ) -> Iterator[Pass]:
+        """What is done to step a part of a unit, wherever its tensors are.
+
+        Args:
+            unit: whose runs of parameters they are.
+            part: a part of it.
+            tensors: the part's master weights and averages.
+            grad: the gradient of the whole unit.
+            out: where the unit's stepped weights go in the compute dtype, as a whole.
+        """
+        master, average, square = tensors
         for run in self._runs[unit]:
             start, stop = max(run.start, part.start), min(run.stop, part.stop)
             if start >= stop:
@@ -237,7 +266,7 @@ class FusedAdam:
                 _cut(square, first, last),
                 None if out is None else _cut(out, start, stop),
             )
-            update(shards, self._rules[run.group], *scale)
+            yield Pass(start, stop, shards, self._rules[run.group])
 
     def advance(self, found_inf: Tensor | None) -> None:
         """Count a step; with a flag, `confirm` says later whether it was made."""

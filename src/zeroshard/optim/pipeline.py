@@ -84,7 +84,7 @@ class Pipeline:
             loads: all that the step needs; those of near depots are passed over.
             at_once: how many loads are stepped together.
         """
-        if self.is_under_way and loads is self._loads:
+        if self.is_under_way and [*loads] == [*self._loads]:
             return
         if self.is_under_way:
             self.forget()

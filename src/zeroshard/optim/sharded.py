@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from zeroshard.core.agreed import agreed
 from zeroshard.core.collectives import DONE, Answered, Exchange, Ticket, all_reduce_
 from zeroshard.core.files import FileDepot
+from zeroshard.core.hook import while_alive
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.norm import squared
 from zeroshard.core.slots import slot_of
@@ -42,11 +43,14 @@ from zeroshard.optim.factory import ELEMENTWISE
 from zeroshard.optim.far_state import FarState
 from zeroshard.optim.flat_state import FlatState
 from zeroshard.optim.fused import FusedAdam, is_adam, is_watched, triton_update
+from zeroshard.optim.host_update import HostUpdate
 from zeroshard.optim.lamb import Lamb
 from zeroshard.optim.muon import Muon
+from zeroshard.optim.on_its_way import OnItsWay
 from zeroshard.optim.packages import is_quantized_elementwise
 from zeroshard.optim.pipeline import Pipeline
 from zeroshard.optim.scaler import LossScaler
+from zeroshard.optim.update_choice import Where, stepped_on_host
 from zeroshard.optim.whole import ALONE, Sharded, WholeOptimizer
 
 __all__ = ["Kernels", "ShardedOptimizer", "StepPolicy", "check_optimizer", "optimizer_parameters"]
@@ -85,7 +89,9 @@ class StepPolicy:
     ``most_numel``: elements of this rank's master weights that are stepped at once, at least those
     of one unit; None steps all at once. ``kernels``: "auto" is "fused" where Triton runs, for there
     it is faster, and "torch" elsewhere. ``num_buffers``: through which state passes that is kept
-    off the device; None goes by what is free.
+    off the device; None goes by what is free. ``update``: where that state is stepped; on the host
+    with a part ``cores`` of this rank's CPUs, None for the engine's choice. ``sums``: whether
+    gradients are summed over micro-steps.
     """
 
     clip: float = 0.0
@@ -93,31 +99,15 @@ class StepPolicy:
     most_numel: int | None = None
     kernels: Kernels = "auto"
     num_buffers: int | None = None
+    update: Where = "gpu"
+    cores: float | None = None
+    sums: bool = False
 
 
 def _numel_at_once(policy: StepPolicy) -> int:
     """Elements of state that come from elsewhere at once: whole pages of files."""
     most = min(policy.most_numel or _MOST_NUMEL, _MOST_NUMEL)
     return -(-most // _PAGE_NUMEL) * _PAGE_NUMEL
-
-
-class _OnItsWay:
-    """A scalar that is copied to the host while the device goes on with other work."""
-
-    def __init__(self, value: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._host = value
-        if value.is_cuda:
-            self._host = torch.empty_like(value, device="cpu", pin_memory=True)
-            self._host.copy_(value, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def get(self) -> float:
-        """The value, once it has arrived."""
-        if self._event is not None:
-            self._event.synchronize()
-        return float(self._host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +252,7 @@ class ShardedOptimizer:
         self.norm: Tensor | None = None
         self._overflow = False  # whether the last step was skipped for it
         self._num_skipped = 0
-        self._pending: _OnItsWay | None = None  # the norm that decides about the last step
+        self._pending: OnItsWay | None = None  # the norm that decides about the last step
         self._square = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._stepping = False
         self._published: set[Unit] = set()  # in the step under way
@@ -275,14 +265,15 @@ class ShardedOptimizer:
         self._has_files = any(isinstance(unit.state, FileDepot) for unit in self._far)
         self._parts = self._divide()
         for unit in self._far:
-            unit.recall = self.recall
+            unit.recall = while_alive(self.recall)
         self._num_slices = sum(len(group["params"]) for group in inner.param_groups)
         self._guard = inner.register_step_pre_hook(self._refuse_direct_step)
         self._fused: FusedAdam | None = None
         is_asked_for = policy.kernels == "fused"
+        self._host = self._choose_host()
         if self.units and (is_asked_for or (policy.kernels == "auto" and is_adam(inner))):
             update = self._common_update()
-            if is_asked_for or update is not None:
+            if is_asked_for or update is not None or self._host is not None:
                 self._fused = FusedAdam(
                     inner,
                     self._states,
@@ -302,6 +293,23 @@ class ShardedOptimizer:
         for axis in (self.mesh.shard, self.mesh.replicate):
             all_reduce_(can, axis, dist.ReduceOp.MIN)
         return update if can.item() else None
+
+    def _choose_host(self) -> HostUpdate | None:
+        """Who steps on the host, and which units; they are the same on all ranks."""
+        policy = self.policy
+        if policy.update == "gpu" or not self._far:
+            return None
+        chosen = stepped_on_host(
+            self.mesh,
+            list(self._far),
+            policy.update,
+            is_adam=is_adam(self.inner) and policy.kernels != "torch",
+            cores=policy.cores,
+            num_buffers=policy.num_buffers,
+        )
+        if chosen is None:
+            return None
+        return HostUpdate(self.mesh, chosen.units, chosen.worker, sums=policy.sums)
 
     def _adopt(self) -> None:
         """Exchange parameters for slices in every group, and slice the state they already have."""
@@ -405,6 +413,8 @@ class ShardedOptimizer:
         for unit in self.units:
             unit.end_step()
             unit.settle()
+        if self._host is not None:
+            self._host.send_as_reduced(False)
         self._scalars = ()  # nothing reads them any more
         divisor = divide_by * (self.scaler.scale if self.scaler else 1.0)
         self.norm = norm = self._global_norm() / divisor
@@ -417,7 +427,7 @@ class ShardedOptimizer:
         found_inf: Tensor | None = None
         self._overflow = False
         if self.policy.skip_on_overflow:
-            self._pending = _OnItsWay(norm)
+            self._pending = OnItsWay(norm)
             if fused is None and not _takes_scaling(self.inner, _SKIPPING):
                 # The host waits for backward, and the device for the host.
                 self._conclude()
@@ -477,7 +487,7 @@ class ShardedOptimizer:
         for unit in self.units:
             if unit not in self._published:
                 with suppress(OffloadError):
-                    self._publish([unit], is_written=True)
+                    self._publish([unit], is_written=True, step=self._end())
 
     def _update_units(self, fused: FusedAdam | None, scaling: _Scaling) -> None:
         if self._overflow:
@@ -495,6 +505,9 @@ class ShardedOptimizer:
                 self._step_shards(fused, scaling)
             else:
                 self._step_slices(scaling)
+            for unit in self.units:
+                if unit.gathers_alone:  # others may read the shard as soon as this ends
+                    unit.end_step()
         for unit in self.units:
             unit.catch_up()
 
@@ -509,19 +522,28 @@ class ShardedOptimizer:
 
     def read_ahead(self) -> None:
         """Send for the state that the next step is expected to need first, if any is elsewhere."""
+        if self._host is not None and self._fused is not None and self._fused.may_step:
+            self._host.send_as_reduced(True)
         self._read_ahead(self._fused)
+
+    def _on_host(self, fused: FusedAdam | None) -> Sequence[Unit]:
+        """The units that are stepped on the host."""
+        return () if self._host is None or fused is None else self._host.units
 
     def _read_ahead(self, fused: FusedAdam | None) -> None:
         if not self._far:
             return
         if fused is not None and fused.is_laid_out:
-            loads = [part.load for unit in self._far for part in fused.parts(unit)]
+            moved = [unit for unit in self._far if unit not in self._on_host(fused)]
+            loads = [part.load for unit in moved for part in fused.parts(unit)]
         else:
             loads = [far.load for far in self._far.values()]
         self._pipeline.start(loads, at_once=max(map(len, self._parts)) if fused is None else 1)
 
     def recall(self, edits: bool = True) -> None:
         """Wait until all state is where it is kept; nothing read ahead holds if it is edited."""
+        if self._host is not None:
+            self._host.settle()
         self._pipeline.settle()
         if edits:
             self._pipeline.forget()
@@ -549,12 +571,17 @@ class ShardedOptimizer:
         scale = (scaling.factor(self.mesh.device), scaling.found_inf)
         self._scalars = scale
         with torch.no_grad(), self._beside():
+            ends = {} if self._host is None else self._host.step(fused, *scale)
             for unit in self.units:
-                out = unit.shard_to_write()
-                for part in fused.parts(unit):
-                    with self._pipeline.visiting(part.load) as tensors:
-                        fused.update(unit, part, tensors, out, scale)
-                self._publish([unit], is_written=True)
+                if unit not in ends:
+                    out = unit.shard_to_write()
+                    for part in fused.parts(unit):
+                        with self._pipeline.visiting(part.load) as tensors:
+                            fused.update(unit, part, tensors, out, scale)
+                    ends[unit] = self._end()
+                elif unit.reads_as_published:
+                    ends[unit].wait()
+                self._publish([unit], is_written=True, step=ends[unit])
         fused.advance(scaling.found_inf)
 
     def _step_slices(self, scaling: _Scaling) -> None:
@@ -572,7 +599,8 @@ class ShardedOptimizer:
                 for unit in units:
                     if unit in self._far:
                         self._far[unit].take_in()
-                    self._publish([unit], is_written=unit in self._far)
+                    end = self._end()
+                    self._publish([unit], is_written=unit in self._far, step=end)
 
     def _arriving(self) -> AbstractContextManager[object]:
         """Around the arrival of state: all ranks learn of a failure before a step that talks."""
@@ -598,17 +626,19 @@ class ShardedOptimizer:
                 scaling.apply_(shards)
                 self.inner.step()
 
-    def _publish(self, units: Sequence[Unit], *, is_written: bool = False) -> None:
+    def _end(self) -> Ticket:
+        """The end of a unit's step, which is made on the stream that is current."""
+        return self._pipeline.ticket() if self._far else DONE
+
+    def _publish(
+        self, units: Sequence[Unit], *, is_written: bool = False, step: Ticket = DONE
+    ) -> None:
         """Forget the gradients of units, and let gathers read their master weights."""
-        is_beside = bool(self._far) and not self._overflow
         for unit in units:
-            unit.clear_gradients(is_read=is_beside)
+            unit.clear_gradients(is_read=step is not DONE)
         with torch.no_grad():
             for unit in units:
                 self._published.add(unit)
-                step: Ticket = DONE
-                if is_beside:
-                    step = self._pipeline.ticket()
                 unit.publish(is_written=is_written or self._overflow, step=step)
 
     @contextmanager
@@ -650,6 +680,9 @@ class ShardedOptimizer:
     def release(self) -> None:
         """Give the optimizer its parameters back; state, which is of slices, is dropped."""
         self._guard.remove()
+        if self._host is not None:
+            host, self._host = self._host, None
+            host.close()
         try:
             self.recall()
         except OffloadError as error:

@@ -13,10 +13,10 @@ from torch import nn
 
 from zeroshard.config import Config, ConfigSource, peek
 from zeroshard.core import world
-from zeroshard.core.depot import PlainDepot
 from zeroshard.core.init import Sharding, shard_module, sharded_construction
 from zeroshard.core.lifetime import lifetime
 from zeroshard.core.mesh import default_mesh
+from zeroshard.core.slab import HostDepot
 from zeroshard.core.store import ON_DEVICE, OnHost
 from zeroshard.errors import ConfigError, UsageError, compose
 from zeroshard.logs import show_messages
@@ -109,7 +109,9 @@ class Init:
             _check_group(name, group)
         mesh = default_mesh(world.device())
         life = lifetime(3, mesh.world, ["parameters"] if is_remote else [])
-        shards = OnHost(PlainDepot()) if is_remote else ON_DEVICE
+        # Not page-locked, so that memory goes back to the system as shards leave it, one by one.
+        host = HostDepot(mesh.device, pin=False, name="parameters that wait for initialize()")
+        shards = OnHost(host) if is_remote else ON_DEVICE
         self._sharding = Sharding(mesh, life, dtype_of, shards)
         if module is not None:
             shard_module(module, self._sharding)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeroshard.core.lifetime import STAGES, StateBytes, state_bytes
+from zeroshard.core.lifetime import STAGES, StateBytes, lifetime, state_bytes
 
 SIZES = {"numel": st.integers(0, 10**12), "world": st.integers(1, 4096)}
 
@@ -65,3 +65,14 @@ def test_stages_differ_in_exactly_one_choice_from_their_neighbours() -> None:
         (True, True, False),
         (True, True, True),
     ]
+
+
+def test_one_rank_frees_and_reduces_early_only_for_what_leaves_the_device() -> None:
+    assert [lifetime(number, 1) for number in STAGES] == [STAGES[0]] * 4
+    assert lifetime(3, 1, ["parameters"]) == lifetime(3, 1, ["parameters", "state"]) == STAGES[3]
+    for number, row in STAGES.items():
+        with_state = lifetime(number, 1, ["state"])
+        assert with_state.params_stay
+        assert with_state.grads_stay == row.grads_stay
+        for offloads in ([], ["parameters"], ["state"]):
+            assert lifetime(number, 2, offloads) == row  # type: ignore[arg-type]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import islice, takewhile
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 from unittest import mock
@@ -306,7 +306,7 @@ class FakeUnit:
 
     def __post_init__(self) -> None:
         self.name = f"unit {self.index}"
-        self.store = SimpleNamespace(reader=None, is_at_hand=True)
+        self.store = SimpleNamespace(index=self.index, reader=None, is_at_hand=True)
         self.is_full = self.lifetime.params_stay
 
     def gather(self) -> None:
@@ -393,6 +393,8 @@ class Model:
     stays: bool = False
     alone: frozenset[int] = frozenset()
     """Units that a rank gathers without the others."""
+    far: frozenset[int] = frozenset()
+    """Units whose shards are in files, and on some ranks never read before they are needed."""
 
 
 @dataclass
@@ -402,6 +404,8 @@ class Log:
     issued: list[list[Op]] = field(default_factory=list)
     num_exchanges: list[int] = field(default_factory=list)
     given_up: list[int] = field(default_factory=list)
+    expected: list[list[int]] = field(default_factory=list)
+    """What was to be read ahead, nearest first."""
 
 
 class Rank:
@@ -415,6 +419,10 @@ class Rank:
         ]
         for index in model.alone:
             self.units[index].gathers_alone = True
+        for index in model.far:
+            self.units[index].store = SimpleNamespace(
+                index=index, reader=self, is_at_hand=(rank + index) % 2 == 0
+            )
         self.trained = [unit for unit in self.units if unit.index not in model.frozen]
         limits = Limits(model.budget, model.live, model.reuse, model.overlap)
         self.schedule = Schedule(self.units, Mesh(rank, world), limits)  # type: ignore[arg-type]
@@ -422,6 +430,10 @@ class Rank:
         self.kept: set[FakeUnit] = set()
         self.in_backward = False
         self.log = Log()
+
+    def expect(self, coming: Iterable[Any]) -> None:
+        """As a reader of shards in files does, which has room for three."""
+        self.log.expected.append([store.index for store in islice(coming, 3)])
 
     def check_memory(self) -> None:
         """At most the budget is full before its time, or else one unit of any size."""
@@ -570,6 +582,7 @@ def models(draw: st.DrawFn) -> Model:
         frozen=draw(st.frozensets(st.integers(0, len(all_sizes) - 1), max_size=1)),
         stays=draw(st.integers(0, 5)) == 0,
         alone=draw(st.sampled_from((none, none, every, some))),
+        far=draw(st.sampled_from((none, none, every, some))),
     )
 
 
@@ -593,6 +606,15 @@ def test_ranks_that_run_different_modules_issue_the_same_collectives_and_never_h
     world: tuple[Model, list[list[Pass]]],
 ) -> None:
     simulate(*world)
+
+
+def test_shards_in_files_are_read_ahead_in_the_order_of_the_last_pass() -> None:
+    (log,) = simulate(Model([10] * 4, far=frozenset(range(4))), [[chain(4)] * 2])
+    assert log.expected[0] == []  # nothing is known yet
+    second = log.expected[log.expected.index([0, 1, 2]) :]
+    # Units 0 and 2 are gathered ahead, as their shards are there in time; 1 and 3 are not.
+    assert second[:5] == [[0, 1, 2], [1, 2, 3], [3, 3, 2], [3, 3, 2], [3, 2, 1]]
+    assert second[-1] == []
 
 
 def leave_out(draw: st.DrawFn, steps: Sequence[Step]) -> list[Step]:

@@ -392,6 +392,29 @@ def test_each_slice_shows_the_optimizer_its_part_of_the_gradient(life: Lifetime)
     assert_equal([piece.grad for piece in unit.slices if piece.grad is not None], grads)
 
 
+def test_on_one_rank_a_gradient_that_arrives_once_keeps_its_narrow_dtype() -> None:
+    def reduced(times: int, looks: bool = False) -> Tensor:
+        params = make_params([(4, 4)], dtype=torch.bfloat16)
+        unit = make_unit(params, freeing, precision=BF16)
+        make_full(unit)
+        for _ in range(times):
+            give(params, [torch.full((4, 4), 1.0, dtype=torch.bfloat16)])
+            unit.collect()
+        if looks:
+            view = unit.unreduced(0)
+            assert view is not None
+            view += 2**-20  # as a hook of the user's may
+        unit.reduce()
+        unit.settle()
+        assert unit.grad_shard is not None
+        return unit.grad_shard
+
+    assert reduced(1).dtype == torch.bfloat16
+    assert torch.equal(reduced(1).float(), torch.ones(16))
+    for grad, wanted in ((reduced(257), 257.0), (reduced(1, looks=True), 1 + 2**-20)):
+        assert torch.equal(grad, torch.full((16,), wanted))  # which bf16 does not have
+
+
 def test_full_gradients_exist_only_while_their_lifetime_lasts() -> None:
     for stage, life in STAGES.items():
         params = make_params([(4, 4)])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from unit.engine.small import Block, Net, batch, make, weights_of
 from zeroshard.engine import build
 from zeroshard.engine.headroom import Claim
 from zeroshard.errors import ConfigError, OffloadError
+from zeroshard.optim import carriers
 
 NUM_BLOCKS = 12
 BYTES = 2**-30  # in GiB
@@ -257,10 +261,12 @@ def test_a_depot_that_fails_on_one_rank_is_an_error_on_all() -> None:
         return str(caught.value)
 
     first, second = run_ranks(rank, 2)
-    assert second == "rank 1 cannot page-lock.\n\nhint: do this."
+    assert second.startswith("rank 1 cannot page-lock. The model was being divided by then")
+    assert second.endswith("\n\nhint: do this.")
     assert first == (
         "rank 1 could not keep state off its device, so no rank did. OffloadError: rank 1 cannot "
-        "page-lock.\n\nhint: do this."
+        "page-lock. The model was being divided by then; it is given back as by engine.destroy(), "
+        "and can be given to initialize() again.\n\nhint: do this."
     )
 
 
@@ -285,3 +291,46 @@ def test_where_the_update_runs_is_said_to_be_idle_if_nothing_leaves() -> None:
 
     ((text,),) = run_ranks(rank, 1)
     assert text == 'zeroshard.offload_update: "cpu" has no effect: no state leaves the device.'
+
+
+def test_what_backward_has_read_ahead_is_not_read_again_by_the_step() -> None:
+    def work(rank: int, world: int) -> list[int]:
+        counts: list[int] = []
+        fetch = carriers.Bus.fetch
+
+        def counted(bus: carriers.Bus, slot: carriers.Slot) -> None:
+            counts[-1] += 1
+            fetch(bus, slot)
+
+        zero = {"stage": 1, "offload_optimizer": CPU}
+        engine = make(1, zero_optimization=zero, optimizer=ADAM)
+        with mock.patch.object(carriers.Bus, "fetch", counted):
+            for number in range(4):
+                counts.append(0)
+                engine.backward((engine(batch(number)) - 1).square().mean())
+                engine.step()
+        return [*counts, len(engine.runtime.trained)]
+
+    for *counts, num_units in run_ranks(work, 1):
+        assert counts[-1] == counts[-2] == num_units
+
+
+def test_an_engine_that_was_dropped_is_gone_with_what_it_kept_off_the_device() -> None:
+    def rank(rank: int, world: int) -> None:
+        for stage in (2, 3):
+            zero: dict[str, Any] = {"stage": stage, "offload_optimizer": CPU}
+            if stage == 3:
+                zero["offload_param"] = CPU
+            settings: dict[str, Any] = {"zero_optimization": zero, "bf16": {"enabled": True}}
+            engine = make(stage, optimizer=ADAM, **settings)
+            engine.backward(engine(batch(0, torch.bfloat16)).sum())
+            engine.step()
+            want, model, gone = weights_of(engine), engine.module, weakref.ref(engine)
+            del engine
+            gc.collect()
+            assert gone() is None
+            second = make(stage, model, optimizer=ADAM, **settings)
+            assert all(torch.equal(w, want[name]) for name, w in weights_of(second).items())
+            second.destroy()
+
+    run_ranks(rank, 2)
