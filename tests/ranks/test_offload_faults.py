@@ -182,7 +182,9 @@ def test_what_is_refused_on_one_rank_is_an_error_on_all_and_the_model_trains_els
     run_ranks(work)
 
 
-@pytest.mark.parametrize("where", ["state 1", "state 2", "muon", "forward", "backward", "evaluate"])
+@pytest.mark.parametrize(
+    "where", ["state 1", "state 2", "muon", "forward", "backward", "evaluate", "gathered"]
+)
 def test_a_drive_that_fails_under_way_ends_the_training_of_all_ranks_alike(
     where: str, tmp_path: Path
 ) -> None:
@@ -209,6 +211,10 @@ def test_a_drive_that_fails_under_way_ends_the_training_of_all_ranks_alike(
             elif where == "evaluate":
                 with torch.no_grad():
                     first = error_of(lambda: engine(x))
+            elif where == "gathered":
+                first = error_of(lambda: zeroshard.gathered(engine.module).__enter__())
+                assert not any(unit.is_full for unit in engine.runtime.units)
+                assert "rank 1" in error_of(lambda: engine(x))
             else:
                 first = error_of(lambda: take_step(engine))
         later = [
@@ -219,7 +225,10 @@ def test_a_drive_that_fails_under_way_ends_the_training_of_all_ranks_alike(
         ]
         assert all("ended this engine's training" in text for text in later), later
         assert all("load the last checkpoint" in text for text in later)
+        net = engine.module
         engine.destroy()
+        if not where.startswith(("state", "muon")):
+            assert "rank 1" in error_of(lambda: start(config(3), net))  # its shards are lost
         engine = start(config(3))
         take_step(engine)
         engine.destroy()

@@ -749,6 +749,7 @@ def _make_depots(
     zero, depots = settings.zero_optimization, Depots(settings, mesh)
     files = file_bytes(placed)
     try:
+        _check_waiting(model, mesh)
         if any(each.state != "none" or each.shard != "none" for each in placed):
             claim = Claim(
                 host_bytes=host_bytes(placed) + staging_bytes(placed, settings),
@@ -773,6 +774,21 @@ def _make_depots(
         mesh.destroy()
         raise
     return depots
+
+
+def _check_waiting(model: nn.Module, mesh: Mesh) -> None:
+    """Refuse parameters that wait in files which a rank cannot read any more. A collective then.
+
+    Raises:
+        OffloadError: on every rank.
+    """
+    slots = [slot_of(param) for param in model.parameters() if is_waiting(param)]
+    units = dict.fromkeys(slot.unit for slot in slots if slot is not None)
+    in_files = [unit for unit in units if unit.store.reader is not None]
+    if in_files:
+        with agreed(mesh, "read the model's parameters"):
+            for unit in in_files:
+                _ = unit.store.home
 
 
 def _bytes_on_host(model: nn.Module) -> int:
