@@ -77,12 +77,12 @@ def moments_of(state: Mapping[str, Any], place: Place, scalars: set[str], to: En
     return found
 
 
-def decoded(spec: Any, decoder: Decoder, like: Tensor) -> Any:
-    """A number or block as the optimizer keeps it."""
+def decoded(spec: Any, decoder: Decoder, device: torch.device) -> Any:
+    """A number or block as the optimizer keeps it, if it has it on its device."""
     if not isinstance(spec, dict) or "value" not in spec:
         return decoder.decode(spec)
     value = decoder.decode(spec["value"])
-    return value.to(like.device) if spec.get(_HOST_OR_DEVICE, True) else value
+    return value.to(device) if spec.get(_HOST_OR_DEVICE, True) else value
 
 
 def group_of(optimizer: torch.optim.Optimizer) -> dict[int, int]:

@@ -253,14 +253,17 @@ def _read_private(training: Training, file: TensorFile) -> None:
 def _read_optimizer(sharded: ShardedOptimizer, reader: Reader, found: Match) -> None:
     optimizer, saved = sharded.inner, reader.manifest.optimizer
     assert saved is not None, "there is state of an optimizer"
-    states = {
-        place.slice: _read_state(reader, name, place) for place, name in _stepped(optimizer, found)
-    }
+    by_unit: dict[Unit, list[tuple[Place, str]]] = {}
+    for place, name in _stepped(optimizer, found):
+        by_unit.setdefault(place.unit, []).append((place, name))
     sharded.let_go_of_state()
-    for piece, state in states.items():
-        optimizer.state.pop(piece, None)
-        if state:
-            optimizer.state[piece] = state
+    for unit, members in by_unit.items():  # which is all that is there twice
+        for place, name in members:
+            optimizer.state.pop(place.slice, None)
+            if state := _read_state(reader, name, place):
+                optimizer.state[place.slice] = state
+        sharded.keep(unit)
+    sharded.seal()
     for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
         for key, value in reader.common.decode(values).items():
             if isinstance(own := group.get(key), Tensor) and isinstance(value, Tensor):
@@ -296,7 +299,7 @@ def _check_state(reader: Reader, name: str, place: Place, group: int) -> None:
 
 def _read_state(reader: Reader, name: str, place: Place) -> dict[str, Any]:
     """The optimizer's state for this rank's slice; none if the parameter was never stepped."""
-    entry, piece = reader.manifest.parameters[name], place.slice
+    entry, piece, device = reader.manifest.parameters[name], place.slice, place.unit.mesh.device
     if entry.blocks:
         return _read_blocks(reader, name, place)
     state: dict[str, Any] = {}
@@ -308,7 +311,7 @@ def _read_state(reader: Reader, name: str, place: Place) -> dict[str, Any]:
         flat = torch.empty(piece.numel(), dtype=dtype, device=piece.device)
         _read_slice(reader, kind, name, place, flat)
         state[key] = flat.view(piece.shape)
-    state |= {k: decoded(spec, reader.common, piece) for k, spec in entry.numbers.items()}
+    state |= {k: decoded(spec, reader.common, device) for k, spec in entry.numbers.items()}
     return state
 
 
@@ -332,7 +335,7 @@ def _owner_of_blocks(reader: Reader, name: str, place: Place) -> int:
 
 def _read_blocks(reader: Reader, name: str, place: Place) -> dict[str, Any]:
     """State that fits one slice only."""
-    entry, piece = reader.manifest.parameters[name], place.slice
+    entry, piece, device = reader.manifest.parameters[name], place.slice, place.unit.mesh.device
     if not place.owned().numel:
         return {}
     rank = _owner_of_blocks(reader, name, place)
@@ -342,8 +345,8 @@ def _read_blocks(reader: Reader, name: str, place: Place) -> dict[str, Any]:
         flat = file.read(f"{STATE}{key}/{name}").to(piece.device)
         state[key] = flat.view(piece.shape)
     own = entry.blocks.get(str(rank), {})
-    state |= {key: decoded(spec, decoder, piece) for key, spec in own.items()}
-    return state | {k: decoded(spec, decoder, piece) for k, spec in entry.numbers.items()}
+    state |= {key: decoded(spec, decoder, device) for key, spec in own.items()}
+    return state | {k: decoded(spec, decoder, device) for k, spec in entry.numbers.items()}
 
 
 # An accumulation under way
@@ -415,9 +418,8 @@ def _resume_average(
     unit: Unit, members: list[tuple[Place, str]], reader: Reader, with_unreduced: bool = True
 ) -> None:
     """Take what all ranks had averaged, and the average of what each had alone."""
-    kept = unit.read_kept()
-    dtype = torch.float64 if kept.dtype == torch.float64 else torch.float32
-    shard = torch.zeros(unit.layout.shard_numel, dtype=dtype, device=kept.device)
+    dtype = torch.float64 if unit.read_kept().dtype == torch.float64 else torch.float32
+    shard = torch.zeros(unit.layout.shard_numel, dtype=dtype, device=unit.mesh.device)
     world, has_any = reader.manifest.writer.world, False
     for place, name in members:
         out, owned = place.of(shard), place.owned()

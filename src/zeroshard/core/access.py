@@ -279,6 +279,7 @@ def companions_on_host(units: Iterable[Unit], *, wanted: bool) -> dict[Tensor, T
 
 def rewrite(unit: Unit, edit: Callable[[], object]) -> None:
     """Edit master weights and show them to whoever reads parameters from now on; a collective."""
+    unit.at_home(edits=True)
     with torch.no_grad(), rewriting([unit.transport]):
         edit()
         unit.write_master()

@@ -446,9 +446,13 @@ class Unit:
         Args:
             edits: they are about to be changed there, so nothing that was read ahead holds.
         """
-        self.end_step()
+        self.await_step()
         if self.recall is not None:
             self.recall(edits)
+
+    def await_step(self) -> None:
+        """Let the current stream wait for a step under way; the computation still waits, too."""
+        self._step.wait()
 
     def _end_gather(self) -> None:
         self.end_step()
@@ -1141,10 +1145,10 @@ class Unit:
 
     @property
     def master_bytes(self) -> int:
-        """Bytes of master weights kept beside the parameters."""
-        if self.master is None or self.master.dtype == self._full.tensor.dtype:
+        """Bytes of master weights kept on the device, beside the parameters."""
+        if self.master is None or not self.state.is_near:
             return 0
-        return self.master.nbytes
+        return 0 if self.master.dtype == self._full.tensor.dtype else self.master.nbytes
 
 
 def plain(param: Tensor) -> Tensor:

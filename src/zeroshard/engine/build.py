@@ -58,6 +58,7 @@ from zeroshard.engine.placement import (
     file_bytes,
     host_bytes,
     plan,
+    update_bytes,
     wishes,
 )
 from zeroshard.engine.precision import (
@@ -752,7 +753,9 @@ def _make_depots(
         _check_waiting(model, mesh)
         if any(each.state != "none" or each.shard != "none" for each in placed):
             claim = Claim(
-                host_bytes=host_bytes(placed) + staging_bytes(placed, settings),
+                host_bytes=host_bytes(placed)
+                + staging_bytes(placed, settings)
+                + _update_bytes(placed, settings, mesh),
                 returned_bytes=_bytes_on_host(model) if mesh.device.type != "cpu" else 0,
                 folders=[
                     Folder(f"zero_optimization.{name}.nvme_path", block.nvme_path or "", nbytes)
@@ -789,6 +792,14 @@ def _check_waiting(model: nn.Module, mesh: Mesh) -> None:
         with agreed(mesh, "read the model's parameters"):
             for unit in in_files:
                 _ = unit.store.home
+
+
+def _update_bytes(placed: Sequence[Placed], settings: configuration.Config, mesh: Mesh) -> int:
+    """Bytes that gradients take on the host, where it is certain that state is stepped there."""
+    if settings.zeroshard.offload_update != "cpu":
+        return 0
+    sums = settings.batch(mesh.world).accumulation > 1
+    return update_bytes(placed, precision(settings, mesh.world), sums=sums)
 
 
 def _bytes_on_host(model: nn.Module) -> int:

@@ -784,6 +784,8 @@ class Engine(Getters):
     ) -> None:
         """Move model state to host memory, until ``reload_states``; between two passes.
 
+        Optimizer state and master weights that the configuration keeps off the device stay there.
+
         Args:
             include: kinds of state, members of ``zero.OffloadStateTypeEnum`` or their names; all by
                 default. State that shares memory goes together.

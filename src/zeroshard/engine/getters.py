@@ -93,7 +93,11 @@ class Getters(nn.Module):
 
     @property
     def basic_optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer inside, which was given to ``initialize`` or built there."""
+        """The optimizer inside, which was given to ``initialize`` or built there.
+
+        Nothing waits for it. State that is kept off the device is all there once
+        ``engine.optimizer.state`` was asked for.
+        """
         return self._sharded.inner if self._sharded else None
 
     @property

@@ -175,6 +175,8 @@ def offload(
 ) -> Offloaded:
     """Move kinds of state to the host; for the time between two passes.
 
+    State that is kept off the device already stays where it is.
+
     Raises:
         UsageError: parameters are gathered by somebody.
     """
@@ -206,7 +208,7 @@ def _copy_unit(unit: Unit, kinds: frozenset[OffloadStateTypeEnum], mover: _Mover
     wanted: list[Tensor | None] = []
     if _Kind.lp_params in kinds:
         wanted += held.parameters
-    if _Kind.hp_params in kinds:
+    if _Kind.hp_params in kinds and unit.state.is_near:
         wanted.append(held.master)
     if _Kind.lp_grads in kinds:
         wanted.append(held.grad_shard)

@@ -24,6 +24,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Groups, hyper-parameters and state are those of ``optimizer``, the one that the caller gave or
     the configuration named; what it has beside them is found here, too. Its parameters are this
     rank's slices of the master weights. Only ``step`` and ``zero_grad`` are the engine's.
+
+    Where state is kept off the device, it is on its way there for some time after a step. Whoever
+    asks for it here, as by ``state`` or ``fp32_partitioned_groups_flat``, waits until it is all
+    there, and may edit it until the next backward. Nothing else waits: what loops read in every
+    step, such as ``param_groups`` and ``optimizer``, is not state.
     """
 
     def __init__(
@@ -49,7 +54,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of the optimizer itself: what is set in them holds from the next step on."""
+        """The groups of the optimizer itself: what is set in them holds from the next step on.
+
+        To ask for them waits for nothing, so the values of slices off the device may be on the way.
+        """
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -58,11 +66,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """State by slice, on this rank."""
+        """State by slice, on this rank; where it is off the device, it is there."""
+        self._sharded.recall()
         return self.optimizer.state
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self._sharded.recall()
         self.optimizer.state = state
 
     @property
@@ -75,13 +85,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.optimizer.defaults = defaults
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of this rank's slices, in torch's form; for the same ranks and no others."""
+        """The state of this rank's slices, in torch's form; for the same ranks and no others.
+
+        Its tensors are those that the optimizer goes on with, as torch's are.
+        """
+        self._sharded.recall()
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave on this rank."""
-        self.optimizer.load_state_dict(state_dict)
-        self._sharded.let_go_of_state()
+        self._sharded.load_state_dict(state_dict)
 
     def register_step_pre_hook(self, hook: Any) -> Any:
         """Call ``hook`` before each update of the slices."""
@@ -171,6 +184,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @property
     def fp32_partitioned_groups_flat(self) -> list[list[Tensor]]:
         """This rank's master weights, one list of slices per param group."""
+        self._sharded.recall()
         return [list(group["params"]) for group in self.param_groups]
 
     @property

@@ -39,6 +39,7 @@ __all__ = [
     "file_bytes",
     "host_bytes",
     "plan",
+    "update_bytes",
     "wishes",
 ]
 
@@ -274,6 +275,19 @@ def _keep_in_memory(placed: Sequence[Placed], most_numel: int) -> list[Placed]:
 def host_bytes(placed: Iterable[Placed]) -> int:
     """Bytes that a plan keeps in memory of the host."""
     return _bytes_at("cpu", placed)
+
+
+def update_bytes(placed: Iterable[Placed], precision: Precision, *, sums: bool) -> int:
+    """Bytes of host memory for gradients, if state is stepped there.
+
+    Args:
+        placed: the plan.
+        precision: the dtypes of all units.
+        sums: whether gradients are sums over several micro-steps.
+    """
+    reduced = min(precision.reduce.itemsize, precision.accumulate.itemsize)
+    wide = precision.accumulate.itemsize if sums else reduced
+    return wide * sum(each.size.numel for each in placed if each.state == "cpu")
 
 
 def file_bytes(placed: Sequence[Placed]) -> tuple[int, int]:

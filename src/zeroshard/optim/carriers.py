@@ -217,7 +217,7 @@ class Disk:
         writes, self._writes = self._writes, {}
         for write in writes.values():
             write.result()
-        self._depot.check()
+        self._depot.check()  # the host is about to touch it
 
     def close(self) -> None:
         """End the threads, and give host memory back."""

@@ -22,6 +22,8 @@ from zeroshard.optim.pipeline import Pipeline
 
 __all__ = ["FarState"]
 
+_SMALL = 16  # a part of the master weights that is not worth much
+
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
@@ -44,25 +46,28 @@ class FarState:
         assert unit.master is not None, f"{unit.name} is frozen and has no state"
         self._unit, self._flat, self._inner = unit, flat, inner
         self._kept: list[_Kept] = []
-        self._alone: list[Tensor] = []  # taken from the depot for tensors of other shapes
+        self._alone: list[Tensor] = []  # taken from the depot for what is no part of a flat tensor
         self.load = Load(unit.state, (unit.master,))
 
     def take_in(self) -> None:
         """Move state that somebody has put beside what is kept, such as a first step, to it."""
         if self._is_known():
             return
+        if self._kept:  # what was in these homes may be on its way there, or read ahead
+            self._unit.at_home(edits=True)
         assert self._unit.master is not None, "looked at before"
         homes: list[Tensor] = [self._unit.master]
         kept: list[_Kept] = []
         old, self._alone = self._alone, []
         flats: dict[tuple[str, torch.dtype], int] = {}
+        are_flat = self._common()
         for index, piece in enumerate(self._unit.slices):
             state: dict[str, Any] = self._inner.state.get(piece, {})
             for name, value in state.items():
-                if not _travels(value):
+                if not _travels(value, piece):
                     continue
-                if value.shape == piece.shape:
-                    key = (name, value.dtype)
+                key = (name, value.dtype)
+                if value.shape == piece.shape and key in are_flat:
                     if key not in flats:
                         flats[key] = len(homes)
                         homes.append(self._flat.flat(*key))
@@ -81,13 +86,24 @@ class FarState:
         self._flat.is_fresh = False
         self._kept, self.load = kept, Load(self._unit.state, tuple(homes))
 
+    def _common(self) -> set[tuple[str, torch.dtype]]:
+        """Names and dtypes of what nearly all of the shard has, so that a flat tensor is full."""
+        numels: dict[tuple[str, torch.dtype], int] = {}
+        for piece in self._unit.slices:
+            for name, value in self._inner.state.get(piece, {}).items():
+                if _travels(value, piece) and value.shape == piece.shape:
+                    key = (name, value.dtype)
+                    numels[key] = numels.get(key, 0) + value.numel()
+        least = sum(piece.numel() for piece in self._unit.slices) * (1 - 1 / _SMALL)
+        return {key for key, numel in numels.items() if numel >= least}
+
     def _is_known(self) -> bool:
         """Whether all state is where it is kept."""
         found = [
             (piece, name, value)
             for piece in self._unit.slices
             for name, value in self._inner.state.get(piece, {}).items()
-            if _travels(value)
+            if _travels(value, piece)
         ]
         return len(found) == len(self._kept) and all(
             piece is kept.piece and name == kept.name and value.data_ptr() == kept.home.data_ptr()
@@ -103,13 +119,13 @@ class FarState:
             shown = self._show(tensors)
             try:
                 yield
+                out = unit.shard_to_write()
+                assert out is not None, "master weights off the device are not the shard on it"
+                out.copy_(tensors[0])
             finally:
                 self._hide(shown)
-            out = unit.shard_to_write()
-            assert out is not None, "master weights off the device are not the shard on it"
-            out.copy_(tensors[0])
-        assert unit.master is not None, "looked at before"
-        unit.show_slices(unit.master)
+                assert unit.master is not None, "looked at before"
+                unit.show_slices(unit.master)
 
     def _show(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         shown: list[Tensor] = []
@@ -129,6 +145,16 @@ class FarState:
                     tensor.copy_(value)
                 state[kept.name] = kept.home
 
+    @property
+    def staying(self) -> list[Tensor]:
+        """State that stays on the device, in tensors with dimensions."""
+        return [
+            value
+            for piece in self._unit.slices
+            for value in self._inner.state.get(piece, {}).values()
+            if isinstance(value, Tensor) and value.dim() and not _travels(value, piece)
+        ]
+
     def give_back(self) -> None:
         """End the use of the depot's memory."""
         for tensor in self._alone:
@@ -137,6 +163,11 @@ class FarState:
         self._flat.give_back()
 
 
-def _travels(value: object) -> bool:
-    """Whether a piece of state is moved: plain tensors are; counts and the like stay."""
-    return type(value) is Tensor and value.dim() > 0
+def _travels(value: object, piece: Tensor) -> bool:
+    """Whether a piece of state is moved: plain tensors are; counts, tables and the like stay.
+
+    So do tensors of classes of their own, of which nobody else knows what they consist of.
+    """
+    if type(value) is not Tensor or not value.dim():
+        return False
+    return value.shape == piece.shape or value.nbytes * _SMALL > piece.nbytes

@@ -135,6 +135,7 @@ class _Home:
         """Copy the state of a slice in, and let the optimizer find it here; or say what it is."""
         views = self.views(place.index)
         given = state.get(_AVERAGE), state.get(_SQUARE)
+        self._unit.at_home(edits=True)
         if not state:
             for own in () if self._state.is_fresh else views:
                 own.zero_()
@@ -147,7 +148,8 @@ class _Home:
         else:
             for value, own in zip(given, views, strict=True):
                 assert isinstance(value, Tensor), "looked at above"
-                own.copy_(value)
+                if value.data_ptr() != own.data_ptr():
+                    own.copy_(value)
             place.step.copy_(torch.as_tensor(state[_STEP]))
         state |= {_AVERAGE: views[0], _SQUARE: views[1], _STEP: place.step}
         return None

@@ -63,22 +63,25 @@ class Worker:
     def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
         """Start work, once what was given before is over."""
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "zeroshard-update", self._settle_in)
+            # The thread must not keep this object, or it would never end.
+            own = self._cpus, self.num_threads
+            self._pool = ThreadPoolExecutor(1, "zeroshard-update", _settle_in, own)
             self._pool.submit(torch.get_num_threads).result()
             # A number of threads is set for one thread, and for all that are new. Not for those.
             torch.set_num_threads(torch.get_num_threads())
         return self._pool.submit(work)
-
-    def _settle_in(self) -> None:
-        bind(self._cpus)
-        torch.get_num_threads()  # asked for the first time, it takes on that of the process
-        torch.set_num_threads(self.num_threads)
 
     def close(self) -> None:
         """Wait until all work is over, and end the thread."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+
+
+def _settle_in(cpus: frozenset[int], num_threads: int) -> None:
+    bind(cpus)
+    torch.get_num_threads()  # asked for the first time, it takes on that of the process
+    torch.set_num_threads(num_threads)
 
 
 class Stepper:

@@ -71,7 +71,7 @@ class Pipeline:
         self._mesh, self._wanted = mesh, num_buffers
         self._room_bytes: int | None = None
         self._carriers: dict[Depot, Carrier] = {}
-        self._loads: Sequence[Load] = ()
+        self._loads: tuple[Load, ...] = ()
         self._due: deque[Load] = deque()  # not sent for yet
         self._coming: deque[Slot] = deque()  # sent for, oldest first
         self._idle: deque[Slot] = deque()
@@ -84,14 +84,14 @@ class Pipeline:
             loads: all that the step needs; those of near depots are passed over.
             at_once: how many loads are stepped together.
         """
-        if self.is_under_way and [*loads] == [*self._loads]:
+        if self.is_under_way and tuple(loads) == self._loads:
             return
-        if self.is_under_way:
-            self.forget()
+        self.forget()
+        self._due.clear()
         far = [load for load in loads if not load.depot.is_near]
         if not far:
             return
-        self._loads, self.is_under_way = loads, True
+        self._loads, self.is_under_way = tuple(loads), True
         self._due = deque(far)
         with self._mesh.incoming.after(self._mesh.outgoing.end()):
             pass  # what the last step brought back may be read again
@@ -133,18 +133,25 @@ class Pipeline:
     def visiting(self, load: Load) -> Iterator[Sequence[Tensor]]:
         """The tensors of a load where kernels of the current stream can work on them.
 
-        What is there at the end is what is kept. Loads are visited in the order of `start`.
+        What is there at the end is what is kept; after an exception it is what was there before.
+        Loads are visited in the order of `start`.
         """
         if load.depot.is_near:
             yield load.homes
             return
+        self._send_for()  # what had come was forgotten, if somebody edited state inside the step
         slot = self._coming.popleft()
         assert slot.load is load, "loads are stepped in the order in which they were sent for"
         carrier = self._carrier(load)
-        carrier.receive(slot)
-        yield slot.views
-        carrier.send(slot, self._mesh.now())
-        self._idle.append(slot)
+        try:
+            carrier.receive(slot)
+            yield slot.views
+            carrier.send(slot, self._mesh.now())
+        except BaseException:
+            slot.left = self._mesh.now()
+            raise
+        finally:
+            self._idle.append(slot)
         self._send_for()
 
     def ticket(self) -> Ticket:
@@ -157,19 +164,16 @@ class Pipeline:
         self.is_under_way = False
 
     def forget(self) -> None:
-        """Drop what was read ahead."""
-        self._due.clear()
-        for slot in self._coming:
-            with suppress(OffloadError):  # what did not arrive is nothing to drop
-                self._carrier_of(slot).receive(slot)
+        """Drop what was read ahead; inside a step, what is still to be visited is read anew."""
+        for slot in reversed(self._coming):
+            assert slot.load is not None, "a slot on its way has a load"
+            with suppress(OffloadError):  # who visits it hears of it
+                self._carrier(slot.load).receive(slot)
             slot.left = self._mesh.now()
-            self._idle.append(slot)
+            self._due.appendleft(slot.load)
+        self._idle.extend(self._coming)
         self._coming.clear()
         self.is_under_way = False
-
-    def _carrier_of(self, slot: Slot) -> Carrier:
-        assert slot.load is not None, "a slot on its way has a load"
-        return self._carrier(slot.load)
 
     def settle(self) -> None:
         """Let the host wait until all state is where it is kept."""
@@ -179,6 +183,7 @@ class Pipeline:
     def close(self) -> None:
         """End what is under way, and hold on to no memory."""
         self.forget()
+        self._due.clear()
         self.release()
         carriers, self._carriers = self._carriers, {}
         for carrier in carriers.values():

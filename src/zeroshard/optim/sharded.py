@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zeroshard.core.agreed import agreed
 from zeroshard.core.collectives import DONE, Answered, Exchange, Ticket, all_reduce_
+from zeroshard.core.depot import Depot
 from zeroshard.core.files import FileDepot
 from zeroshard.core.hook import while_alive
 from zeroshard.core.mesh import Mesh
@@ -65,7 +66,10 @@ _MOST_NUMEL = 2**24  # elements that come from elsewhere at once: some 200 MB of
 # momentum undefined.
 _SKIPPING: Set[type] = {torch.optim.Adam, torch.optim.AdamW}
 _SCALING: Set[type] = {*_SKIPPING, torch.optim.SGD, torch.optim.Adagrad}
-_SHARDABLE = ELEMENTWISE | {Lamb, Muon}
+# A step over some parameters asks nothing about others, so it may be made in parts by ranks that
+# make the same parts.
+_DIVISIBLE: Set[type] = {Lamb, Muon}
+_SHARDABLE = ELEMENTWISE | _DIVISIBLE
 _TORCH_MUON = getattr(torch.optim, "Muon", None)  # since torch 2.9
 _UNFIT: Mapping[type, str] = {
     torch.optim.LBFGS: "computes the loss several times in one step, which engine.step() cannot do",
@@ -263,9 +267,12 @@ class ShardedOptimizer:
         self._states = {unit: FlatState(unit) for unit in self.units}
         self._far = {unit: FarState(unit, self._states[unit], inner) for unit in self._far_units()}
         self._has_files = any(isinstance(unit.state, FileDepot) for unit in self._far)
+        self._unsealed: set[Depot] = set()  # in which something was taken since
+        self._has_said_what_stays = False
         self._parts = self._divide()
         for unit in self._far:
             unit.recall = while_alive(self.recall)
+            self.keep(unit)
         self._num_slices = sum(len(group["params"]) for group in inner.param_groups)
         self._guard = inner.register_step_pre_hook(self._refuse_direct_step)
         self._fused: FusedAdam | None = None
@@ -340,12 +347,13 @@ class ShardedOptimizer:
         """The units of each part of a step, in order."""
         most = self.policy.most_numel
         if self._far:
-            if steps_in_parts(type(self.inner)):
+            kind = type(self.inner)
+            if steps_in_parts(kind) or kind in _DIVISIBLE:
                 return [[unit] for unit in self.units]
             _log.warning(
                 "%s may look at all parameters in one step, so all of its state that is kept off "
                 "the device comes back to it in every step: it saves memory between steps only.",
-                type(self.inner).__name__,
+                kind.__name__,
             )
             return [list(self.units)]
         if most is None or sum(unit.layout.shard_numel for unit in self.units) <= most:
@@ -494,8 +502,8 @@ class ShardedOptimizer:
             self._pipeline.forget()
         else:
             if fused is None:
-                for far in self._far.values():
-                    far.take_in()
+                for unit in self._far:
+                    self.keep(unit)
             self._read_ahead(fused)
         # Master weights may be the very shards that other ranks read.
         with rewriting(unit.transport for unit in self.units):
@@ -542,11 +550,13 @@ class ShardedOptimizer:
 
     def recall(self, edits: bool = True) -> None:
         """Wait until all state is where it is kept; nothing read ahead holds if it is edited."""
+        for unit in self.units:
+            unit.await_step()
         if self._host is not None:
             self._host.settle()
-        self._pipeline.settle()
         if edits:
             self._pipeline.forget()
+        self._pipeline.settle()
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
@@ -558,11 +568,16 @@ class ShardedOptimizer:
             return
         for unit in self.units:
             unit.end_gather()
-        with self.mesh.stepping.entered():
-            yield
-        self._pipeline.end()
-        for unit in self.units:
-            unit.show_stepped()
+        try:
+            with self.mesh.stepping.entered():
+                yield
+            self._pipeline.end()
+        except BaseException:
+            self._pipeline.forget()
+            raise
+        finally:
+            for unit in self.units:
+                unit.show_stepped()
 
     def _step_shards(self, fused: FusedAdam, scaling: _Scaling) -> None:
         """Step each unit in one pass and publish it, before the next one is stepped."""
@@ -597,10 +612,11 @@ class ShardedOptimizer:
                                 visits.enter_context(self._far[unit].visiting(self._pipeline))
                     self._step_units(units, scaling, is_inside=is_inside)
                 for unit in units:
-                    if unit in self._far:
-                        self._far[unit].take_in()
+                    self.keep(unit)
                     end = self._end()
                     self._publish([unit], is_written=unit in self._far, step=end)
+        self.seal()
+        self._say_what_stays()
 
     def _arriving(self) -> AbstractContextManager[object]:
         """Around the arrival of state: all ranks learn of a failure before a step that talks."""
@@ -673,7 +689,9 @@ class ShardedOptimizer:
         return self._square.sqrt().float()
 
     def clear_gradients(self) -> None:
-        """Forget all gradients accumulated since the last step."""
+        """Forget all gradients accumulated since the last step, and the step they were for."""
+        if self._pipeline.is_under_way:
+            self._pipeline.forget()
         for unit in self.units:
             unit.clear_gradients()
 
@@ -689,7 +707,8 @@ class ShardedOptimizer:
             _log.warning("optimizer state is given up that cannot be read: %s", error)
         self._pipeline.close()
         self.inner.state.clear()
-        self.let_go_of_state()
+        if self._fused is not None:
+            self._fused.let_go()
         for unit, far in self._far.items():
             far.give_back()
             unit.recall = None
@@ -698,19 +717,75 @@ class ShardedOptimizer:
         if isinstance(self.inner, WholeOptimizer):
             self.inner.whole = ALONE
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the optimizer go on with what its ``state_dict`` gave on this rank."""
+        self.recall()
+        self.inner.load_state_dict(state_dict)
+        self.let_go_of_state()
+        for unit in self._far:
+            for group in self.inner.param_groups:
+                if group.get("fused") or group.get("capturable"):
+                    self._bring_counts(unit, group["params"])
+            self.keep(unit)
+        self.seal()
+
+    def _bring_counts(self, unit: Unit, stepped: Sequence[nn.Parameter]) -> None:
+        """Move counts to the device, which torch has put beside the slices."""
+        own = set(unit.slices)
+        for piece in own.intersection(stepped):
+            state = self.inner.state.get(piece, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and not value.dim():
+                    state[key] = value.to(self.mesh.device)
+
+    def keep(self, unit: Unit) -> None:
+        """Move a unit's state that was set in the optimizer to where it is kept; then `seal`."""
+        if unit in self._far:
+            before = unit.state.nbytes
+            self._far[unit].take_in()
+            if unit.state.nbytes > before:
+                self._unsealed.add(unit.state)
+
+    def seal(self) -> None:
+        """Make the homes of state that was new ready for the steps to come.
+
+        Raises:
+            OffloadError: the host or the drive refuses.
+        """
+        while self._unsealed:
+            self._unsealed.pop().seal()
+
+    def _say_what_stays(self) -> None:
+        if self._has_said_what_stays:
+            return
+        self._has_said_what_stays = True
+        values = [value for far in self._far.values() for value in far.staying]
+        kinds = sorted({type(value).__name__ for value in values if type(value) is not Tensor})
+        if kinds:
+            _log.warning(
+                "%s keeps state in tensors of a class of their own (%s), which stay on the device "
+                "with %d MiB: only master weights leave it.",
+                type(self.inner).__name__,
+                ", ".join(kinds),
+                sum(map(_bytes_of, values)) >> 20,
+            )
+
     def let_go_of_state(self) -> None:
-        """Hold on to no memory of the optimizer's state, so that it can be moved."""
+        """Hold on to no memory of the device for the optimizer's state, so that it can be moved."""
+        self.recall()
+        self._pipeline.release()
         if self._fused is not None:
             self._fused.let_go()
 
     def state_bytes(self) -> int:
         """Bytes of state on this rank's device: moments, and master weights beside parameters."""
-        near = [unit for unit in self.units if unit.state.is_near]
-        moments = sum(
-            _bytes_of(value)
-            for unit in near
+        moments = [
+            value
+            for unit in self.units
+            if unit not in self._far
             for piece in unit.slices
             for value in self.inner.state.get(piece, {}).values()
             if isinstance(value, Tensor) and value.dim()
-        )
-        return moments + sum(unit.master_bytes for unit in near)
+        ]
+        moments += [value for far in self._far.values() for value in far.staying]
+        return sum(map(_bytes_of, moments)) + sum(unit.master_bytes for unit in self.units)

@@ -25,6 +25,7 @@ from zeroshard.core.rates import bus
 from zeroshard.core.unit import Unit
 from zeroshard.errors import OffloadError
 from zeroshard.host import cgroup
+from zeroshard.host.memory import bytes_free
 from zeroshard.optim.adam import Rule, Shards
 from zeroshard.optim.host_update import Stepper, Worker
 
@@ -37,6 +38,7 @@ _log = logging.getLogger(__name__)
 
 _BILLION = 1e9
 _STATE_BYTES = 12  # of an element: master weights and two averages in fp32
+_STILL_BYTES = 12  # of an element, when the choice is made: both averages, and the gradient
 _WORTH = 0.9  # of the time on the device: rates vary, and the device gives the bits of no offload
 _UNHIDDEN_WORTH = 0.5
 
@@ -45,6 +47,7 @@ _FEWEST_BUFFERS, _BUFFER_BYTES = 4, _STATE_BYTES * 2**24  # through which state 
 _TRIAL_NUMEL = 2**25  # 470 MB with the gradient: no cache holds it
 _TRIAL_BYTES = 2**26  # of one copy
 _TRIAL_S = 0.1
+_ANY_BYTES = 2**62
 _WORDS, _BITS = 64, 32  # of CPUs, for hosts of up to 2048
 
 
@@ -171,9 +174,9 @@ def stepped_on_host(
     if wanted == "cpu":
         _log.info("the update of offloaded state runs on the host (%d threads)", worker.num_threads)
         return OnHost(fit, worker)
-    rates = _try(mesh, worker)
+    rates = _try(mesh, worker) if hosts.have_room(fit) else None
     if rates is None:
-        _log.info("the update of offloaded state runs on the GPU: there is no room for a trial")
+        _log.info("the update of offloaded state runs on the GPU: host memory is short")
         return None
     state_bytes = _STATE_BYTES * sum(unit.layout.shard_numel for unit in units)
     ahead_bytes = (num_buffers or _FEWEST_BUFFERS) * _BUFFER_BYTES
@@ -203,11 +206,23 @@ class _Hosts:
         kind = zlib.crc32(
             f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}".encode()
         )
-        mine = [zlib.crc32(platform.node().encode()), kind, *_packed(self.cpus)]
+        self._name = zlib.crc32(platform.node().encode())
+        self._tell = Exchange(mesh, 3)
+        mine = [self._name, kind, *_packed(self.cpus)]
         shown = Exchange(mesh, len(mine))(mine)
         self.are_alike = len({each[1] for each in shown}) == 1
-        here = [each for each in shown if each[0] == mine[0]]
+        here = [each for each in shown if each[0] == self._name]
         self._on_host = [_unpacked(each[2:]) for each in here]
+
+    def have_room(self, units: Sequence[Unit]) -> bool:
+        """Whether each host has memory for what these units have yet to take there."""
+        mine = _STILL_BYTES * sum(unit.layout.shard_numel for unit in units)
+        free = bytes_free()
+        shown = self._tell([self._name, mine, _ANY_BYTES if free is None else free])
+        return all(
+            sum(theirs for other, theirs, _ in shown if other == host) <= room
+            for host, _, room in shown
+        )
 
     def threads(self, part: float | None) -> int:
         """How many threads of this rank step."""
@@ -235,7 +250,7 @@ def _lowest(measure: Callable[[], float], mesh: Mesh) -> float:
     show([0])  # all are there
     try:
         rate = measure()
-    except (OffloadError, torch.OutOfMemoryError):
+    except (OffloadError, RuntimeError):  # no memory of either kind
         rate = 0.0
     return min(each for (each,) in show([int(rate)]))
 

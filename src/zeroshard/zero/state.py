@@ -52,16 +52,34 @@ class _Place:
         return self.slot.unit.members[self.slot.index].name
 
     @property
+    def device(self) -> torch.device:
+        """Where this rank computes, and where it is given tensors; state may be elsewhere."""
+        return self.slot.unit.mesh.device
+
+    @property
     def slice(self) -> Tensor:
-        """This rank's slice of the master weights."""
+        """This rank's slice of the master weights, as it is after ``unit.at_home``."""
         return self.slot.unit.slices[self.slot.index].detach()
 
     @property
+    def weights(self) -> Tensor:
+        """This rank's slice of the master weights as it is now, to be read."""
+        self.slot.unit.at_home()
+        return self.slice
+
+    @property
     def state(self) -> MutableMapping[str, Any] | None:
-        """The optimizer's state for the slice; None before the first step."""
+        """The optimizer's state for the slice as it is now, to be read; None if there is none."""
+        self.slot.unit.at_home()
         optimizer = self.engine.basic_optimizer
         assert optimizer is not None, "trained parameters have an optimizer"
         return optimizer.state.get(self.slot.unit.slices[self.slot.index]) or None
+
+    @property
+    def edited_state(self) -> MutableMapping[str, Any] | None:
+        """The same, to be edited."""
+        self.slot.unit.at_home(edits=True)
+        return self.state
 
     @property
     def gradient(self) -> Tensor | None:
@@ -124,7 +142,7 @@ def _checked(value: Tensor, shape: torch.Size, whose: str) -> Tensor:
 def safe_get_full_fp32_param(param: Tensor) -> Tensor | None:
     """A copy of a parameter's master weights in full; a collective."""
     place = _place(param)
-    return None if place is None else assemble(place.slice, place.slot)
+    return None if place is None else assemble(place.weights, place.slot)
 
 
 def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
@@ -140,7 +158,7 @@ def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
 def safe_get_local_fp32_param(param: Tensor) -> Tensor | None:
     """A copy of this rank's slice of a parameter's master weights."""
     place = _place(param)
-    return None if place is None else place.slice.reshape(-1).clone()
+    return None if place is None else place.weights.reshape(-1).to(place.device, copy=True)
 
 
 def safe_set_local_fp32_param(param: Tensor, value: Tensor) -> None:
@@ -237,7 +255,8 @@ def safe_get_full_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor
         return None
     value = (place.state or {}).get(optim_state_key)
     if entry.kind == _SHAPELESS:
-        return value.clone() if isinstance(value, Tensor) else torch.as_tensor(value)
+        is_tensor = isinstance(value, Tensor)
+        return value.to(place.device, copy=True) if is_tensor else torch.as_tensor(value)
     if entry.kind == _SCALAR:
         number = torch.as_tensor(0.0 if value is None else value).double()
         return stacked(number, place.slot.unit)[entry.rank].float()
@@ -258,7 +277,7 @@ def safe_set_full_optimizer_state(param: Tensor, value: Tensor, optim_state_key:
     entry = _agreed(place, optim_state_key)
     if entry.kind in {_NO_PART, _NO_STATE}:
         raise _no_state(place)
-    state = place.state
+    state = place.edited_state
     if entry.kind >= _FIRST_DTYPE:
         mine = place.mine_of(place.taken(value))
         if state is not None:
@@ -301,11 +320,12 @@ def safe_get_local_optimizer_state(param: Tensor, optim_state_key: str) -> Tenso
     if kind == _NO_KEY:
         raise _no_such_key(place, optim_state_key)
     if kind == _NO_PART:
-        return place.slice.clone()
+        return place.slice.to(place.device, copy=True)
     value = (place.state or {}).get(optim_state_key)
     if value is None:
         return None
-    return torch.as_tensor(value).detach().reshape(-1).clone()
+    flat = torch.as_tensor(value).detach().reshape(-1)
+    return flat.clone() if kind == _SCALAR else flat.to(place.device, copy=True)
 
 
 def safe_set_local_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
@@ -323,7 +343,7 @@ def safe_set_local_optimizer_state(param: Tensor, value: Tensor, optim_state_key
     if kind == _NO_STATE:
         raise _no_state(place)
     mine = place.slice.reshape(-1)
-    state = place.state
+    state = place.edited_state
     if kind >= _FIRST_DTYPE or state is None:
         mine = _checked(value, mine.shape, "this rank's slice")
         if state is not None:

@@ -135,7 +135,7 @@ def test_space_that_was_reserved_is_there_when_it_is_taken(
     monkeypatch.setattr(os, "posix_fallocate", full)
     tensor = depot.take(MIB, torch.uint8)
     tensor.fill_(3)
-    with pytest.raises(OffloadError, match="asked for .* beside 1.0 MiB"):
+    with pytest.raises(OffloadError, match=r"asked for .* beside 1\.0 MiB"):
         depot.take(1, torch.uint8)
     assert tensor.eq(3).all()
     depot.close()

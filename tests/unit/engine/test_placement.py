@@ -24,6 +24,7 @@ from zeroshard.engine.placement import (
     file_bytes,
     host_bytes,
     plan,
+    update_bytes,
     wishes,
 )
 from zeroshard.errors import ConfigError
@@ -161,6 +162,15 @@ def test_the_first_shards_stay_in_host_memory_up_to_a_number_of_elements() -> No
     state, shards = file_bytes(placed)
     assert shards == 2 * 1024
     assert 12 * 1536 <= state <= 12 * (1536 + 3 * 8)
+
+
+def test_a_step_on_the_host_takes_room_for_gradients_in_the_dtype_they_are_summed_in() -> None:
+    groups = groups_of([512], [2048], compute=torch.bfloat16)
+    placed = plan(groups, sizes().of, Wishes("cpu", ratio=0.8))
+    assert moved(placed) == [(1, "none", "none"), (1, "cpu", "none")]
+    narrow = Precision(torch.bfloat16, reduce=torch.bfloat16)
+    assert update_bytes(placed, narrow, sums=False) == 2 * 1024
+    assert update_bytes(placed, narrow, sums=True) == 4 * 1024
 
 
 def test_an_automatic_budget_begins_with_nothing_that_could_leave() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import threading
 from unittest import mock
 
 import pytest
@@ -82,13 +84,18 @@ def test_the_worker_has_threads_and_cpus_of_its_own_and_others_keep_theirs() -> 
     assert other.submit(torch.get_num_threads).result() == 2
     assert worker.submit(torch.get_num_threads).result() == 3
     worker.close()
-    other.close()
+    (thread,) = [each for each in threading.enumerate() if "zeroshard-update" in each.name]
+    del other  # nobody has ended it
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
-def offloaded(device: str = "cpu", **extension: object) -> object:
-    zero = {"stage": 3, "offload_optimizer": {"device": device, "cpuadam_cores_perc": 0.1}}
+def offloaded(stage: int = 3, **extension: object) -> object:
+    offload = {"device": "cpu", "cpuadam_cores_perc": 0.1}
+    zero = {"stage": stage, "offload_optimizer": offload}
     adam = {"type": "AdamW", "params": {"lr": 0.1}}
-    return make(3, optimizer=adam, zero_optimization=zero, zeroshard=extension)._sharded._host
+    return make(stage, optimizer=adam, zero_optimization=zero, zeroshard=extension)._sharded._host
 
 
 @on_ranks(2)
@@ -121,8 +128,37 @@ def test_all_ranks_choose_by_the_slowest_and_say_both_figures(
 
 
 @on_ranks(1)
-def test_nothing_is_tried_where_the_device_is_the_host() -> None:
+def test_nothing_is_tried_where_memory_for_gradients_would_be_short(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with (
+        mock.patch.object(update_choice, "bytes_free", lambda: 100),
+        mock.patch.object(update_choice, "_is_the_host", lambda _: False),
+        mock.patch.object(update_choice, "bus", side_effect=AssertionError),
+        caplog.at_level(logging.INFO, "zeroshard"),
+    ):
+        assert offloaded() is None
+    said = "the update of offloaded state runs on the GPU: host memory is short"
+    assert said in caplog.messages
+
+
+@on_ranks(1)
+def test_nothing_is_tried_where_the_device_where_the_device_is_the_host() -> None:
     with mock.patch.object(update_choice, "bus", side_effect=AssertionError):
         assert offloaded() is None
         assert offloaded(offload_update="gpu") is None
         assert offloaded(offload_update="cpu") is not None
+
+
+@on_ranks(2)
+def test_replicas_on_cpus_of_different_kinds_are_stepped_on_the_device(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kind = ("AVX2", "AVX512")[int(os.environ["RANK"])]
+    with (
+        mock.patch.object(torch.backends.cpu, "get_cpu_capability", lambda: kind),
+        caplog.at_level(logging.WARNING, "zeroshard"),
+    ):
+        assert offloaded(stage=0, offload_update="cpu") is None
+        assert offloaded(stage=3, offload_update="cpu") is not None
+    assert "with the same weights differ" in "".join(caplog.messages)
