@@ -30,6 +30,9 @@ class ThreadedFiles(PlainDepot):
         self._pool = ThreadPoolExecutor(num_threads)
         self.num_reads = self.num_writes = 0
 
+    def check(self) -> None:
+        """Memory does not fail."""
+
     def read(self, home: Tensor, into: Tensor) -> Future[None]:
         """Start to copy ``home``."""
         self.num_reads += 1
@@ -47,6 +50,9 @@ class FilesByHand(PlainDepot):
     def __init__(self) -> None:
         super().__init__()
         self.jobs: list[tuple[str, Callable[[], object], Future[None]]] = []
+
+    def check(self) -> None:
+        """Memory does not fail."""
 
     def read(self, home: Tensor, into: Tensor) -> Future[None]:
         """Note a copy of ``home``."""

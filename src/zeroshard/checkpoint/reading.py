@@ -22,10 +22,11 @@ from zeroshard.checkpoint.matching import Match, check_extras, match
 from zeroshard.checkpoint.moments import check_kind, decoded, group_of
 from zeroshard.checkpoint.reader import Reader
 from zeroshard.checkpoint.tensors import TensorFile
-from zeroshard.checkpoint.together import agreed, check_equal, from_rank_0
+from zeroshard.checkpoint.together import check_equal, from_rank_0
 from zeroshard.checkpoint.training import Place, Progress, Training, present
 from zeroshard.checkpoint.writing import PRIVATE
 from zeroshard.core.access import companions_on_host, reshow
+from zeroshard.core.agreed import agreed
 from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
 from zeroshard.errors import CheckpointError, compose

@@ -29,7 +29,7 @@ from zeroshard.checkpoint.moments import describe, group_of, moments_of, scalar_
 from zeroshard.checkpoint.objects import save_objects
 from zeroshard.checkpoint.signposts import facts_of, write_script, write_signposts
 from zeroshard.checkpoint.tensors import memory_of, name_of_dtype, on_host, write_tensors
-from zeroshard.checkpoint.together import agreed, check_equal, from_rank_0
+from zeroshard.checkpoint.together import check_equal, from_rank_0
 from zeroshard.checkpoint.training import (
     Place,
     Progress,
@@ -39,6 +39,7 @@ from zeroshard.checkpoint.training import (
     present,
 )
 from zeroshard.core.access import companions_on_host
+from zeroshard.core.agreed import agreed
 from zeroshard.core.collectives import Answered, gather_bytes
 from zeroshard.core.freed import FreedParameter
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from zeroshard.core.agreed import agreed
 from zeroshard.core.collectives import Answered, all_gather, broadcast_
 from zeroshard.core.hook import Hook
 from zeroshard.core.slots import Slot, slot_of
 from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
 from zeroshard.core.waiting import waiting_of
-from zeroshard.errors import UsageError, compose
+from zeroshard.errors import OffloadError, UsageError, compose
 
 __all__ = [
     "Gatherable",
@@ -109,15 +110,8 @@ def gathered(params: Gatherable, modifier_rank: int | None = None) -> Iterator[N
     _agree(units, modifier_rank)
     for unit in units:
         _check_access(unit, modifier_rank)
-    were_full: list[bool] = []
     were_readable = [unit.is_readable for unit in units]
-    for unit in units:
-        is_used = unit.use_here is not None and not unit.is_held and unit.use_here()
-        were_full.append(unit.is_full)
-        # Also where it is full here: between forward and backward other ranks may have freed it.
-        if not (unit.lifetime.params_stay or unit.is_held or is_used):
-            unit.gather()
-        unit.wait()
+    were_full = _make_full(units)
     lost: list[str] = []
     with ExitStack() as afterwards:  # the last entry comes first
         for unit, was_full, was_readable in zip(units, were_full, were_readable, strict=True):
@@ -184,6 +178,44 @@ def _check_access(unit: Unit, modifier_rank: int | None) -> None:
                 hint="name the same rank in both, or leave the outer one first.",
             )
         )
+
+
+def _make_full(units: Sequence[Unit]) -> list[bool]:
+    """Gather units, and say which were full before. A collective.
+
+    Raises:
+        OffloadError: on every rank, if one of them cannot read its shard. None is full then that
+            was not before.
+    """
+    were_full: list[bool] = []
+    failures: list[OffloadError] = []
+    for unit in units:
+        is_used = unit.use_here is not None and not unit.is_held and unit.use_here()
+        were_full.append(unit.is_full)
+        # Also where it is full here: between forward and backward other ranks may have freed it.
+        if not (unit.lifetime.params_stay or unit.is_held or is_used):
+            unit.gather()
+        try:
+            unit.wait()
+        except OffloadError as error:  # the other ranks go on to the next unit
+            failures.append(error)
+    try:
+        _check_read(units, failures)
+    except OffloadError:
+        for unit, was_full in zip(units, were_full, strict=True):
+            if not was_full:
+                unit.free()
+        raise
+    return were_full
+
+
+def _check_read(units: Sequence[Unit], failures: Sequence[OffloadError]) -> None:
+    """Refuse what was gathered without the shards of a rank. A collective if some are in files."""
+    meshes = [unit.mesh for unit in units if unit.store.reader is not None]
+    is_asked = bool(meshes) and meshes[0].control is not None
+    with agreed(meshes[0], "read its shards") if is_asked else nullcontext():
+        if failures:
+            raise failures[0]
 
 
 @torch.no_grad()

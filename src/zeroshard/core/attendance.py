@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["roll_call"]
+__all__ = ["forget_word", "leave_word", "roll_call", "word_of"]
 
 _PATIENCE_S = 2.0
 _PAUSE_S = 0.05
@@ -41,6 +43,34 @@ def roll_call(wanted: str) -> str:
     except RuntimeError:
         return ""
     return _sentence(waits, missing)
+
+
+def leave_word(text: str) -> None:
+    """Let the other ranks read why this one leaves what they are in together."""
+    _store_do(lambda store: store.set(_word_key(dist.get_rank()), text))
+
+
+def forget_word() -> None:
+    """Take back what `leave_word` left, which all have read."""
+    _store_do(lambda store: store.delete_key(_word_key(dist.get_rank())))
+
+
+def word_of(rank: int) -> str:
+    """Why a rank left; empty if it does not say."""
+    key = _word_key(rank)
+    return _store_do(lambda store: store.get(key).decode() if store.check([key]) else "") or ""
+
+
+def _word_key(rank: int) -> str:
+    return f"zeroshard/left/{rank}"
+
+
+def _store_do(what: Callable[[Any], Any]) -> Any:
+    """Ask something of the store; None where nobody answers."""
+    try:
+        return what(dist.distributed_c10d._get_default_store())
+    except (RuntimeError, ValueError):  # its host has ended; or there is no process group
+        return None
 
 
 def _sentence(waits: dict[int, str], missing: list[int]) -> str:

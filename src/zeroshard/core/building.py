@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -150,6 +151,7 @@ def build_unit(
     state: Depot | None = None,
     shards: Place = ON_DEVICE,
     as_bytes: bool = False,
+    together: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Unit:
     """Move parameters into a new unit, with the values of rank 0. A collective.
 
@@ -168,6 +170,10 @@ def build_unit(
             weights stays with them.
         as_bytes: keep parameters and companions as they are, each in its dtype; for frozen ones.
             See [Note: byte units].
+        together: around what may fail on one rank alone, and raises on all of them then.
+
+    Raises:
+        OffloadError: there is no room off the device. The parameters are as they were.
     """
     assert not (trained and as_bytes), f"{members[0].name}: only frozen parameters are bytes"
     state = DeviceDepot(mesh.device) if state is None else state
@@ -192,6 +198,10 @@ def build_unit(
             shard, values = full[mine.slice()], values[mine.slice()]
         else:
             shard = values.to(compute)
+        with together():
+            store, master = place.store(shard, mesh), shard
+            if trained and not state.is_near:
+                master = state.take(values.numel(), wide).copy_(values)
         pieces = pieces.without_values()
         _vacate(members, mesh)
         if full is None:
@@ -199,11 +209,7 @@ def build_unit(
         buffer = pieces.buffer(full, layout, as_bytes=as_bytes)
         if not lifetime.params_stay:
             buffer.release()
-        store = place.store(shard, mesh)
-        master = shard
-        if trained and not state.is_near:
-            master = state.take(values.numel(), wide).copy_(values)
-        elif trained and compute != wide:
+        if trained and state.is_near and compute != wide:
             # Of a larger buffer only a part is kept, which must not keep the rest.
             master = values.to(wide, copy=lifetime.params_stay)
         if trained:

@@ -135,6 +135,7 @@ class FileDepot:
         self._block = _padded(settings.block_bytes)
         self.nbytes = 0
         self._size = self._sealed_bytes = 0
+        self._end = 0  # of what is allocated
         self._places: dict[int, _Place] = {}  # by address
         self._failure: str | None = None
         self._jobs: set[Future[None]] = set()
@@ -162,6 +163,15 @@ class FileDepot:
     def is_direct(self) -> bool:
         """Whether reads and writes go around the page cache."""
         return self._direct is not None
+
+    def reserve(self, nbytes: int) -> None:
+        """Take space on the drive now, for tensors that will be taken.
+
+        Raises:
+            OffloadError: the drive has no room for it.
+        """
+        self._require_usable()
+        self._allocate(self._size + up_to_page(nbytes))
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat tensor of zeros: a mapping of a range that the file is extended by.
@@ -299,25 +309,33 @@ class FileDepot:
     def _extend(self, nbytes: int) -> _Place:
         """Lengthen the file by whole pages, whose space is had for certain."""
         offset, padded = self._size, up_to_page(nbytes)
+        self._allocate(offset + padded)
+        self._size += padded
         try:
-            os.posix_fallocate(self._plain, offset, padded)
+            return _Place(offset, nbytes, Pages(padded, file=self._plain, offset=offset))
         except OSError as error:
-            os.ftruncate(self._plain, offset)  # gives back the part that it has got
+            raise self._fail(f"cannot be mapped: {error.strerror}.") from error
+
+    def _allocate(self, end: int) -> None:
+        """Have space for the file up to a byte, for certain."""
+        more = end - self._end
+        if more <= 0:
+            return
+        try:
+            os.posix_fallocate(self._plain, self._end, more)
+        except OSError as error:
+            os.ftruncate(self._plain, self._end)  # gives back the part that it has got
             free = _free(os.fstatvfs(self._plain))
             raise OffloadError(
                 compose(
-                    f"{self._name} asked for {in_words(padded)} in {self._folder}, beside "
+                    f"{self._name} asked for {in_words(more)} in {self._folder}, beside "
                     f"{in_words(self.nbytes)} that it has there, and {in_words(free)} are free: "
                     f"{error.strerror}.",
                     hint="free space on that drive, name a folder on another one as nvme_path, or "
                     'offload less with "ratio" or "gpu_budget".',
                 )
             ) from error
-        self._size += padded
-        try:
-            return _Place(offset, nbytes, Pages(padded, file=self._plain, offset=offset))
-        except OSError as error:
-            raise self._fail(f"cannot be mapped: {error.strerror}.") from error
+        self._end = end
 
     @staticmethod
     def _bytes_of(place: _Place) -> Tensor:
@@ -360,7 +378,7 @@ class FileDepot:
             raise OffloadError(self._failure)
 
     def _require_whole(self) -> None:
-        expected = self._size  # first: another thread may lengthen the file meanwhile
+        expected = self._end  # first: another thread may lengthen the file meanwhile
         size = os.fstat(self._plain).st_size
         if size < expected:
             raise self._fail(f"was cut short from outside: it has {size} of {expected} bytes.")

@@ -581,15 +581,16 @@ class Runtime:
         self._active.clear()
         self._held.clear()
 
-    def reset(self, in_backward: bool = False) -> None:
+    def reset(self, in_backward: bool = False, word: str = "") -> None:
         """Return to the state between two passes after an exception in forward or backward.
 
         Args:
             in_backward: the exception ended a backward, also if that had not come to the model yet.
+            word: what is lost for good, of which all ranks learn; they all leave the pass then.
         """
         was_in_backward, self._finish_queued = in_backward or self._finish_queued, False
         self._forget_calls()
-        self.schedule.reset(was_in_backward)
+        self.schedule.reset(was_in_backward or bool(word), word)
         for unit in self.units:
             unit.free()
             for member in unit.members:

@@ -41,11 +41,12 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal, NamedTuple
 
+from zeroshard.core.attendance import forget_word, leave_word, word_of
 from zeroshard.core.collectives import Answered, Exchange
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.store import Store
 from zeroshard.core.unit import Unit
-from zeroshard.errors import DistributedError, UsageError, compose
+from zeroshard.errors import DistributedError, OffloadError, UsageError, compose
 
 __all__ = [
     "ABORT",
@@ -394,6 +395,8 @@ class Schedule:
         aborting = [rank for rank, other in enumerate(wishes) if ABORT in other]
         if aborting and ABORT not in wish:
             self._is_aborting = True
+            if word := next(filter(None, map(word_of, aborting)), ""):
+                raise OffloadError(word)
             raise DistributedError(
                 compose(
                     f"rank {self._mesh.rank} wants {self._describe(wish[0])}, but an exception "
@@ -515,7 +518,18 @@ class Schedule:
     # What hooks call
 
     def need(self, unit: Unit) -> None:
-        """Make a unit's parameters readable now."""
+        """Make a unit's parameters readable now.
+
+        Raises:
+            OffloadError: this rank's shard cannot be read. The pass is over on all ranks.
+        """
+        try:
+            self._need(unit)
+        except OffloadError:
+            self._is_aborting = True
+            raise
+
+    def _need(self, unit: Unit) -> None:
         index = self._index[unit]
         op = Op("gather", index)
         if unit.is_full and index not in self._ahead:
@@ -602,7 +616,7 @@ class Schedule:
         if self._gathers and expects_backward and not self._is_cut_off:
             self._note(END_FORWARD)
             self._expect_backward()
-        if self._in_forward and not self._is_cut_off:
+        if self._in_forward and not (self._is_cut_off or self._is_aborting):
             due = self._expected() if expects_backward else ()
             wish = self._look_ahead(due)
             # No reductions: a rank that gives its batch up would lose what others contribute.
@@ -675,8 +689,15 @@ class Schedule:
                         )
                     )
 
-    def reset(self, in_backward: bool) -> None:
-        """Give up the pass under way, in a way that the other ranks can follow."""
+    def reset(self, in_backward: bool, word: str = "") -> None:
+        """Give up the pass under way, in a way that the other ranks can follow.
+
+        Args:
+            in_backward: all ranks are to give it up.
+            word: what is lost to this rank for good, which all of them raise then.
+        """
+        if word:
+            leave_word(word)
         if self._is_cut_off:
             self._window.clear()
         self._complete_window()
@@ -686,6 +707,8 @@ class Schedule:
             # Gradients of this pass are lost on this rank, so they must be on all.
             while self._exchange([ABORT]) != [ABORT]:
                 pass
+            if word:
+                forget_word()
         elif self._in_forward:
             self._leave_forward([])
         self._in_forward = self._is_aborting = False

@@ -30,6 +30,7 @@ from zeroshard.core.depot import Depot
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.store import Store
 from zeroshard.core.ticket import DONE, Mark, Ticket
+from zeroshard.errors import OffloadError
 
 __all__ = ["FileStore", "Files", "InFiles", "Staging"]
 
@@ -38,6 +39,14 @@ _ALIGN_BYTES = 4096  # of what is read and written around the page cache
 
 class Files(Depot, Protocol):
     """A depot whose tensors are parts of files."""
+
+    def check(self) -> None:
+        """See to it that its tensors can be touched.
+
+        Raises:
+            OffloadError: something became of their file.
+        """
+        ...
 
     def read(self, home: Tensor, into: Tensor) -> Future[None]:
         """Start to read a tensor that was taken, or a part of it, into host memory."""
@@ -292,6 +301,7 @@ class FileStore:
 
     def __init__(self, home: Tensor, staging: Staging, mesh: Mesh) -> None:
         self._home, self.staging = home, staging
+        self.failure: OffloadError | None = None
         self.shelf = staging.shelve(home)
         self._reading, self._writing = mesh.reading, mesh.writing
         weakref.finalize(self, _give_back, staging, self.shelf, home).atexit = False
@@ -311,6 +321,7 @@ class FileStore:
         """The shard as a part of its file, where all that was written is by now."""
         for job in self.shelf.under_way():
             job.result()
+        self.staging.files.check()
         return self._home
 
     def feed(self, into: Tensor, gather: Callable[[Tensor], Ticket]) -> Ticket:
@@ -318,11 +329,14 @@ class FileStore:
         end: Mark = DONE
         with self._reading.entered():
             parts = into.split([piece.numel() for piece in self.shelf.pieces])
-            for at, part in enumerate(parts):
-                buffer = self.staging.fetch(self.shelf, at)
-                part.copy_(buffer.of(part), non_blocking=True)
-                end = self._reading.end()
-                self.staging.hand_in(buffer, end)
+            try:
+                for at, part in enumerate(parts):
+                    buffer = self.staging.fetch(self.shelf, at)
+                    part.copy_(buffer.of(part), non_blocking=True)
+                    end = self._reading.end()
+                    self.staging.hand_in(buffer, end)
+            except OffloadError as error:
+                self.failure = error.with_traceback(None)  # which would hold on to memory
             gathering = gather(into)
         return end if gathering is DONE else gathering
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from zeroshard.core.depot import Depot
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.ticket import DONE, Mark, Ticket
+from zeroshard.errors import OffloadError
 
 __all__ = [
     "ON_DEVICE",
@@ -70,6 +71,11 @@ class Store(Protocol):
         ...
 
     @property
+    def failure(self) -> OffloadError | None:
+        """Why a gather brought nothing: whoever wants to read what was gathered raises it."""
+        ...
+
+    @property
     def home(self) -> Tensor:
         """The shard where it is kept, for the host to read; edits are told to :meth:`write`.
 
@@ -81,6 +87,9 @@ class Store(Protocol):
     def feed(self, into: Tensor, gather: Callable[[Tensor], Ticket]) -> Ticket:
         """Start a gather with the shard as a tensor on the device, as soon as it is there.
 
+        Where it cannot be read the gather starts all the same, since other ranks are in it, and
+        :attr:`failure` says why.
+
         Args:
             into: memory on the device that the shard may be brought to, its part of what is
                 gathered; the computation may not touch it before the end.
@@ -88,9 +97,6 @@ class Store(Protocol):
 
         Returns:
             The end of the gather.
-
-        Raises:
-            OffloadError: it cannot be read.
         """
         ...
 
@@ -110,7 +116,7 @@ class Store(Protocol):
 class DeviceStore:
     """A shard in device memory, possibly a part of a larger tensor."""
 
-    reader = None
+    reader = failure = None
     is_at_hand = True
 
     def __init__(self, tensor: Tensor) -> None:
@@ -160,7 +166,7 @@ class HostStore:
 
     nbytes = 0
     tensors = ()
-    reader = None
+    reader = failure = None
     is_at_hand = True
 
     def __init__(self, home: Tensor, depot: Depot, mesh: Mesh) -> None:

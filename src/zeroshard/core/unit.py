@@ -75,7 +75,7 @@ from zeroshard.core.norm import row_norms
 from zeroshard.core.reducer import CollectiveReduction, Reducer
 from zeroshard.core.store import DeviceStore, Store
 from zeroshard.core.transport import COLLECTIVE, Transport
-from zeroshard.errors import UsageError, compose
+from zeroshard.errors import OffloadError, UsageError, compose
 
 __all__ = [
     "COMING",
@@ -495,6 +495,7 @@ class Unit:
     def wait(self) -> None:
         """Make the parameters readable; the unit must be full or on the way."""
         self._end_gather()
+        self._require_shards()
         if not self._is_readable:
             self._end_deferral()
             self._show_full()
@@ -508,7 +509,13 @@ class Unit:
     def await_views(self) -> Sequence[Tensor]:
         """The full parameters, which must be on the way, while the parameters stay empty."""
         self._end_gather()
+        self._require_shards()
         return self._full.views[: len(self._params)]
+
+    def _require_shards(self) -> None:
+        """Refuse to read what was gathered without this rank's shard."""
+        if self._store.failure is not None:
+            raise OffloadError(str(self._store.failure)) from self._store.failure
 
     def free(self) -> None:
         """Give the memory of full parameters back, where the lifetime says so."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,9 @@ import torch.distributed as dist
 from torch import nn
 
 from zeroshard import config as configuration
-from zeroshard.checkpoint.together import agreed
 from zeroshard.core import world
-from zeroshard.core.building import build_unit
+from zeroshard.core.agreed import agreed
+from zeroshard.core.building import build_unit, hand_back
 from zeroshard.core.collectives import MEAN, Exchange, all_reduce_, broadcast_
 from zeroshard.core.hooks import Runtime, Site
 from zeroshard.core.host import trim
@@ -35,7 +36,7 @@ from zeroshard.core.slots import full_nbytes, is_waiting, slot_of
 from zeroshard.core.trial import least_bytes
 from zeroshard.core.unit import Unit
 from zeroshard.core.usage import GradientWatch
-from zeroshard.core.waiting import settle
+from zeroshard.core.waiting import Waiting, settle
 from zeroshard.core.wrap import Group, Kind, choose_groups, find_leaves, find_persistent
 from zeroshard.engine import compiled, quantized
 from zeroshard.engine.activations import Activations, forget, layers_of
@@ -100,7 +101,7 @@ ConfigSource = str | Path | Mapping[str, object]
 
 
 @suspended()
-def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
+def initialize(  # noqa: PLR0913, PLR0915, PLR0917 - the signature is DeepSpeed's
     args: Any = None,
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
@@ -201,21 +202,24 @@ def initialize(  # noqa: PLR0913, PLR0917 - the signature is DeepSpeed's
     mesh = build_mesh(shard_size, device, timeout=world.patience())
     depots = _make_depots(model, placed, settings, mesh)
 
-    # From here on nothing is refused, and the model changes.
+    # From here on the model changes, and nothing is refused but by hosts and drives.
     forget(model)
     compiled.forget(model)
-    runtime = _shard(model, placed, mesh, life, settings, depots)
     sharded = None
     scaler = make_scaler(settings, device)
-    if inner is not None:
-        sharded = ShardedOptimizer(
-            inner,
-            runtime.units,
-            mesh,
-            policy=_policy(settings, batch, can_overflow=scaler is not None),
-            scaler=scaler,
-        )
-    _seal(depots, placed, settings, mesh)
+    with _given_back_on_failure(depots, mesh) as undo:
+        runtime = _shard(model, placed, mesh, life, settings, depots, undo)
+        if inner is not None:
+            with _agreed_if_far(depots, mesh, "make room for the optimizer's state"):
+                sharded = ShardedOptimizer(
+                    inner,
+                    runtime.units,
+                    mesh,
+                    policy=_policy(settings, batch, can_overflow=scaler is not None),
+                    scaler=scaler,
+                )
+            undo.callback(sharded.release)
+        _seal(depots, placed, settings, mesh)
     engine = Engine(
         model,
         runtime,
@@ -684,14 +688,16 @@ def _shard(
     life: Lifetime,
     settings: configuration.Config,
     depots: Depots,
+    undo: ExitStack,
 ) -> Runtime:
-    """Move the model's parameters into units and hook its modules."""
+    """Move the model's parameters into units and hook its modules; ``undo`` gives them back."""
     buffer_dtype = settings.data_types.buffer_dtype
     _place_buffers(model, mesh, DTYPES[buffer_dtype] if buffer_dtype else None)
     dtypes = precision(settings, mesh.world)
     if any(is_waiting(param) for param in model.parameters()):
         gc.collect()  # waiting parameters that were replaced keep their shards in a cycle
     units: list[Unit] = []
+    undo.callback(_hand_back, units, mesh)
     sizes = [sum(full_nbytes(member.param) for member in each.group.members) for each in placed]
     progress = Progress("sharded", len(placed), sum(sizes))
     for each, nbytes in zip(placed, sizes, strict=True):
@@ -707,6 +713,7 @@ def _shard(
             state=depots.state(each.state),
             shards=depots.shards(each.shard),
             as_bytes=group.kind.as_bytes,
+            together=partial(_agreed_if_far, depots, mesh, "make room for parameters"),
         )
         units.append(unit)
         trim()
@@ -716,8 +723,46 @@ def _shard(
     schedule = Schedule(units, mesh, _limits(units, settings))
     groups = [each.group for each in placed]
     runtime = Runtime(model, _make_sites(model, groups, units), units, schedule)
+    undo.callback(runtime.detach)
     runtime.attach()
     return runtime
+
+
+@contextmanager
+def _given_back_on_failure(depots: Depots, mesh: Mesh) -> Iterator[ExitStack]:
+    """Around what changes the model: if a host or a drive refuses, what is put on the stack is run.
+
+    Depots and process groups are given back after that.
+
+    Raises:
+        OffloadError: with what has become of the model.
+    """
+    undo = ExitStack()
+    undo.callback(mesh.destroy)
+    undo.callback(depots.close)
+    try:
+        yield undo
+    except OffloadError as error:
+        undo.close()
+        fact, _, hint = str(error).partition("\n\nhint: ")
+        raise OffloadError(
+            compose(
+                f"{fact} The model was being divided by then; it is given back as by "
+                "engine.destroy(), and can be given to initialize() again.",
+                hint=hint,
+            )
+        ) from error
+
+
+def _hand_back(units: Sequence[Unit], mesh: Mesh) -> None:
+    keeper = Waiting(default_mesh(mesh.device))
+    for unit in units:
+        hand_back(unit, keeper)
+
+
+def _agreed_if_far(depots: Depots, mesh: Mesh, what: str) -> AbstractContextManager[None]:
+    """Around work that may fail off the device, on one rank alone."""
+    return nullcontext() if depots.is_empty else agreed(mesh, what)
 
 
 def _make_depots(
@@ -731,6 +776,7 @@ def _make_depots(
     zero, depots = settings.zero_optimization, Depots(settings, mesh)
     files = file_bytes(placed)
     try:
+        _check_waiting(model, mesh)
         if any(each.state != "none" or each.shard != "none" for each in placed):
             claim = Claim(
                 host_bytes=host_bytes(placed)
@@ -750,12 +796,28 @@ def _make_depots(
                 ],
             )
             check_room(claim, mesh, bytes_free)
-            with agreed(mesh, "make a home for what leaves its device", OffloadError):
-                depots.make(placed)
+            with agreed(mesh, "make a home for what leaves its device"):
+                depots.make(placed, files)
     except OffloadError:
+        depots.discard()
         mesh.destroy()
         raise
     return depots
+
+
+def _check_waiting(model: nn.Module, mesh: Mesh) -> None:
+    """Refuse parameters that wait in files which a rank cannot read any more. A collective then.
+
+    Raises:
+        OffloadError: on every rank.
+    """
+    slots = [slot_of(param) for param in model.parameters() if is_waiting(param)]
+    units = dict.fromkeys(slot.unit for slot in slots if slot is not None)
+    in_files = [unit for unit in units if unit.store.reader is not None]
+    if in_files:
+        with agreed(mesh, "read the model's parameters"):
+            for unit in in_files:
+                _ = unit.store.home
 
 
 def _update_bytes(placed: Sequence[Placed], settings: configuration.Config, mesh: Mesh) -> int:
@@ -787,7 +849,7 @@ def _seal(
                 settings.zeroshard.offload_update,
             )
         return
-    with agreed(mesh, "keep state off its device", OffloadError):
+    with agreed(mesh, "keep state off its device"):
         depots.seal()
     is_gpu = mesh.device.type == "cuda"
     _log.info(

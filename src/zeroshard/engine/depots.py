@@ -67,18 +67,26 @@ class Depots:
         self._state: dict[Home, Depot] = {}
         self._shards: dict[Home, Place] = {"none": ON_DEVICE}
         self._host: list[HostDepot] = []
-        self._files: list[FileDepot] = []
+        self._files: dict[str, FileDepot] = {}  # by the block of the configuration
         self._staging: list[Staging] = []
 
-    def make(self, placed: Iterable[Placed]) -> None:
-        """Make all depots of a plan.
+    def make(self, placed: Iterable[Placed], file_bytes: tuple[int, int]) -> None:
+        """Make all depots of a plan, and take the space of files.
+
+        Args:
+            placed: the plan.
+            file_bytes: of optimizer state, and of shards.
 
         Raises:
-            OffloadError: no file can be made.
+            OffloadError: no file can be made, or not so large.
         """
         for each in placed:
             self.state(each.state)
             self.shards(each.shard)
+        blocks = ("offload_optimizer", "offload_param")
+        for block, nbytes in zip(blocks, file_bytes, strict=True):
+            if block in self._files:
+                self._files[block].reserve(nbytes)
 
     def state(self, home: Home) -> Depot | None:
         """Where the optimizer's state and master weights of a unit are kept; None on the device."""
@@ -87,7 +95,7 @@ class Depots:
         if home not in self._state:
             block = self._settings.zero_optimization.offload_optimizer
             if home == "nvme":
-                self._state[home] = self._make_files(block.nvme_path)
+                self._state[home] = self._make_files("offload_optimizer", block.nvme_path)
             else:
                 self._state[home] = self._make_host(
                     "optimizer state", "offload_optimizer", pin=block.pin_memory
@@ -102,7 +110,7 @@ class Depots:
             host = self._make_host(what, "offload_param", pin=block.pin_memory)
             if home == "nvme":
                 buffers = _buffers(self._settings)
-                files = self._make_files(block.nvme_path)
+                files = self._make_files("offload_param", block.nvme_path)
                 staging = Staging(files, host, count=buffers.count, nbytes=buffers.nbytes)
                 self._staging.append(staging)
                 self._shards[home] = InFiles(staging)
@@ -110,12 +118,12 @@ class Depots:
                 self._shards[home] = OnHost(host)
         return self._shards[home]
 
-    def _make_files(self, folder: str | None) -> FileDepot:
+    def _make_files(self, block: str, folder: str | None) -> FileDepot:
         assert folder is not None, "files without a folder are refused by the rules"
         made = FileDepot(
             folder, name=f"rank {self._mesh.rank}", settings=file_settings(self._settings.aio)
         )
-        self._files.append(made)
+        self._files[block] = made
         return made
 
     def _make_host(self, what: str, block: str, *, pin: bool) -> HostDepot:
@@ -134,7 +142,7 @@ class Depots:
         Raises:
             OffloadError: memory cannot be locked, or the drive refuses.
         """
-        for each in (*self._files, *self._host, *self._staging):
+        for each in (*self._files.values(), *self._host, *self._staging):
             each.seal()
 
     @property
@@ -150,7 +158,17 @@ class Depots:
     @property
     def file_bytes(self) -> int:
         """Bytes of what is in files."""
-        return sum(depot.nbytes for depot in self._files)
+        return sum(depot.nbytes for depot in self._files.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing leaves the device."""
+        return not self._host and not self._files
+
+    @property
+    def has_files(self) -> bool:
+        """Whether anything is in files."""
+        return bool(self._files)
 
     def close(self) -> None:
         """Give the optimizer's state back, which nobody reads any more.
@@ -160,3 +178,9 @@ class Depots:
         for depot in self._state.values():
             depot.close()
         self._state.clear()
+
+    def discard(self) -> None:
+        """Give everything back: no unit has taken anything."""
+        self.close()
+        for each in (*self._staging, *self._files.values(), *self._host):
+            each.close()

@@ -23,6 +23,7 @@ from zeroshard.checkpoint.training import Progress, Training
 from zeroshard.checkpoint.writing import Common, save
 from zeroshard.config import Batch, Config, resolve
 from zeroshard.core import tree
+from zeroshard.core.agreed import agreed
 from zeroshard.core.hook import while_alive
 from zeroshard.core.hooks import Runtime, in_backward
 from zeroshard.core.mesh import Mesh
@@ -39,7 +40,7 @@ from zeroshard.engine.misuse import ScheduleWatch, check_members, refuse_foreign
 from zeroshard.engine.offload import Offloaded, OffloadStateTypeEnum, offload, states_named
 from zeroshard.engine.optimizer import ZeroOptimizer
 from zeroshard.engine.promotion import Promotion
-from zeroshard.errors import Error, UsageError, compose
+from zeroshard.errors import Error, OffloadError, UsageError, compose
 from zeroshard.optim.sharded import ShardedOptimizer
 
 __all__ = ["Engine", "MemoryReport", "Settings"]
@@ -130,6 +131,7 @@ class Engine(Getters):
         self._num_backwards_seen = 0
         self._num_steps_taken = 0  # since the engine was made, whatever it resumed
         self._has_stepped = self._is_destroyed = False
+        self._failure: str | None = None  # of a host or a drive, which ends the training
         for unit in runtime.units:
             unit.engine = weakref.ref(self)
         self._optimizer: ZeroOptimizer | None = None
@@ -179,6 +181,7 @@ class Engine(Getters):
         """
         if self._is_destroyed and self.training and torch.is_grad_enabled():
             self.check_present("engine(...)")
+        self._check_whole("engine(...)")
         if (dtype := self.settings.cast_inputs_to) is not None:
             args, kwargs = tree.replace((args, kwargs), lambda t: _cast(t, dtype))
         try:
@@ -188,7 +191,7 @@ class Engine(Getters):
             # Recomputation ends in an exception of torch's own once it has what it needs.
             if not in_backward():
                 self._note_shortage(error)
-                self._recover()
+                self._recover(word=self._note_failure(error))
                 if isinstance(error, RuntimeError) and not isinstance(error, Error):
                     self._check_untouched()  # which may be the cause
             raise
@@ -255,7 +258,7 @@ class Engine(Getters):
         except Exception as error:
             explanation = explain_backward(error, self.runtime.units)
             self._note_shortage(error)
-            self._give_up(in_backward=True)
+            self._give_up(in_backward=True, word=self._note_failure(error))
             if explanation is not None:
                 raise UsageError(explanation) from error
             raise
@@ -342,12 +345,20 @@ class Engine(Getters):
         self._num_steps_taken += 1
         if self._watch is not None:
             self._watch.check()
+        # Drives may fail in every step; what is taken later than at the start is in the first.
+        may_fail = self._depots.has_files or (
+            self._num_steps_taken == 1 and not self._depots.is_empty
+        )
         try:
-            sharded.queue_step(divide_by=self.gradient_accumulation_steps())
+            with agreed(self.mesh, "step") if may_fail else nullcontext():
+                sharded.queue_step(divide_by=self.gradient_accumulation_steps())
             if self._promotion is not None:
                 self._promotion.end_step()
         except torch.OutOfMemoryError as error:
             self._explain_memory(error)
+            raise
+        except OffloadError as error:
+            self._note_failure(error)
             raise
         # Torch's schedules look for it on the optimizer they were made from.
         vars(self._optimizer)["_opt_called"] = True
@@ -404,11 +415,18 @@ class Engine(Getters):
             came_back=self._promotion is not None and self._promotion.num_units > 0,
         )
 
-    def _recover(self, in_backward: bool = False) -> None:
+    def _note_failure(self, error: Exception) -> str:
+        """If a host or a drive has failed, train no more; what other ranks are told of it."""
+        if not isinstance(error, OffloadError):
+            return ""
+        self._failure = self._failure or str(error)
+        return str(error)
+
+    def _recover(self, in_backward: bool = False, word: str = "") -> None:
         if self._activations is not None:
             self._activations.reset()
         try:
-            self.runtime.reset(in_backward)
+            self.runtime.reset(in_backward, word)
         except Exception:
             _log.exception("recovery failed; the ranks are out of step and the job should end")
 
@@ -419,8 +437,8 @@ class Engine(Getters):
         """
         self._give_up()
 
-    def _give_up(self, in_backward: bool = False) -> None:
-        self._recover(in_backward)
+    def _give_up(self, in_backward: bool = False, word: str = "") -> None:
+        self._recover(in_backward, word)
         self.zero_grad()
         self.micro_steps -= self._num_accumulated
         self._is_step_due = False
@@ -841,11 +859,23 @@ class Engine(Getters):
                     "Face's Trainer is used up by train(): make a new one.",
                 )
             )
+        self._check_whole(call)
         if self._offloaded is not None:
             raise UsageError(
                 compose(
                     f"{call} was called while state is offloaded to host memory.",
                     hint="call engine.reload_states() first.",
+                )
+            )
+
+    def _check_whole(self, call: str) -> None:
+        if self._failure is not None:
+            fact = self._failure.partition("\n\nhint: ")[0]
+            raise OffloadError(
+                compose(
+                    f"{call} was called after an error that ended this engine's training, as parts "
+                    f"of its state are lost or of another step: {fact}",
+                    hint="destroy() it, make another engine, and load the last checkpoint.",
                 )
             )
 

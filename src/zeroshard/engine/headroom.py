@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from zeroshard.core.collectives import Answered, Exchange
+from zeroshard.core.collectives import Answered, Exchange, broadcast_bytes
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.pulled import host_number
 from zeroshard.engine.budget import in_words
@@ -46,7 +46,7 @@ class Claim:
     """Bytes of host memory that it gives back meanwhile."""
 
     folders: Sequence[Folder] = ()
-    """The same keys and paths on all ranks."""
+    """The same keys on all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,8 @@ def check_room(claim: Claim, mesh: Mesh, free_host_bytes: Callable[[], int | Non
     with Answered(mesh.rank, "to know whether there is room for what leaves the devices"):
         rows = Exchange(mesh, len(mine))(mine)
     told = [_read(rank, row) for rank, row in enumerate(rows)]
-    _check_folders(told, claim.folders)
-    _check_drives(told, claim.folders)
+    _check_folders(told, claim.folders, mesh)
+    _check_drives(told, claim.folders, mesh)
     _check_hosts(told)
 
 
@@ -111,15 +111,21 @@ def _read(rank: int, row: Sequence[int]) -> _Told:
     return _Told(rank, host, asked, free, offers)
 
 
-def _check_folders(told: Sequence[_Told], folders: Sequence[Folder]) -> None:
+def _path_on(rank: int, folder: Folder, mesh: Mesh) -> str:
+    """What a rank has as the path of a folder. A collective: paths may differ."""
+    return broadcast_bytes(folder.path.encode(), mesh, rank).decode()
+
+
+def _check_folders(told: Sequence[_Told], folders: Sequence[Folder], mesh: Mesh) -> None:
     for number, folder in enumerate(folders):
         failed = [each for each in told if each.offers[number].error]
         if failed:
             error = failed[0].offers[number].error
             reason = os.strerror(error) if error > 0 else "the system gives no reason"
+            path = _path_on(failed[0].rank, folder, mesh)
             raise OffloadError(
                 compose(
-                    f"{folder.key} is {folder.path!r}, where {_ranks(failed)} cannot make files: "
+                    f"{folder.key} is {path!r}, where {_ranks(failed)} cannot make files: "
                     f"{reason}.",
                     hint="make that folder on every host, writable for the one who trains, or name "
                     "another one.",
@@ -127,7 +133,7 @@ def _check_folders(told: Sequence[_Told], folders: Sequence[Folder]) -> None:
             )
 
 
-def _check_drives(told: Sequence[_Told], folders: Sequence[Folder]) -> None:
+def _check_drives(told: Sequence[_Told], folders: Sequence[Folder], mesh: Mesh) -> None:
     drives: dict[tuple[int, int], list[tuple[_Told, Folder, _Offer]]] = {}
     for each in told:
         for folder, offer in zip(folders, each.offers, strict=True):
@@ -137,7 +143,9 @@ def _check_drives(told: Sequence[_Told], folders: Sequence[Folder]) -> None:
         asked = sum(offer.asked for _, _, offer in claims)
         free = min(offer.free for _, _, offer in claims)
         if asked > free:
-            named = dict.fromkeys(f"{folder.path} ({folder.key})" for _, folder, _ in claims)
+            named = dict.fromkeys(
+                f"{_path_on(each.rank, folder, mesh)} ({folder.key})" for each, folder, _ in claims
+            )
             ranks = list(dict.fromkeys(each for each, _, _ in claims))
             raise OffloadError(
                 compose(

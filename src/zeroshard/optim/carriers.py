@@ -215,7 +215,7 @@ class Disk:
         return beside
 
     def settle(self) -> None:
-        """Let the host wait until everything is in the files."""
+        """Let the host wait until everything is in the files, which are whole."""
         self._mesh.outgoing.finish()
         writes, self._writes = self._writes, {}
         for write in writes.values():

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
@@ -28,8 +28,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from zeroshard.core.agreed import agreed
 from zeroshard.core.collectives import DONE, Answered, Exchange, Ticket, all_reduce_
 from zeroshard.core.depot import Depot, DeviceDepot
+from zeroshard.core.files import FileDepot
 from zeroshard.core.hook import while_alive
 from zeroshard.core.mesh import Mesh
 from zeroshard.core.norm import squared
@@ -267,12 +269,14 @@ class ShardedOptimizer:
         self._pending: OnItsWay | None = None  # the norm that decides about the last step
         self._square = torch.zeros((), dtype=torch.float64, device=mesh.device)
         self._stepping = False
+        self._published: set[Unit] = set()  # in the step under way
         self._scalars: tuple[object, ...] = ()  # what a step beside the computation reads
         self._given = [list(group["params"]) for group in inner.param_groups]
         self._adopt()
         self._pipeline = Pipeline(mesh, policy.num_buffers)
         self._states = {unit: FlatState(unit) for unit in self.units}
         self._far = {unit: FarState(unit, self._states[unit], inner) for unit in self._far_units()}
+        self._has_files = any(isinstance(unit.state, FileDepot) for unit in self._far)
         self._unsealed: set[Depot] = set()  # in which something was taken since
         self._has_said_what_stays = False
         self._parts = self._divide()
@@ -487,8 +491,23 @@ class ShardedOptimizer:
     def _update(self, fused: FusedAdam | None, scaling: _Scaling) -> None:
         """Step all units, unless it is known that they are skipped, and publish them.
 
-        A skipped step publishes, too: other ranks may not know of it yet.
+        A skipped step publishes, too: other ranks may not know of it yet. So does one that fails
+        where state is kept, before it raises: no rank waits for what another one does not send.
         """
+        self._published.clear()
+        try:
+            self._update_units(fused, scaling)
+        except OffloadError:
+            self._publish_rest()
+            raise
+
+    def _publish_rest(self) -> None:
+        for unit in self.units:
+            if unit not in self._published:
+                with suppress(OffloadError):
+                    self._publish([unit], is_written=True, step=self._end())
+
+    def _update_units(self, fused: FusedAdam | None, scaling: _Scaling) -> None:
         if self._overflow:
             self._pipeline.forget()
         else:
@@ -603,9 +622,10 @@ class ShardedOptimizer:
         with self._beside():
             for units in self._parts:
                 with torch.no_grad(), ExitStack() as visits:
-                    for unit in units:
-                        if unit in self._far:
-                            visits.enter_context(self._far[unit].visiting(self._pipeline))
+                    with self._arriving():
+                        for unit in units:
+                            if unit in self._far:
+                                visits.enter_context(self._far[unit].visiting(self._pipeline))
                     self._step_units(units, scaling, is_inside=is_inside)
                 for unit in units:
                     self.keep(unit)
@@ -613,6 +633,12 @@ class ShardedOptimizer:
                     self._publish([unit], is_written=unit in self._far, step=end)
         self.seal()
         self._say_what_stays()
+
+    def _arriving(self) -> AbstractContextManager[object]:
+        """Around the arrival of state: all ranks learn of a failure before a step that talks."""
+        if isinstance(self.inner, WholeOptimizer) and self._has_files:
+            return agreed(self.mesh, "read the optimizer's state")
+        return nullcontext()
 
     def _step_units(self, units: Sequence[Unit], scaling: _Scaling, *, is_inside: bool) -> None:
         """Step the slices of some units; torch's optimizers pass over those without gradients.
@@ -644,6 +670,7 @@ class ShardedOptimizer:
             unit.clear_gradients(is_read=step is not DONE)
         with torch.no_grad():
             for unit in units:
+                self._published.add(unit)
                 unit.publish(is_written=is_written or self._overflow, step=step)
 
     @contextmanager
@@ -690,8 +717,10 @@ class ShardedOptimizer:
         if self._host is not None:
             host, self._host = self._host, None
             host.close()
-        with suppress(OffloadError):  # nobody wants the state any more
+        try:
             self.recall()
+        except OffloadError as error:
+            _log.warning("optimizer state is given up that cannot be read: %s", error)
         self._pipeline.close()
         self.inner.state.clear()
         if self._fused is not None:

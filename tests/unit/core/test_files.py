@@ -123,6 +123,24 @@ def test_tensors_are_zeros_of_any_dtype_and_only_they_are_counted(tmp_path: Path
     assert depot.nbytes == 0
 
 
+def test_space_that_was_reserved_is_there_when_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depot = FileDepot(tmp_path, name="rank 0")
+    depot.reserve(MIB)
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    tensor = depot.take(MIB, torch.uint8)
+    tensor.fill_(3)
+    with pytest.raises(OffloadError, match=r"asked for .* beside 1\.0 MiB"):
+        depot.take(1, torch.uint8)
+    assert tensor.eq(3).all()
+    depot.close()
+
+
 def test_a_tensor_outlives_its_depot(tmp_path: Path) -> None:
     depot = FileDepot(tmp_path, name="rank 0")
     tensor = depot.take(2 * MIB, torch.uint8)

@@ -122,13 +122,13 @@ def test_a_write_that_fails_is_told_to_whoever_looks_next() -> None:
         _ = stores[0].home
 
 
-def test_a_read_that_fails_is_told_to_the_gather() -> None:
+def test_a_gather_goes_on_without_what_could_not_be_read_and_its_store_says_why() -> None:
     files, staging, stores = stores_by_hand(count=1, numbers=1)
     staging.expect(stores)
     settle(staging)
     files.end(error=OffloadError("cut short"))
-    with pytest.raises(OffloadError, match="cut short"):
-        fed(stores[0])
+    fed(stores[0])  # other ranks are in it
+    assert str(stores[0].failure) == "cut short"
 
 
 steps = st.lists(
