@@ -137,7 +137,7 @@ class Runtime:
         self.num_backwards = 0
         self.gradient_bytes = 0  # held on this rank at the end of the last backward
         self.scaled = False
-        # Called in a backward that ends an accumulation, whenever the gradients of a unit are there.
+        # Called in a backward that ends an accumulation, when the gradients of a unit are there.
         self.before_step: Callable[[], object] | None = None
         self._unreduced = False
         self._stray = [

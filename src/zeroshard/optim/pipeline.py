@@ -11,11 +11,11 @@ ones after it arrive, and the bus works in both directions at once:
     outgoing                      load 3   load 4   load 5
 
 There are few buffers, used in turn: reading into one waits for the writing out of it. Reading ahead
-begins in backward, bit by bit as far as the buffers go; nothing but the update itself needs the norm of all
-gradients, so the time until that is known goes into reading. The computation waits for no more
-than the units it uses next, so the end of a step runs under the next forward. What a load is kept
-in may be read again as soon as it was written out, in the order of the streams; the host, which
-looks at it between two steps, waits (`settle`).
+begins in backward, bit by bit as far as the buffers go; nothing but the update itself needs the
+norm of all gradients, so the time until that is known goes into reading. The computation waits for
+no more than the units it uses next, so the end of a step runs under the next forward. What a load
+is kept in may be read again as soon as it was written out, in the order of the streams; the host,
+which looks at it between two steps, waits (`settle`).
 
 How many there are decides how long a step takes. Nothing can leave before the norm is known, so the
 update of the last unit, for which the next forward waits, comes as much earlier as there is room
