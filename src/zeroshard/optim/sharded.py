@@ -595,6 +595,9 @@ class ShardedOptimizer:
                 yield
             self._pipeline.end()
         except BaseException:
+            self.mesh.stepping.join()  # what it reads may be freed now
+            if self._host is not None:
+                self._host.give_up()
             self._pipeline.forget()
             raise
         finally:
