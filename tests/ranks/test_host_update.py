@@ -272,7 +272,9 @@ class InterruptError(Exception):
 
 
 @on_ranks(1)
-def test_a_step_that_is_interrupted_leaves_no_worker_behind_and_no_gradient_it_has_used_up() -> None:
+def test_a_step_that_is_interrupted_leaves_no_worker_behind_and_no_gradient_it_has_used_up() -> (
+    None
+):
     engine = make_offloaded(3)
     engine.backward(loss_of(engine))
     units = host_of(engine).units

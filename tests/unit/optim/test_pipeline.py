@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from places import ThreadedFiles
 from torch import Tensor
 
+from places import ThreadedFiles
 from zeroshard.core.mesh import Axis, Mesh
 from zeroshard.core.slab import HostDepot
 from zeroshard.errors import OffloadError
