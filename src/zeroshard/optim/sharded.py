@@ -593,6 +593,7 @@ class ShardedOptimizer:
         try:
             with self.mesh.stepping.entered():
                 yield
+                self.mesh.parcels.settle()  # for the stream that took their memory to wait
             self._pipeline.end()
         except BaseException:
             self.mesh.stepping.join()  # what it reads may be freed now
@@ -717,6 +718,8 @@ class ShardedOptimizer:
         """Forget all gradients accumulated since the last step, and the step they were for."""
         if self._pipeline.is_under_way:
             self._pipeline.forget()
+        if self._host is not None:
+            self._host.send_as_reduced(False)
         for unit in self.units:
             unit.clear_gradients()
 

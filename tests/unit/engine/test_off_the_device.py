@@ -352,6 +352,7 @@ def test_an_engine_that_was_dropped_is_gone_with_what_it_kept_off_the_device() -
             engine = make(stage, optimizer=ADAM, **settings)
             engine.backward(engine(batch(0, torch.bfloat16)).sum())
             engine.step()
+            assert not engine.mesh.parcels._sent  # the device keeps nothing of what has left it
             want, model, gone = weights_of(engine), engine.module, weakref.ref(engine)
             del engine
             gc.collect()
