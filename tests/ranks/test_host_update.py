@@ -257,3 +257,34 @@ def test_what_fails_in_the_worker_is_raised_by_the_next_forward_and_by_every_lat
     for call in (lambda: loss_of(engine), engine.step):
         with pytest.raises(OffloadError, match=r"ended this engine's training(.|\n)*boom"):
             call()
+    for unit in host_of(engine).units:
+        with contextlib.suppress(OffloadError):
+            unit.end_step()
+    for unit in host_of(engine).units:
+        unit.grad_shard = torch.zeros(unit.layout.shard_numel)
+    with pytest.raises(OffloadError, match="boom"):  # whoever asks it
+        engine._sharded.step(1.0)
+
+
+class InterruptError(Exception):
+    pass
+
+
+@on_ranks(1)
+def test_a_step_that_is_interrupted_leaves_no_worker_behind_and_no_gradient_it_has_used_up() -> (
+    None
+):
+    engine = make_offloaded(3)
+    engine.backward(loss_of(engine))
+    units = host_of(engine).units
+    gate = Gate()
+    with gate.closed(), mock.patch.object(units[1], "publish", side_effect=InterruptError):
+        threading.Timer(0.05, gate.opened.set).start()
+        with pytest.raises(InterruptError):
+            engine.step()
+        assert len(gate.masters) == len(units)
+    assert all(unit.grad_shard is None for unit in units)
+    engine.reset()
+    engine.backward(loss_of(engine))
+    engine.step()
+    assert all(weight.isfinite().all() for weight in weights_of(engine).values())

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -290,6 +291,15 @@ class HostUpdate:
         """
         if self._last is not None:
             self._last.result()
+
+    def give_up(self) -> None:
+        """End a step that something else has ended; gradients that it may have used up are gone."""
+        with suppress(OffloadError):  # every later step raises it
+            if self._last is not None:
+                self._last.result().wait()
+        for unit in self.units:
+            if unit.away_gradient is not None:
+                unit.clear_gradients()
 
     def leave(self, units: Iterable[Unit]) -> None:
         """Step some of the units no more, and give the memory beside their state back."""

@@ -66,7 +66,7 @@ class Pipeline:
     Args:
         mesh: the device, and the streams beside the computation.
         num_buffers: how many; None makes as many as an eighth of what is free on the device holds,
-            when the first load is sent for, and at least four.
+            in the first backward, and at least four.
     """
 
     def __init__(self, mesh: Mesh, num_buffers: int | None = None) -> None:
@@ -93,6 +93,8 @@ class Pipeline:
         far = [load for load in loads if not load.depot.is_near]
         if not far:
             return
+        if tuple(loads) != self._loads:
+            self.settle()  # others may have the same homes, and be on their way to files
         self._loads, self._due = tuple(loads), deque(far)
         with self._mesh.incoming.after(self._mesh.outgoing.end()):
             pass  # what the last step brought back may be read again
@@ -108,12 +110,16 @@ class Pipeline:
         number = len(self._idle) + len(self._coming)
         self._send_for(self._mesh.now(), math.ceil(share * number))
 
+    def look_for_room(self) -> int:
+        """Bytes that buffers may take beyond the fewest, by what is free when it is first asked."""
+        if self._room_bytes is None:
+            self._room_bytes = _free_bytes(self._mesh.device) // _SHARE_OF_FREE
+        return self._room_bytes
+
     def _make_slots(self, nbytes: int, at_once: int) -> None:
         """Buffers on the device, if those there are do not do."""
         self._must_release = at_once > 1
-        if self._room_bytes is None:
-            self._room_bytes = _free_bytes(self._mesh.device) // _SHARE_OF_FREE
-        most = self._wanted or max(at_once + _FEWEST - 1, self._room_bytes // nbytes)
+        most = self._wanted or max(at_once + _FEWEST - 1, self.look_for_room() // nbytes)
         number = min(max(most, at_once), len(self._due))
         if len(self._idle) == number and self._idle[0].buffer.numel() == nbytes:
             return

@@ -546,9 +546,15 @@ class ShardedOptimizer:
         """
         if self._host is not None and self._fused is not None and self._fused.may_step:
             self._host.send_as_reduced(True)
-        if self._far:
-            self._read_ahead(self._fused)
-            self._pipeline.read_ahead(share=2 / len(self.units))
+        if not self._far:
+            return
+        fused = self._fused if self._fused is not None and self._fused.may_step else None
+        if fused is not None and not fused.is_laid_out:
+            # What the step will send for is not known yet; that activations take room now, is.
+            self._pipeline.look_for_room()
+            return
+        self._read_ahead(fused)
+        self._pipeline.read_ahead(share=2 / len(self.units))
 
     def _on_host(self, fused: FusedAdam | None) -> Sequence[Unit]:
         """The units that are stepped on the host."""
@@ -587,8 +593,12 @@ class ShardedOptimizer:
         try:
             with self.mesh.stepping.entered():
                 yield
+                self.mesh.parcels.settle()  # for the stream that took their memory to wait
             self._pipeline.end()
         except BaseException:
+            self.mesh.stepping.join()  # what it reads may be freed now
+            if self._host is not None:
+                self._host.give_up()
             self._pipeline.forget()
             raise
         finally:
@@ -708,6 +718,8 @@ class ShardedOptimizer:
         """Forget all gradients accumulated since the last step, and the step they were for."""
         if self._pipeline.is_under_way:
             self._pipeline.forget()
+        if self._host is not None:
+            self._host.send_as_reduced(False)
         for unit in self.units:
             unit.clear_gradients()
 

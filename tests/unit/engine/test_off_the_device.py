@@ -315,6 +315,33 @@ def test_what_backward_has_read_ahead_is_not_read_again_by_the_step() -> None:
         assert counts[-1] == counts[-2] == num_units
 
 
+def test_no_buffer_is_larger_than_what_is_stepped_at_once_in_the_first_backward_either() -> None:
+    def work(rank: int, world: int) -> list[int]:
+        sizes: list[int] = []
+        fetch = carriers.Bus.fetch
+
+        def measured(bus: carriers.Bus, slot: carriers.Slot) -> None:
+            sizes.append(slot.buffer.nbytes)
+            fetch(bus, slot)
+
+        engine = make(
+            1,
+            nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128)),
+            zero_optimization={"stage": 1, "offload_optimizer": CPU, "sub_group_size": 4096},
+            zeroshard={"optimizer_step": "fused", "units": ["Linear"]},
+            optimizer=ADAM,
+        )
+        with mock.patch.object(carriers.Bus, "fetch", measured):
+            for _ in range(2):
+                engine.backward(engine(torch.ones(2, 128)).square().mean())
+                engine.step()
+        engine.destroy()
+        return sizes
+
+    (sizes,) = run_ranks(work, 1)
+    assert set(sizes) == {3 * 4 * 4096}  # master weights and two averages
+
+
 def test_an_engine_that_was_dropped_is_gone_with_what_it_kept_off_the_device() -> None:
     def rank(rank: int, world: int) -> None:
         for stage in (2, 3):
@@ -325,6 +352,7 @@ def test_an_engine_that_was_dropped_is_gone_with_what_it_kept_off_the_device() -
             engine = make(stage, optimizer=ADAM, **settings)
             engine.backward(engine(batch(0, torch.bfloat16)).sum())
             engine.step()
+            assert not engine.mesh.parcels._sent  # the device keeps nothing of what has left it
             want, model, gone = weights_of(engine), engine.module, weakref.ref(engine)
             del engine
             gc.collect()

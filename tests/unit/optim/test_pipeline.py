@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from places import ThreadedFiles
 from zeroshard.core.mesh import Axis, Mesh
 from zeroshard.core.slab import HostDepot
 from zeroshard.errors import OffloadError
@@ -86,14 +89,10 @@ def test_loads_come_in_order_through_no_more_buffers_than_were_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rig = Rig(monkeypatch, num_loads=7, num_buffers=5)
-    rig.pipeline.start(rig.loads)
-    assert rig.journal == []
-    rig.pipeline.read_ahead(0.5)  # three of five
-    assert rig.journal == [f"fetch {number}" for number in range(3)]
-    rig.pipeline.read_ahead(0.5)
-    assert rig.journal == [f"fetch {number}" for number in range(5)]
-    rig.pipeline.start(list(rig.loads))  # the step itself finds them on their way
-    assert len(rig.journal) == 5
+    for wanted in (0, 2, 4, 5, 5):  # bit by bit, as far as the buffers go
+        assert rig.journal == [f"fetch {number}" for number in range(wanted)]
+        rig.pipeline.start(list(rig.loads))  # the next share, and the step, find what is on its way
+        rig.pipeline.read_ahead(share=0.4)
     rig.visit(range(7))
     rig.pipeline.end()
     sent = [entry for entry in rig.journal if entry.startswith("send")]
@@ -116,6 +115,7 @@ def test_buffers_are_used_again_until_the_memory_is_wanted(
     rig.pipeline.release()
     assert rig.carrier.num_alive == 0
     rig.pipeline.start(rig.loads)
+    rig.pipeline.read_ahead(share=0.5)
     rig.pipeline.release()  # not now
     rig.visit(range(6))
     rig.pipeline.end()
@@ -127,6 +127,7 @@ def test_buffers_are_used_again_until_the_memory_is_wanted(
 def test_nothing_that_was_read_ahead_survives_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(monkeypatch, num_loads=5, num_buffers=4)
     rig.pipeline.start(rig.loads)
+    rig.pipeline.read_ahead(share=1)
     rig.pipeline.forget()
     for home in rig.homes:
         home.fill_(10)
@@ -173,6 +174,7 @@ def test_a_load_that_fails_is_as_it_was_and_the_next_step_can_be_made(
     assert rig.carrier.num_alive == 0
     if where == "on its way":
         rig.pipeline.start(rig.loads)
+        rig.pipeline.read_ahead(share=1)
         rig.pipeline.forget()  # says nothing: whoever wants it hears of it
         rig.pipeline.start(rig.loads)
         rig.visit(range(2))
@@ -186,6 +188,7 @@ def test_a_load_that_fails_is_as_it_was_and_the_next_step_can_be_made(
 def test_another_order_of_loads_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(monkeypatch, num_loads=5, num_buffers=4)
     rig.pipeline.start(rig.loads)
+    rig.pipeline.read_ahead(share=1)
     rig.loads.reverse()
     rig.homes.reverse()
     rig.step()
@@ -198,6 +201,46 @@ def test_a_step_without_loads_ends_though_others_were_read_ahead(
 ) -> None:
     rig = Rig(monkeypatch, num_loads=6, num_buffers=4)
     rig.pipeline.start(rig.loads)
+    rig.pipeline.read_ahead(share=1)
     rig.pipeline.start([])
     rig.pipeline.end()
     assert rig.values == [1.0] * 6
+
+
+class LaggingFiles(ThreadedFiles):
+    """Files in which the second write waits for a read after it, if one comes at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_read = threading.Event()
+
+    def read(self, home: Tensor, into: Tensor) -> Future[None]:
+        future = super().read(home, into)
+        if self.num_writes:
+            future.result()
+            self.has_read.set()
+        return future
+
+    def write(self, home: Tensor, source: Tensor) -> Future[None]:
+        if self.num_writes == 1:
+            self.has_read.wait(timeout=0.1)
+        return super().write(home, source)
+
+
+def test_what_one_list_of_loads_writes_to_files_is_what_another_one_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "FileDepot", LaggingFiles)
+    alone = Axis(size=1, rank=0)
+    pipeline, depot = Pipeline(Mesh(alone, alone, None, torch.device("cpu")), 4), LaggingFiles()
+    homes = [depot.take(NUMEL, torch.float32) for _ in range(2)]
+    for _ in range(2):  # as when an optimizer has made its state, or another one steps
+        homes.reverse()
+        loads = [Load(depot, (home,)) for home in homes]
+        pipeline.start(loads)
+        for load in loads:
+            with pipeline.visiting(load) as (tensor,):
+                tensor.add_(1)
+        pipeline.end()
+    pipeline.close()
+    assert all(home.eq(2).all() for home in homes)
