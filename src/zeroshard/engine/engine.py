@@ -345,9 +345,10 @@ class Engine(Getters):
         self._num_steps_taken += 1
         if self._watch is not None:
             self._watch.check()
-        # Drives may fail in every step; what is taken later than at the start is in the first.
+        # Drives may fail in every step; what is taken later than at the start is in the first one
+        # that is not skipped.
         may_fail = self._depots.has_files or (
-            self._num_steps_taken == 1 and not self._depots.is_empty
+            not self._depots.is_empty and self._num_steps_taken == 1 + sharded.num_skipped
         )
         try:
             with agreed(self.mesh, "step") if may_fail else nullcontext():
