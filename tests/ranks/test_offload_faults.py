@@ -84,6 +84,11 @@ def error_of(call: Callable[[], object]) -> str:
     return ""
 
 
+def double(weight: nn.Parameter) -> None:
+    with zeroshard.gathered(weight, modifier_rank=0), torch.no_grad():
+        weight.mul_(2)
+
+
 def open_files(folder: Path) -> list[Path]:
     """Paths to the files of this process in a folder, which have no names there."""
     found: list[Path] = []
@@ -252,6 +257,7 @@ def test_a_checkpoint_of_state_that_cannot_be_read_is_refused_by_all_ranks(tmp_p
             lambda: zero.safe_get_full_optimizer_state(weight, "exp_avg"),
             lambda: zero.safe_set_full_optimizer_state(weight, weight, "exp_avg"),
         ]
+        calls.append(lambda: double(weight))
         assert all(error_of(call) == "" for call in calls)
         if rank == 1:
             for link in open_files(tmp_path):
