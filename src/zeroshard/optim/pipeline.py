@@ -93,11 +93,11 @@ class Pipeline:
         far = [load for load in loads if not load.depot.is_near]
         if not far:
             return
-        self._loads, self.is_under_way = tuple(loads), True
-        self._due = deque(far)
+        self._loads, self._due = tuple(loads), deque(far)
         with self._mesh.incoming.after(self._mesh.outgoing.end()):
             pass  # what the last step brought back may be read again
         self._make_slots(max(load.nbytes for load in far), at_once)
+        self.is_under_way = True
 
     def read_ahead(self, share: float) -> None:
         """Send for a share of what the buffers hold, once the computation has come to where it is.
@@ -212,8 +212,11 @@ class Pipeline:
             carrier.close()
 
     def release(self) -> None:
-        """Give the buffers back, once the computation has waited for what leaves them."""
-        if self._coming:
+        """Give the buffers back, once the computation has waited for what leaves them.
+
+        Nothing if a step is under way.
+        """
+        if self._coming or self.is_under_way:
             return
         for slot in self._idle:
             slot.left.wait()

@@ -87,6 +87,10 @@ def test_loads_come_in_order_through_no_more_buffers_than_were_asked_for(
 ) -> None:
     rig = Rig(monkeypatch, num_loads=7, num_buffers=5)
     rig.pipeline.start(rig.loads)
+    assert rig.journal == []
+    rig.pipeline.read_ahead(0.5)  # three of five
+    assert rig.journal == [f"fetch {number}" for number in range(3)]
+    rig.pipeline.read_ahead(0.5)
     assert rig.journal == [f"fetch {number}" for number in range(5)]
     rig.pipeline.start(list(rig.loads))  # the step itself finds them on their way
     assert len(rig.journal) == 5
