@@ -446,6 +446,22 @@ def test_whatever_edits_state_has_the_effect_that_it_has_without_offload(
     assert run_ranks(work, 2) == [[]] * 2
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_edit_through_data_that_master_weights_elsewhere_would_undo_is_refused(
+    precision: str, tmp_path: Path
+) -> None:
+    def work(rank: int, world: int) -> None:
+        for stage in (0, 1, 2):
+            engine = make(stage, "host", tmp_path, precision=precision)
+            train(engine, range(1))
+            engine.module.head.weight.data.mul_(2)
+            with pytest.raises(UsageError, match=r"head.* its .data.*would be lost"):
+                train(engine, range(1, 2))
+            engine.destroy()
+
+    run_ranks(work, 2)
+
+
 def test_nothing_that_loops_do_in_every_step_waits_for_state(tmp_path: Path) -> None:
     def work(rank: int, world: int) -> tuple[list[str], list[str]]:
         engine = make(2, "host", tmp_path)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 import zeroshard
 from forked import RankError, run_ranks
+from zeroshard import zero
 from zeroshard.core.slab import HostDepot
 from zeroshard.engine import build
 from zeroshard.errors import OffloadError
@@ -81,6 +82,11 @@ def error_of(call: Callable[[], object]) -> str:
     except OffloadError as error:
         return str(error)
     return ""
+
+
+def double(weight: nn.Parameter) -> None:
+    with zeroshard.gathered(weight, modifier_rank=0), torch.no_grad():
+        weight.mul_(2)
 
 
 def open_files(folder: Path) -> list[Path]:
@@ -244,9 +250,19 @@ def test_a_checkpoint_of_state_that_cannot_be_read_is_refused_by_all_ranks(tmp_p
         engine = start(config(2, state=tmp_path))
         take_step(engine)
         engine.save_checkpoint(tmp_path / "checkpoints", tag="good")
+        weight = engine.module.layers[0].weight
+        calls = [
+            lambda: zero.safe_get_full_fp32_param(weight),
+            lambda: zero.safe_set_full_fp32_param(weight, weight),
+            lambda: zero.safe_get_full_optimizer_state(weight, "exp_avg"),
+            lambda: zero.safe_set_full_optimizer_state(weight, weight, "exp_avg"),
+        ]
+        calls.append(lambda: double(weight))
+        assert all(error_of(call) == "" for call in calls)
         if rank == 1:
             for link in open_files(tmp_path):
                 os.truncate(link, 4096)
+        assert all("cut short" in error_of(call) for call in calls)
         text = error_of(lambda: engine.save_checkpoint(tmp_path / "checkpoints", tag="bad"))
         engine.destroy()
         engine = start(config(2))
@@ -257,6 +273,24 @@ def test_a_checkpoint_of_state_that_cannot_be_read_is_refused_by_all_ranks(tmp_p
     for text in run_ranks(work, timeout=30):
         assert "cut short" in text
         assert f"rank 1 in {tmp_path}" in text
+
+
+def test_state_without_room_in_the_first_step_that_is_not_skipped_is_an_error_on_all() -> None:
+    def work(rank: int, world: int) -> list[str]:
+        settings = config(state="cpu", optimizer="Lion")
+        engine = start({**settings, "fp16": {"enabled": True, "initial_scale_power": 4}})
+        texts: list[str] = []
+        with refuse_after(HostDepot, "seal", 0, "no memory") if rank else contextlib.nullcontext():
+            for value in (torch.inf, 1.0):
+                engine.backward(engine(torch.full((2, WIDTH), value, dtype=torch.float16)))
+                texts.append(error_of(engine.step))
+        assert engine.skipped_steps == 1
+        engine.destroy()
+        return texts
+
+    for skipped, made in run_ranks(work, timeout=30):
+        assert skipped == ""
+        assert "no memory" in made
 
 
 def test_two_runs_in_one_folder_do_not_meet_and_a_killed_one_leaves_nothing(

@@ -199,8 +199,9 @@ def _make_full(units: Sequence[Unit]) -> list[bool]:
             unit.wait()
         except OffloadError as error:  # the other ranks go on to the next unit
             failures.append(error)
+    in_files = [unit for unit in units if unit.store.reader is not None]
     try:
-        _check_read(units, failures)
+        _raise_together(failures, in_files, "read its shards")
     except OffloadError:
         for unit, was_full in zip(units, were_full, strict=True):
             if not was_full:
@@ -209,11 +210,12 @@ def _make_full(units: Sequence[Unit]) -> list[bool]:
     return were_full
 
 
-def _check_read(units: Sequence[Unit], failures: Sequence[OffloadError]) -> None:
-    """Refuse what was gathered without the shards of a rank. A collective if some are in files."""
-    meshes = [unit.mesh for unit in units if unit.store.reader is not None]
-    is_asked = bool(meshes) and meshes[0].control is not None
-    with agreed(meshes[0], "read its shards") if is_asked else nullcontext():
+def _raise_together(
+    failures: Sequence[OffloadError], could_fail: Sequence[Unit], what: str
+) -> None:
+    """Raise on all ranks what has failed on one. A collective if there are units that could."""
+    meshes = [unit.mesh for unit in could_fail if unit.mesh.control is not None]
+    with agreed(meshes[0], what) if meshes else nullcontext():
         if failures:
             raise failures[0]
 
@@ -225,6 +227,7 @@ def _adopt(units: Iterable[Unit], src: int) -> None:
     for unit in units:
         unit.modifier_rank = None
     errors: list[UsageError] = []
+    failures: list[OffloadError] = []
     with rewriting(unit.transport for unit in units):
         for unit in units:
             with Answered(unit.mesh.rank, f"to share the edits of {unit.name}"):
@@ -232,6 +235,10 @@ def _adopt(units: Iterable[Unit], src: int) -> None:
                     unit.adopt(partial(broadcast_, mesh=unit.mesh, src=src))
                 except UsageError as error:  # the other ranks go on to the next unit
                     errors.append(error)
+                except OffloadError as error:
+                    failures.append(error)
+    far = [unit for unit in units if not unit.state.is_near or unit.store.reader is not None]
+    _raise_together(failures, far, "keep the edits")
     if errors:
         raise errors[0]
 

@@ -59,11 +59,13 @@ class FileSettings:
         block_bytes: what one request reads or writes at most; rounded up to :data:`ALIGNMENT`.
         depth: reads under way at once, and writes beside them; what is beyond 64 is not used.
         direct: whether to go around the page cache where the file system can.
+        pin: whether host memory is page-locked that bytes pass through on their way to a device.
     """
 
     block_bytes: int = 16 * _MIB
     depth: int = 8
     direct: bool = True
+    pin: bool = True
 
     def __post_init__(self) -> None:
         if self.block_bytes < 1 or self.depth < 1:
@@ -132,6 +134,7 @@ class FileDepot:
         """
         settings = settings or FileSettings()
         self._folder, self._name = Path(folder), name
+        self.pin = settings.pin
         self._block = _padded(settings.block_bytes)
         self.nbytes = 0
         self._size = self._sealed_bytes = 0
@@ -216,7 +219,7 @@ class FileDepot:
         _log.log(level, "%s: bringing %s to the drive of %s", *what)
         try:
             os.fdatasync(self._plain)
-            for place in self._places.values():
+            for place in list(self._places.values()):  # a finalizer may give one back meanwhile
                 place.pages.release()  # or they would stay in the page cache
             os.posix_fadvise(self._plain, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:

@@ -56,7 +56,7 @@ from zeroshard.core.slots import slot_of
 from zeroshard.core.transport import rewriting
 from zeroshard.core.unit import Unit
 from zeroshard.core.waiting import Waiting
-from zeroshard.errors import UsageError, compose
+from zeroshard.errors import OffloadError, UsageError, compose
 
 __all__ = ["Runtime", "Site", "in_backward"]
 
@@ -553,21 +553,34 @@ class Runtime:
 
         Args:
             thorough: look for edits that autograd does not count, too.
+
+        Raises:
+            OffloadError: at the end, on this rank: master weights could not be read or edited.
         """
         stay = [unit for unit in self.trained if unit.lifetime.params_stay and not unit.is_held]
         edited = [unit for unit in stay if unit.edited]
-        overlooked = [
-            unit
-            for unit in (stay if thorough else ())
-            if unit not in edited and unit.differs_from_master()
-        ]
+        overlooked: list[Unit] = []
+        failure: OffloadError | None = None
+        try:
+            overlooked += [
+                unit
+                for unit in (stay if thorough else ())
+                if unit not in edited and unit.differs_from_master()
+            ]
+        except OffloadError as error:  # the other ranks are on their way to the step
+            failure = error
         self.schedule.meet(edited, overlooked)
         with torch.no_grad():
             for unit in edited:
-                unit.adopt(lambda full: full)
+                try:
+                    unit.adopt(lambda full: full)
+                except OffloadError as error:
+                    failure = error
         if self._unreduced:
             self._unreduced = False
             self.schedule.finish(self.trained)
+        if failure is not None:
+            raise failure
 
     def owe_reduction(self) -> None:
         """Take note that gradients of earlier backwards are there that were not reduced."""

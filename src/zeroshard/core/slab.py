@@ -21,10 +21,12 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -230,7 +232,8 @@ class HostDepot:
     may be another's. torch does not know of copies from and to memory that it did not allocate:
     whoever gives a tensor back has waited for those with it.
 
-    For one thread at a time.
+    For one thread at a time, but for `give_back`: what finalizers call, any thread may call at any
+    time, this one in the middle of a call of its own as well.
     """
 
     is_near = False
@@ -266,6 +269,8 @@ class HostDepot:
         self._bytes_free = bytes_free
         self._slabs: list[_Slab] = []
         self._homes: dict[int, tuple[_Slab, int]] = {}
+        self._given_back: deque[tuple[_Slab, int, int]] = deque()
+        self._lock_of_slabs = threading.Lock()
         self._granted = 0
         self.nbytes = 0
 
@@ -283,12 +288,13 @@ class HostDepot:
         nbytes = numel * dtype.itemsize
         if not nbytes:
             return torch.empty(numel, dtype=dtype)
-        slab, start = self._find(nbytes)
-        slab.occupy(start, nbytes)
-        # Each tensor has a storage of its own, so saving one does not save the slab.
-        tensor = torch.frombuffer(slab.pages.buffer, dtype=dtype, count=numel, offset=start)
-        self._homes[tensor.data_ptr()] = slab, nbytes
-        self.nbytes += nbytes
+        with self._alone():
+            slab, start = self._find(nbytes)
+            slab.occupy(start, nbytes)
+            # Each tensor has a storage of its own, so saving one does not save the slab.
+            tensor = torch.frombuffer(slab.pages.buffer, dtype=dtype, count=numel, offset=start)
+            self._homes[tensor.data_ptr()] = slab, nbytes
+            self.nbytes += nbytes
         return tensor
 
     def give_back(self, tensor: Tensor) -> None:
@@ -304,11 +310,33 @@ class HostDepot:
         if slab is None or nbytes != tensor.nbytes:
             raise UsageError(f"a tensor was given back to {self._name} that was not taken there.")
         del self._homes[address]
+        self._given_back.append((slab, address - slab.pages.address, nbytes))
+        self._clear_up()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let nobody else change slabs inside; what is given back meanwhile waits for the end."""
+        try:
+            with self._lock_of_slabs:
+                yield
+        finally:
+            self._clear_up()
+
+    def _clear_up(self) -> None:
+        """Take back what was given back, unless somebody is at work, who does it afterwards."""
+        while self._given_back and self._lock_of_slabs.acquire(blocking=False):
+            try:
+                while self._given_back:
+                    self._take_back(*self._given_back.popleft())
+            finally:
+                self._lock_of_slabs.release()
+
+    def _take_back(self, slab: _Slab, start: int, nbytes: int) -> None:
         self.nbytes -= nbytes
         if slab.live == _slot(nbytes):
             slab.unlock()
             self._slabs.remove(slab)
-        slab.leave(address - slab.pages.address, nbytes)
+        slab.leave(start, nbytes)
 
     def seal(self) -> None:
         """Page-lock what was taken and is not locked yet, if this depot is to be locked at all.
@@ -319,8 +347,12 @@ class HostDepot:
             OffloadError: the host has not enough memory left, or does not let it be locked. What
                 this call locked is unlocked then.
         """
-        slabs = [slab for slab in self._slabs if not slab.is_locked]
-        if self._pinner is None or not slabs:
+        if self._pinner is not None:
+            with self._alone():
+                self._lock_slabs([slab for slab in self._slabs if not slab.is_locked])
+
+    def _lock_slabs(self, slabs: Sequence[_Slab]) -> None:
+        if not slabs:
             return
         total = sum(last - first for slab in slabs for first, last in slab.used())
         begin = time.monotonic()
@@ -351,9 +383,11 @@ class HostDepot:
 
     def close(self) -> None:
         """Unlock everything. Memory is unmapped with the last tensor that is left in a slab."""
-        for slab in self._slabs:
-            slab.unlock()
-        self._slabs, self._homes, self.nbytes = [], {}, 0
+        with self._alone():
+            for slab in self._slabs:
+                slab.unlock()
+            self._slabs, self._homes, self.nbytes = [], {}, 0
+            self._given_back.clear()
 
     def _find(self, nbytes: int) -> tuple[_Slab, int]:
         """Room for so many bytes, in a new slab if in no other.

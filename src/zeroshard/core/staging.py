@@ -350,6 +350,8 @@ class FileStore:
             for at, part in enumerate(shard.split([p.numel() for p in self.shelf.pieces])):
                 buffer = self.staging.room(self.shelf)
                 into = buffer.of(self.shelf.pieces[at])
+                if part.device == into.device:  # the host copies, and no stream waits for it
+                    buffer.mark.synchronize()
                 into.copy_(part.to(into.dtype), non_blocking=True)
                 end = self._writing.end()
                 self.staging.send(self.shelf, at, buffer, end)

@@ -799,11 +799,12 @@ class Unit:
         It was edited through ``param.data`` then, which autograd does not count. Where the two are
         one memory there is nothing to tell, and nothing is lost.
         """
-        dtype = self._full.tensor.dtype
-        if self.master is None or self.master.dtype == dtype or not self.lifetime.params_stay:
+        if self.master is None or not self.lifetime.params_stay:
+            return False
+        if self.master.data_ptr() == self._mine.data_ptr():
             return False
         self.at_home()
-        made = self.master.to(self._mine.device).to(dtype)
+        made = self.master.to(self._mine.device).to(self._mine.dtype)
         return bool(((self._mine != made) & ~made.isnan()).any())
 
     def adopt(self, edit: Callable[[Tensor], object]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zeroshard.config import AioConfig, Config
 from zeroshard.core.depot import Depot
@@ -95,7 +95,9 @@ class Depots:
         if home not in self._state:
             block = self._settings.zero_optimization.offload_optimizer
             if home == "nvme":
-                self._state[home] = self._make_files("offload_optimizer", block.nvme_path)
+                self._state[home] = self._make_files(
+                    "offload_optimizer", block.nvme_path, pin=block.pin_memory
+                )
             else:
                 self._state[home] = self._make_host(
                     "optimizer state", "offload_optimizer", pin=block.pin_memory
@@ -110,7 +112,7 @@ class Depots:
             host = self._make_host(what, "offload_param", pin=block.pin_memory)
             if home == "nvme":
                 buffers = _buffers(self._settings)
-                files = self._make_files("offload_param", block.nvme_path)
+                files = self._make_files("offload_param", block.nvme_path, pin=block.pin_memory)
                 staging = Staging(files, host, count=buffers.count, nbytes=buffers.nbytes)
                 self._staging.append(staging)
                 self._shards[home] = InFiles(staging)
@@ -118,11 +120,10 @@ class Depots:
                 self._shards[home] = OnHost(host)
         return self._shards[home]
 
-    def _make_files(self, block: str, folder: str | None) -> FileDepot:
+    def _make_files(self, block: str, folder: str | None, *, pin: bool) -> FileDepot:
         assert folder is not None, "files without a folder are refused by the rules"
-        made = FileDepot(
-            folder, name=f"rank {self._mesh.rank}", settings=file_settings(self._settings.aio)
-        )
+        settings = replace(file_settings(self._settings.aio), pin=pin)
+        made = FileDepot(folder, name=f"rank {self._mesh.rank}", settings=settings)
         self._files[block] = made
         return made
 

@@ -341,13 +341,20 @@ class Engine(Getters):
 
     def _take_step(self, sharded: ShardedOptimizer) -> None:
         self.runtime.keep_edits()
-        self.runtime.flush(thorough=self._num_steps_taken < _WATCHED_STEPS)
+        has_files = self._depots.has_files
+        try:
+            with agreed(self.mesh, "step") if has_files else nullcontext():
+                self.runtime.flush(thorough=self._num_steps_taken < _WATCHED_STEPS)
+        except OffloadError as error:
+            self._note_failure(error)
+            raise
         self._num_steps_taken += 1
         if self._watch is not None:
             self._watch.check()
-        # Drives may fail in every step; what is taken later than at the start is in the first.
-        may_fail = self._depots.has_files or (
-            self._num_steps_taken == 1 and not self._depots.is_empty
+        # Drives may fail in every step; what is taken later than at the start is in the first one
+        # that is not skipped.
+        may_fail = has_files or (
+            not self._depots.is_empty and self._num_steps_taken == 1 + sharded.num_skipped
         )
         try:
             with agreed(self.mesh, "step") if may_fail else nullcontext():

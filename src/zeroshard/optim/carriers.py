@@ -153,7 +153,9 @@ class Disk:
 
     def __init__(self, mesh: Mesh, depot: FileDepot) -> None:
         self._mesh, self._depot = mesh, depot
-        self._host = HostDepot(mesh.device, pin=True, name="buffers of optimizer state in files")
+        self._host = HostDepot(
+            mesh.device, pin=depot.pin, name="buffers of optimizer state in files"
+        )
         self._beside: dict[int, _Beside] = {}
         self._writes: dict[Load, Future[None]] = {}
         self._reader, self._writer = (

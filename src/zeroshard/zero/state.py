@@ -11,6 +11,7 @@ All give None, or do nothing, for parameters that no engine trains.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zeroshard.core.access import assemble, rewrite, stacked
+from zeroshard.core.agreed import agreed
 from zeroshard.core.collectives import broadcast_, mean_
 from zeroshard.core.slots import Slot, slot_of
 from zeroshard.engine.engine import Engine
@@ -124,6 +126,17 @@ def _place(param: Tensor) -> _Place | None:
     return _Place(slot, engine)
 
 
+def _bring_home(place: _Place) -> None:
+    """Wait until what is kept of a parameter can be read; a collective where it is off the device.
+
+    Raises:
+        OffloadError: on every rank, if one of them cannot read it.
+    """
+    unit = place.slot.unit
+    with nullcontext() if unit.state.is_near else agreed(unit.mesh, f"read {place.name}"):
+        unit.at_home()
+
+
 def _checked(value: Tensor, shape: torch.Size, whose: str) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != shape:
         given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -141,8 +154,10 @@ def _checked(value: Tensor, shape: torch.Size, whose: str) -> Tensor:
 
 def safe_get_full_fp32_param(param: Tensor) -> Tensor | None:
     """A copy of a parameter's master weights in full; a collective."""
-    place = _place(param)
-    return None if place is None else assemble(place.weights, place.slot)
+    if (place := _place(param)) is None:
+        return None
+    _bring_home(place)
+    return assemble(place.weights, place.slot)
 
 
 def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
@@ -174,6 +189,7 @@ def safe_set_local_fp32_param(param: Tensor, value: Tensor) -> None:
 
 
 def _set_weights(place: _Place, mine: Tensor) -> None:
+    _bring_home(place)
     rewrite(place.slot.unit, lambda: place.slice.copy_(mine.view(place.slice.shape)))
 
 
@@ -212,6 +228,7 @@ class _Entry:
 
 
 def _agreed(place: _Place, key: str) -> _Entry:
+    _bring_home(place)
     kinds = stacked(torch.tensor([_kind(place, key)]), place.slot.unit).flatten().tolist()
     rank = next((rank for rank, kind in enumerate(kinds) if kind != _NO_PART), 0)
     if kinds[rank] == _NO_KEY:

@@ -189,6 +189,24 @@ def test_what_was_given_back_is_used_again_before_more_is_mapped_or_locked() -> 
     assert home.locked_bytes == 8 * MIB
 
 
+def test_what_finalizers_give_back_in_the_middle_of_a_call_is_taken_back_at_its_end() -> None:
+    locks, doomed = Locks(), []
+
+    def bytes_free() -> int:
+        while doomed:
+            home.give_back(doomed.pop())
+        return 64 * MIB
+
+    home = depot(locks, bytes_free=bytes_free)
+    doomed.append(home.take(100, torch.float32))
+    tensor = home.take(8 * MIB, torch.uint8)
+    assert home.nbytes == tensor.nbytes
+    home.seal()
+    assert locks.hold(tensor)
+    assert home.locked_bytes == locks.nbytes
+    home.close()
+
+
 def test_what_is_no_tensor_of_the_depot_is_not_taken_back() -> None:
     home = depot()
     tensor = home.take(4, torch.float32)

@@ -113,6 +113,27 @@ def test_a_read_waits_for_the_write_before_it_and_forgets_what_was_read_ahead() 
     assert torch.equal(stores[0].home, filled(7))
 
 
+def test_values_on_the_host_are_put_into_a_buffer_when_the_last_copy_out_of_it_is_over() -> None:
+    files = ThreadedFiles()
+    staging = staging_of(files, count=1)
+    home = files.take(PIECE, torch.float32)
+    store = FileStore(home.fill_(3), staging, alone())
+    buffer = staging.fetch(store.shelf, 0)
+    seen: list[Tensor] = []
+
+    class Copy:
+        def wait(self) -> None:
+            """Only streams wait."""
+
+        def synchronize(self) -> None:
+            seen.append(buffer.of(home).clone())
+
+    staging.hand_in(buffer, Copy())
+    store.write(filled(7))
+    assert torch.equal(seen[0], filled(3))
+    assert torch.equal(store.home, filled(7))
+
+
 def test_a_write_that_fails_is_told_to_whoever_looks_next() -> None:
     files, staging, stores = stores_by_hand(count=1, numbers=1)
     stores[0].write(filled(7)).wait()

@@ -126,6 +126,19 @@ def test_state_goes_where_the_configuration_says_at_every_stage(world: int, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_buffers_of_state_in_files_are_page_locked_unless_that_is_turned_off(
+    tmp_path: Path,
+) -> None:
+    def rank(rank: int, world: int) -> None:
+        for wanted in (True, False):
+            nvme = {"device": "nvme", "nvme_path": str(tmp_path), "pin_memory": wanted}
+            with mock.patch.object(carriers, "HostDepot", wraps=carriers.HostDepot) as made:
+                train(2, {"offload_optimizer": nvme})
+            assert [call.kwargs["pin"] for call in made.call_args_list] == [wanted]
+
+    run_ranks(rank, 1)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_shards_go_where_the_configuration_says(world: int, tmp_path: Path) -> None:
     nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
