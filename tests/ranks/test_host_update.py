@@ -18,7 +18,7 @@ from forked import run_ranks
 from unit.engine.small import batch, loss_of, make, on_ranks, weights_of
 from zeroshard import zero
 from zeroshard.core.unit import Unit
-from zeroshard.errors import OffloadError
+from zeroshard.errors import OffloadError, UsageError
 from zeroshard.optim.adam import Rule, Shards
 from zeroshard.optim.host_update import HostUpdate, Stepper
 
@@ -255,6 +255,19 @@ def test_what_fails_in_the_worker_is_raised_by_the_next_forward_and_by_every_lat
         host_of(engine).units[0].read_kept()
     engine.reset()
     for call in (lambda: loss_of(engine), engine.step):
-        with pytest.raises(OffloadError, match="ended this engine's training.*boom"):
+        with pytest.raises(OffloadError, match="boom"):
             call()
     engine.destroy()
+
+
+@on_ranks(1)
+def test_a_failure_that_nothing_else_has_met_is_raised_by_the_end_of_the_engine() -> None:
+    engine = make_offloaded(3)
+    engine.backward(loss_of(engine))
+    with mock.patch.object(Stepper, "step", side_effect=RuntimeError("boom")):
+        engine.step()
+        with pytest.raises(OffloadError, match="boom"):
+            engine.destroy()
+    engine.destroy()  # is over
+    with pytest.raises(UsageError, match="destroy"):
+        loss_of(engine)
