@@ -19,9 +19,9 @@ from torch import nn
 
 import zeroshard
 
-STEPS = 8
+STEPS = 5
 WIDTH = 256
-BUDGET_GIB = 0.01  # of model state on all devices together
+BUDGET_GIB = 0.008  # of model state on all devices together
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def train(name: str, choice: dict[str, Any]) -> None:
     if choice:  # where state is stepped is measured otherwise, and the host rounds in another way
         config["zeroshard"] = {"offload_update": "gpu", **choice.get("zeroshard", {})}
     torch.manual_seed(0)  # every rank builds the same model
-    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(12)]
+    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(8)]
     model = nn.Sequential(*layers, nn.Linear(WIDTH, 1))
     engine, _, _, _ = zeroshard.initialize(model=model, config=config)
     inputs = torch.randn(16, WIDTH, device=engine.device, dtype=torch.bfloat16)

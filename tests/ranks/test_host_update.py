@@ -87,7 +87,11 @@ CASES: Mapping[str, tuple[torch.dtype, dict[str, Any]]] = {
 def test_training_is_that_of_the_same_kernels_without_offload(world: int) -> None:
     def work(rank: int, world: int) -> list[str]:
         found: list[str] = []
-        for stage, (name, (dtype, keys)) in itertools.product(range(4), CASES.items()):
+        # Each stage meets each case, on one rank or on two.
+        for number, (name, stage) in enumerate(itertools.product(CASES, range(4))):
+            if (number + number // 4 + world) % 2:
+                continue
+            dtype, keys = CASES[name]
             want = record(make_offloaded(stage, "gpu", **keys), dtype, rank)
             engine = make_offloaded(stage, **keys)
             assert host_of(engine).units
