@@ -3,8 +3,8 @@
     zeroshard --num_gpus 2 examples/offload.py
 
 Trains one model four times: with everything on the device, with a GPU memory budget, with the
-optimizer's state in host memory, and with parameters there, too. With `--nvme PATH` a fifth run keeps
-all of it in files of that folder.
+optimizer's state in host memory, and with parameters there, too. With `--nvme PATH` a fifth run
+keeps all of it in files of that folder.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ def train(name: str, choice: dict[str, Any]) -> None:
     held = engine.memory()
     if engine.global_rank == 0:
         here = (held.parameters_bytes + held.optimizer_bytes) / 1e6
+        host, files = held.host_bytes / 1e6, held.file_bytes / 1e6
         print(
             f"{name:<20} loss {loss.item():.6f}   on the device {here:6.2f} MB   "
-            f"on the host {held.host_bytes / 1e6:6.2f} MB   in files {held.file_bytes / 1e6:6.2f} MB",
+            f"on the host {host:6.2f} MB   in files {files:6.2f} MB",
             flush=True,
         )
     engine.destroy()

@@ -985,8 +985,8 @@ class Engine(Getters):
         gone. Parameters that are freed after use stay in shards.
 
         Raises:
-            OffloadError: the last step failed on its way, and no call has said so before. The engine
-                is used up all the same.
+            OffloadError: the last step failed on its way, and no call has said so before. The
+                engine is used up all the same.
         """
         if self._is_destroyed:
             return
