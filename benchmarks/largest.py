@@ -40,7 +40,7 @@ from zeroshard.launch.gpus import visible_gpus
 SHAPE = Shape(5120, 0, 40, 8, 13824, 32000)
 TOY = Shape(64, 0, 4, 2, 128, 256)
 STATE_BYTES = 2 + 4 + 12  # of a parameter: weight in bf16; gradient and AdamW's in fp32
-GRADIENT_BYTES = 4
+NARROW_BYTES = 2  # that a gradient takes less on one rank whose state leaves, which keeps its bf16
 SPARED_GIB = 6.0  # of a device, for activations, logits and what CUDA takes
 SPARED_OF_HOST = 0.08
 _GIB = 2**30
@@ -80,21 +80,22 @@ class Outcome:
 def guess(shape: Shape, variant: Variant, device_bytes: int, host_bytes: int, ranks: int) -> int:
     """Return how many layers should just fit, with state divided over the ranks."""
     room = max(device_bytes - SPARED_GIB * _GIB, 0.0) * ranks
+    of_parameter = STATE_BYTES
     if variant.offload != "none":
         room += host_bytes * (1 - SPARED_OF_HOST)
+        of_parameter -= NARROW_BYTES * (ranks == 1)
     of_layer = replace(shape, layers=1).parameters - shape.parameters
-    return max(1, int((room / STATE_BYTES - shape.parameters) / of_layer))
+    return max(1, int((room / of_parameter - shape.parameters) / of_layer))
 
 
-def budget(shape: Shape, variant: Variant, device_bytes: int, ranks: int) -> float | None:
-    """Return the GiB of a device that are left for parameters and state beside gradients.
+def budget(variant: Variant, device_bytes: int) -> float | None:
+    """Return the GiB of a device that model state may take, gradients and buffers with it.
 
     None where nothing can leave the device, or the engine has a budget of its own.
     """
     if variant.offload == "none" or not device_bytes or "gpu_budget" in variant.label:
         return None
-    gradients = GRADIENT_BYTES * shape.parameters / ranks
-    return max((device_bytes - gradients) / _GIB - SPARED_GIB, 0.0)
+    return max(device_bytes / _GIB - SPARED_GIB, 0.0)
 
 
 def search(
@@ -334,7 +335,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         def attempt(layers: int, engine: str = engine, until: float = until) -> Outcome:
             sized = replace(shape, layers=layers)
-            room = budget(sized, Variant.parse(engine), device_bytes, ranks)
+            room = budget(Variant.parse(engine), device_bytes)
             trial = Trial(engine, sized, args.batch, args.seq, args.steps, room)
             limit_s = min(args.trial_limit, max(until - time.monotonic(), 1.0))
             outcome = try_in_new_ranks(trial, ranks, limit_s)

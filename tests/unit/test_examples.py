@@ -192,3 +192,19 @@ def test_hello_learns() -> None:
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", ended.stdout)]
     assert len(losses) == 5, "only rank 0 prints"
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.timeout(120)
+def test_offload_changes_what_is_where_and_no_loss(tmp_path: Path) -> None:
+    ended = run_example("offload.py", "--nvme", str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    row = r"loss ([\d.]+) +on the device +([\d.]+) MB +on the host +([\d.]+) MB +in files +([\d.]+)"
+    rows = [tuple(map(float, found)) for found in re.findall(row, ended.stdout)]
+    assert len(rows) == 5, "only rank 0 prints"
+    losses, device, host, files = zip(*rows, strict=True)
+    assert len(set(losses)) == 1
+    assert list(device) == sorted(device, reverse=True)
+    assert device[0] > device[1] > device[2] > 0 == device[4]
+    assert host[0] == 0 < host[1] < host[2] < host[3] and files[:4] == (0, 0, 0, 0)
+    assert host[3] == pytest.approx(device[0], rel=0.01) == files[4]
+    assert list(tmp_path.iterdir()) == []

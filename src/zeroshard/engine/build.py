@@ -662,9 +662,11 @@ def _place(
     Raises:
         ConfigError: what cannot leave takes more than the budget.
     """
+    world = dist.get_world_size()
     wished = wishes(settings, trains=optimizer is not None)
-    dtypes = precision(settings, dist.get_world_size())
-    sizes = Sizes(life, dtypes, num_shards, averages(optimizer))
+    dtypes = precision(settings, world)
+    alone = world == 1 and dtypes.averaging == MEAN and settings.batch(world).accumulation == 1
+    sizes = Sizes(life, dtypes, num_shards, averages(optimizer), has_one_addend=alone)
     # Adam's state comes in parts of units where one pass steps flat tensors.
     kernels = settings.zeroshard.optimizer_step
     passes = kernels == "fused" or (kernels == "auto" and device.type == "cuda")

@@ -990,9 +990,19 @@ class Engine(Getters):
         The model can be given to ``initialize`` again, and the optimizer with it, without its
         state. Weights stay as they were computed with: digits that only the master weights had are
         gone. Parameters that are freed after use stay in shards.
+
+        Raises:
+            OffloadError: the last step failed on its way, and no call has said so before. The
+                engine is used up all the same.
         """
         if self._is_destroyed:
             return
+        failure: OffloadError | None = None
+        for unit in self.runtime.units:
+            try:
+                unit.end_step()
+            except OffloadError as error:  # of each unit that was still to be stepped
+                failure = failure or error
         self._bring_back()
         self.zero_grad()
         if self._activations is not None:
@@ -1008,6 +1018,8 @@ class Engine(Getters):
         self._depots.close()
         self.mesh.destroy()
         self._is_destroyed = True
+        if failure is not None and self._failure is None:
+            raise failure
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

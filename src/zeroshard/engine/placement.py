@@ -139,12 +139,15 @@ class Sizes:
         precision: the dtypes of all units.
         num_shards: ranks that units are divided over.
         averages: bytes of the optimizer's state for each element of a parameter.
+        has_one_addend: whether a gradient is that of one micro-step on one rank, which keeps the
+            dtype that it came in, unless it stays in full.
     """
 
     life: Lifetime
     precision: Precision
     num_shards: int
     averages: Mapping[nn.Parameter, float]
+    has_one_addend: bool = False
 
     def of(self, group: Group) -> Size:
         """The size of the unit that a group is built into."""
@@ -161,7 +164,9 @@ class Sizes:
         near: list[int] = []
         far: list[int] = []
         if kind.trained:
-            summed = max(self.precision.accumulate.itemsize, self.precision.reduce.itemsize)
+            held = self.precision.accumulate.itemsize, self.precision.reduce.itemsize
+            is_narrow = self.has_one_addend and not self.life.grads_stay
+            summed = min(*held, compute.itemsize) if is_narrow else max(held)
             gradients = summed * (layout.full_numel if self.life.grads_stay else layout.shard_numel)
             beside = 0 if compute == wide else wide.itemsize
             for position, member in enumerate(group.members):

@@ -130,7 +130,9 @@ def what_it_means(parameters: float, rates: Rates, room: Room) -> Model:
 
 
 @click.command("io-bench", short_help="Measure buses, host and a drive, for offloading.")
-@click.argument("path", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument(
+    "path", type=click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True)
+)
 @click.option(
     "--size",
     type=click.FloatRange(min=0, min_open=True),

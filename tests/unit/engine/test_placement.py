@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,15 @@ def test_wishes_are_those_of_the_configuration() -> None:
     assert wishes(config, trains=True) == wished
     assert wishes(config, trains=False).state == "none"
     assert wishes(load({}), trains=True) == Wishes()
+
+
+def test_a_gradient_with_one_addend_is_counted_in_the_dtype_that_it_keeps() -> None:
+    (group,) = groups_of([64], compute=torch.bfloat16)
+    for stage, wanted in ((3, 2), (2, 2), (1, 4)):  # at stage 1 it stays in full, to be summed in
+        near = sizes(stage, ranks=1)
+        alone = replace(near, has_one_addend=True)
+        assert near.of(group).gradients == 4 * 64
+        assert alone.of(group).gradients == wanted * 64
 
 
 def test_a_budget_alone_moves_state_to_the_host() -> None:

@@ -141,8 +141,10 @@ def test_ctrl_c_ends_it_and_gives_the_space_back(tmp_path: Path) -> None:
     descriptors = Path(f"/proc/{pid}/fd")
 
     def has_a_file() -> bool:
+        """Whether it is open and has lost the name that it has for a moment."""
         try:
-            return any(str(tmp_path) in str(link.readlink()) for link in descriptors.iterdir())
+            links = [str(link.readlink()) for link in descriptors.iterdir()]
+            return any(str(tmp_path) in link and link.endswith("(deleted)") for link in links)
         except FileNotFoundError:
             return False
 
