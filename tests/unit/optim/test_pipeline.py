@@ -210,6 +210,8 @@ def test_a_step_without_loads_ends_though_others_were_read_ahead(
 class LaggingFiles(ThreadedFiles):
     """Files in which the second write waits for a read after it, if one comes at once."""
 
+    pin = False
+
     def __init__(self) -> None:
         super().__init__()
         self.has_read = threading.Event()
