@@ -807,8 +807,7 @@ OFFLOADED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 # Those that CPU ranks try, which the tests of each part have tried before.
 FEW_OFFLOADED = {
-    *("bf16, stage 2, host", "bf16, stage 2, half", "bf16, stage 3, all on the host"),
-    *("bf16, stage 3, all in files", "fp16, stage 2, host"),
+    *("bf16, stage 2, half", "bf16, stage 3, all in files", "fp16, stage 2, host"),
 }
 
 
