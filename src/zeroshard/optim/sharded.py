@@ -553,7 +553,8 @@ class ShardedOptimizer:
             # What the step will send for is not known yet; that activations take room now, is.
             self._pipeline.look_for_room()
             return
-        self._read_ahead(fused)
+        if not self._pipeline.is_under_way:  # the step itself looks whether it is still right
+            self._read_ahead(fused)
         self._pipeline.read_ahead(share=2 / len(self.units))
 
     def _on_host(self, fused: FusedAdam | None) -> Sequence[Unit]:
